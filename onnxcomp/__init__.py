@@ -1,0 +1,64 @@
+"""Post-training quantization of ONNX models, with compensation subgraphs that repair the quantization error.
+
+    import onnxcomp
+
+    result = onnxcomp.quantize("model.onnx", data="calib.npz", output="model.int8.onnx")
+    print(onnxcomp.compare("model.onnx", result.model, data="test.npz"))
+
+The public names are loaded on first use: `import onnxcomp` alone loads neither onnx, onnxruntime nor torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnxcomp.compare import compare
+    from onnxcomp.errors import OnnxcompError
+    from onnxcomp.pipeline import Result, quantize
+    from onnxcomp.recipe import Bits, Recipe
+    from onnxcomp.report.model import Report
+
+__all__ = ["Bits", "OnnxcompError", "Recipe", "Report", "Result", "__version__", "compare", "quantize"]
+
+_HOME = {
+    "Bits": "onnxcomp.recipe",
+    "OnnxcompError": "onnxcomp.errors",
+    "Recipe": "onnxcomp.recipe",
+    "Report": "onnxcomp.report.model",
+    "Result": "onnxcomp.pipeline",
+    "compare": "onnxcomp.compare",
+    "quantize": "onnxcomp.pipeline",
+}
+
+try:
+    __version__ = version("onnxcomp")
+except PackageNotFoundError:
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'onnxcomp' has no attribute '{name}'")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """`compare` is a function and a module: importing the module must not put it in the function's place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

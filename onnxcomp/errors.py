@@ -1,0 +1,53 @@
+"""The errors a user can meet, one kind per documented exit code.
+
+The command line prints `Kind: text` on one line and leaves with the kind's exit code. The text says what is wrong, where,
+and what to do. A bug of ours is an AssertionError, never one of these.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class OnnxcompError(Exception):
+    """Base of every error that is about the user's input, not about our code."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(OnnxcompError):
+    """An option or argument cannot be understood or contradicts another."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe has an unknown key, a value of the wrong kind, or a pattern that matches nothing."""
+
+
+class ModelError(OnnxcompError):
+    """The model cannot be read, prepared or written."""
+
+    exit_code = 3
+
+
+class UnsupportedSite(ModelError):  # noqa: N818 (its name is what users read)
+    """One site cannot be quantized as asked."""
+
+
+class DataError(OnnxcompError):
+    """Calibration or evaluation data do not fit the model."""
+
+    exit_code = 4
+
+
+class VerificationError(OnnxcompError):
+    """The finished file failed its proof and was not written."""
+
+    exit_code = 5
+
+
+class BoundError(OnnxcompError):
+    """The result is slower or less accurate than the bound that was asked for."""
+
+    exit_code = 6
