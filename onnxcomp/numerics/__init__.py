@@ -1,0 +1,1 @@
+"""Arithmetic on numpy arrays, free of graphs and runtimes: affine codes, mergeable statistics, ranges."""

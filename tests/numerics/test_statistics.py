@@ -1,0 +1,212 @@
+"""Merge laws over random partitions and orders; each statistic against a direct computation."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from onnxcomp.errors import DataError
+from onnxcomp.numerics.statistics import Extremes, Histogram, Moments, subsample
+
+NOT_FINITE = "^" + re.escape(
+    "The values to quantize hold NaN or infinity, so they have no range. Check the samples and the model."
+)
+
+
+def samples_of(kind: str, rng: np.random.Generator) -> NDArray[np.float32]:
+    normal = rng.normal(size=1500)
+    match kind:
+        case "normal":
+            x = normal * 3 + 1
+        case "relu":
+            x = np.maximum(normal, 0)
+        case "negative":
+            x = -np.abs(normal) - 2
+        case "constant":
+            x = np.full(200, -5.3)
+        case "zeros":
+            x = np.where(normal > 0, 0.0, -0.0)
+        case "tiny":
+            x = normal * 1e-30
+        case "denormal":
+            x = normal * 1e-44
+        case "huge":
+            x = normal * 1e38
+        case "far":
+            x = 1e6 + normal
+        case _:
+            x = normal * 10.0 ** rng.uniform(-38, 37, normal.size)
+    return x.clip(-3.4e38, 3.4e38).astype(np.float32)
+
+
+KINDS = ["normal", "relu", "negative", "constant", "zeros", "tiny", "denormal", "huge", "far", "all scales"]
+
+
+def brute_force(x: NDArray[np.float32], limit: int) -> tuple[list[int], int, int]:
+    """Counts, first bin and exponent by exact integer arithmetic, straight from the definition."""
+    ratios = [v.as_integer_ratio() for v in x.astype(float).tolist()]
+    for exponent in range(-126, 129):
+        up, down = (1, 1 << exponent) if exponent >= 0 else (1 << -exponent, 1)
+        bins = [
+            n * up // (d * down) for n, d in (min(ratios, key=lambda r: r[0] / r[1]), max(ratios, key=lambda r: r[0] / r[1]))
+        ]
+        if bins[1] - bins[0] < limit and max(abs(n) * up / (d * down) for n, d in ratios) <= 1 << 24:
+            every = [n * up // (d * down) for n, d in ratios]
+            counts = [0] * (bins[1] - bins[0] + 1)
+            for b in every:
+                counts[b - bins[0]] += 1
+            return counts, bins[0], exponent
+    raise AssertionError
+
+
+def assert_same(a: Histogram, b: Histogram) -> None:
+    np.testing.assert_array_equal(a.counts, b.counts)
+    assert (a.first, a.exponent, a.extremes, a.limit) == (b.first, b.exponent, b.extremes, b.limit)
+    assert math.copysign(1, a.extremes.min) == math.copysign(1, b.extremes.min)
+    assert math.copysign(1, a.extremes.max) == math.copysign(1, b.extremes.max)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("limit", [2, 37, 1 << 10])
+def test_a_histogram_is_the_one_of_its_definition(kind: str, limit: int) -> None:
+    x = samples_of(kind, np.random.default_rng(0))[:300]
+    h = Histogram.of(x, limit)
+    counts, first, exponent = brute_force(x, limit)
+    assert (h.counts.tolist(), h.first, h.exponent) == (counts, first, exponent)
+    assert h.extremes == Extremes(float(x.min()), float(x.max()))
+    assert h.total == x.size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("limit", [2, 37, 1 << 15])
+def test_a_histogram_does_not_depend_on_partition_or_order(kind: str, limit: int) -> None:
+    rng = np.random.default_rng(1)
+    x = samples_of(kind, rng)
+    whole = Histogram.of(x, limit)
+    for _ in range(10):
+        shuffled = rng.permutation(x)
+        cuts = np.sort(rng.integers(0, x.size + 1, rng.integers(1, 12)))
+        parts = [Histogram.of(part, limit) for part in np.split(shuffled, cuts)]
+        while len(parts) > 1:  # any order, any bracketing
+            a = parts.pop(int(rng.integers(len(parts))))
+            b = parts.pop(int(rng.integers(len(parts))))
+            parts.append(a.merge(b))
+        assert_same(parts[0], whole)
+
+
+def test_parts_of_very_different_scale_merge_exactly() -> None:
+    rng = np.random.default_rng(2)
+    parts = [(rng.normal(size=50) * scale).astype(np.float32) for scale in (1e-38, 1e-20, 1.0, 1e20, 1e38)]
+    merged = functools.reduce(Histogram.merge, [Histogram.of(p) for p in parts])
+    assert_same(merged, Histogram.of(np.concatenate(parts)))
+
+
+def test_an_empty_histogram_is_neutral() -> None:
+    empty, h = Histogram.empty(), Histogram.of(np.arange(5.0))
+    assert Histogram.of(np.zeros((0, 3))).total == 0
+    assert_same(empty.merge(h), h)
+    assert_same(h.merge(empty), h)
+    assert_same(empty.merge(empty), empty)
+
+
+def test_zero_is_always_an_edge() -> None:
+    h = Histogram.of(np.array([-1e-20, 1.0, -1.0]))
+    assert h.counts[: -h.first].sum() == 2
+    assert h.width == 2.0**h.exponent
+
+
+def test_merge_leaves_its_operands_alone() -> None:
+    a, b = Histogram.of(np.arange(5.0)), Histogram.of(np.arange(500.0))
+    before = a.counts.copy()
+    a.merge(b)
+    np.testing.assert_array_equal(a.counts, before)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e39])
+def test_values_that_are_not_finite_are_refused(bad: float) -> None:
+    x = np.array([1.0, bad, 2.0])
+    with pytest.raises(DataError, match=NOT_FINITE):
+        Histogram.of(x)
+    if not math.isfinite(bad):
+        with pytest.raises(DataError, match=NOT_FINITE):
+            Extremes.of(x)
+        with pytest.raises(DataError, match=NOT_FINITE):
+            Moments.of(x)
+
+
+def test_extremes_merge_and_start_empty() -> None:
+    x = np.random.default_rng(3).normal(size=100).astype(np.float32)
+    whole = Extremes(float(x.min()), float(x.max()))
+    assert Extremes.of(x) == whole
+    assert Extremes.of(x[60:]).merge(Extremes()).merge(Extremes.of(x[:60])) == whole
+    assert Extremes.of(x[:0]) == Extremes(math.inf, -math.inf)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((40, 7, 5), -1), ((40, 7, 5), 1), ((9, 4, 6, 6), 1), ((50,), 0)])
+def test_moments_are_the_mean_and_variance_per_channel(shape: tuple[int, ...], axis: int) -> None:
+    x = np.random.default_rng(4).integers(-99, 99, shape).astype(np.float32)  # whole numbers: every sum is exact
+    m = Moments.of(x, axis)
+    rows = np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1).astype(np.float64)
+    assert m.count == rows.shape[1]
+    np.testing.assert_array_equal(m.sum, rows.sum(axis=1))
+    np.testing.assert_array_equal(m.squares, np.square(rows).sum(axis=1))
+    np.testing.assert_array_equal(m.mean, rows.sum(axis=1) / m.count)
+    # two terms of at most 99^2, a few roundings each
+    assert np.max(np.abs(m.variance - rows.var(axis=1))) <= 8 * 99**2 * 2.0**-53
+
+
+def test_moments_do_not_depend_on_the_partition() -> None:
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(300, 6)).astype(np.float32)
+    whole = Moments.of(x)
+    parts = functools.reduce(Moments.merge, [Moments.of(p) for p in np.split(x, [1, 50, 50, 220])], Moments.empty(6))
+    assert parts.count == whole.count == 300
+    # 300 additions, each rounded to 2^-53 of at most the sum of absolute values
+    bound = 300 * 2.0**-53
+    assert np.all(np.abs(parts.sum - whole.sum) <= bound * np.abs(x).sum(axis=0))
+    assert np.all(np.abs(parts.squares - whole.squares) <= bound * whole.squares)
+
+
+def test_moments_of_nothing_are_zero() -> None:
+    m = Moments.of(np.zeros((0, 3), np.float32))
+    assert m.count == 0
+    np.testing.assert_array_equal(m.mean, np.zeros(3))
+    np.testing.assert_array_equal(m.variance, np.zeros(3))
+
+
+def test_the_variance_of_a_constant_is_not_negative() -> None:
+    assert np.all(Moments.of(np.full((1000, 2), 0.1, np.float32)).variance >= 0)
+
+
+def test_a_subsample_does_not_depend_on_the_batch() -> None:
+    x = np.random.default_rng(6).normal(size=(5, 197, 192)).astype(np.float32)
+    together = subsample(x, 1000, axis=0)
+    for i in range(5):
+        np.testing.assert_array_equal(together[i], subsample(x[i], 1000))
+        np.testing.assert_array_equal(together[i : i + 1], subsample(x[i : i + 1], 1000, axis=0))
+    second = subsample(np.ascontiguousarray(np.moveaxis(x, 0, 1)), 1000, axis=1)
+    np.testing.assert_array_equal(second, together)
+
+
+@pytest.mark.parametrize("shape", [(197, 192), (64, 56, 56), (768,), (16, 16), (1000, 3), (1,), (5, 0)])
+@pytest.mark.parametrize("limit", [1, 7, 1000, 1 << 20])
+def test_a_subsample_is_small_and_a_strided_view(shape: tuple[int, ...], limit: int) -> None:
+    x = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+    kept = subsample(x, limit)
+    assert kept.ndim == 1
+    assert (1 if x.size else 0) <= kept.size <= limit
+    assert kept.size == x.size or np.shares_memory(kept, x)
+    assert np.unique(np.diff(kept)).size <= 1
+    if x.size <= limit:
+        np.testing.assert_array_equal(kept, x.reshape(-1))
+
+
+def test_a_subsample_visits_every_channel_alike() -> None:
+    x = np.broadcast_to(np.arange(192), (197, 192))  # 192 = 3 * 64: a stride of 9 would see a third of the channels
+    counts = np.bincount(subsample(x, 197 * 192 // 9), minlength=192)
+    assert counts.max() - counts.min() <= 1
