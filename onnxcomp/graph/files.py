@@ -1,0 +1,289 @@
+"""Model files: reading, writing in one step, metadata and digests.
+
+A model read here always carries its weights in memory; where they lie in separate files beside the model, those are
+read and checked first. A model is written to a hidden folder beside its destination and moved into place in the end, so
+a failure leaves nothing behind and a reader never sees half a file. Above `INLINE_LIMIT` bytes the weights go to
+`<name>.data` beside the model (protobuf ends at 2 GiB).
+
+Limits: weights inside the bodies of If, Loop and Scan always stay inside the model file. A model and its weight file
+are two moves: one that fails undoes the other, but a machine that stops between the two can leave a mismatched pair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import onnx
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import ModelProto, TensorProto, checker, numpy_helper, shape_inference
+
+from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.graph.edit import DOMAIN
+from onnxcomp.graph.weights import (
+    external_file,
+    is_external,
+    read_external,
+    reason,
+    split_weights,
+    tensor_bytes,
+    walk_nodes,
+    walk_tensors,
+)
+
+INLINE_LIMIT = 1_900_000_000
+_EXTERNAL_MINIMUM = 1024
+_ALIGNMENT = 4096
+_CHUNK = 1 << 20
+
+
+def load(source: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
+    """The model with all its weights in memory.
+
+    A ModelProto is returned as it is, and no function of this package changes it. Raises ModelError for a file that is
+    missing, is no ONNX model, or whose weight files are missing, too short or outside the model's folder.
+    """
+    if isinstance(source, ModelProto | bytes):
+        model = source if isinstance(source, ModelProto) else _parse(source, "The bytes given")
+        outside = next((tensor for tensor in walk_tensors(model.graph) if is_external(tensor)), None)
+        if outside is not None:
+            raise ModelError(f"The weight '{outside.name}' lies in a file beside the model. Give the model's path.")
+        return model
+    path = Path(source)
+    model = _read_structure(path)
+    for tensor in walk_tensors(model.graph):
+        if is_external(tensor):
+            read_external(tensor, path)
+    return model
+
+
+def metadata(model: ModelProto) -> dict[str, str]:
+    """The model's metadata, keys sorted."""
+    return {p.key: p.value for p in sorted(model.metadata_props, key=lambda p: p.key)}
+
+
+def set_metadata(model: ModelProto, values: Mapping[str, str]) -> None:
+    """Set these keys of the model's metadata, in place; other keys stay, and all are stored sorted."""
+    merged = metadata(model) | dict(values)
+    del model.metadata_props[:]
+    for key in sorted(merged):
+        model.metadata_props.add(key=key, value=merged[key])
+
+
+def weight_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """The files beside a model that hold its weights, sorted; none where the model holds them itself."""
+    path = Path(path)
+    tensors = walk_tensors(_read_structure(path).graph)
+    return tuple(sorted({external_file(tensor, path) for tensor in tensors if is_external(tensor)}))
+
+
+def size(path: str | os.PathLike[str]) -> int:
+    """The bytes of a model and its weight files."""
+    return sum(file.stat().st_size for file in (Path(path), *weight_files(path)))
+
+
+def sha256(source: str | os.PathLike[str] | bytes) -> str:
+    """Hex digest of a model: of its bytes, then of those of its weight files in the order of their names."""
+    digest = hashlib.sha256()
+    if isinstance(source, bytes):
+        digest.update(source)
+        return digest.hexdigest()
+    for file in (Path(source), *weight_files(source)):
+        with _open(file) as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def to_bytes(model: ModelProto) -> bytes:
+    """The model serialized, always the same bytes for the same model. Raises ModelError above 2 GiB."""
+    try:
+        return model.SerializeToString(deterministic=True)
+    except (EncodeError, ValueError) as error:
+        raise ModelError("The model exceeds 2 GiB, the most that ONNX can hold in one piece.") from error
+
+
+def check(path: str | os.PathLike[str]) -> str:
+    """Run the full checker on a model file; returns `onnx` and its version. Raises ModelError with its complaint."""
+    try:
+        checker.check_model(os.fspath(path), full_check=True)
+    except (checker.ValidationError, shape_inference.InferenceError) as error:
+        raise ModelError(f"The ONNX checker refuses the model: {str(error).strip().splitlines()[0]}") from error
+    return f"onnx {onnx.__version__}"
+
+
+def check_output(output: str | os.PathLike[str] | None, source: object = None, *, force: bool = False) -> None:
+    """Raise UsageError if a model read from `source` cannot be written to `output`, before any work is done.
+
+    `source` matters where it is a path: the input and its weight files are never written over.
+    """
+    if output is None:
+        return
+    output = Path(output)
+    if not output.parent.is_dir():
+        raise UsageError(f"The folder {output.parent} does not exist. Create it first, or choose another output.")
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder. Give the name of the file to write.")
+    _check_target(output, _files_of(source), force=force)
+
+
+def save(
+    model: ModelProto,
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    source: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write `model` to `path` in one step; see PendingFile for the arguments and errors."""
+    with PendingFile(model, path, force=force, source=source) as pending:
+        pending.commit()
+
+
+class PendingFile:
+    """A model written beside its destination, ready to be run, and moved there by `commit`.
+
+    `path` is the written file, loadable as it is; leaving the context without `commit` removes it. An existing
+    destination is replaced only with `force`, and never when it is `source`, the file that the model was read from.
+    Raises UsageError for a destination that cannot be used and ModelError where writing fails.
+    """
+
+    def __init__(
+        self,
+        model: ModelProto,
+        path: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        source: str | os.PathLike[str] | None = None,
+    ) -> None:
+        domains = {o.domain for o in model.opset_import} | {node.domain for node in walk_nodes(model.graph)}
+        assert DOMAIN not in domains, "abstract nodes were not lowered"
+        self.destination = Path(path)
+        self._force = force
+        self._inputs = _files_of(source)
+        check_output(path, source, force=force)
+        is_large = sum(tensor_bytes(tensor) for tensor in walk_tensors(model.graph)) > INLINE_LIMIT
+        weights = [self.destination.with_name(f"{self.destination.name}.data")] if is_large else []
+        self._targets = [*weights, self.destination]
+        self._check_targets()
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.destination.name}.", dir=self.destination.parent))
+        except OSError as error:
+            raise self._failure(error) from error
+        self.path = self._folder / self.destination.name
+        try:
+            structure = _write_weights(model, self._folder / weights[0].name) if weights else model
+            with self.path.open("wb") as stream:
+                stream.write(to_bytes(structure))
+                _settle(stream)
+        except OSError as error:
+            self.discard()
+            raise self._failure(error) from error
+        except BaseException:
+            self.discard()
+            raise
+
+    def commit(self) -> None:
+        """Move the file into place. Where that fails, the destination is left as it was."""
+        self._check_targets()
+        moved: list[tuple[Path, Path]] = []
+        try:
+            for target in self._targets:
+                backup = self._folder / f"{target.name}.before"
+                if target.exists() and target is not self._targets[-1]:
+                    os.link(target, backup)
+                (self._folder / target.name).replace(target)
+                moved.append((target, backup))
+        except OSError as error:
+            for target, backup in moved:
+                if backup.exists():
+                    backup.replace(target)
+                else:
+                    target.unlink()
+            raise self._failure(error) from error
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove what was written and not committed."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> PendingFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.discard()
+
+    def _check_targets(self) -> None:
+        for target in self._targets:
+            _check_target(target, self._inputs, force=self._force)
+
+    def _failure(self, error: OSError) -> ModelError:
+        return ModelError(f"{self.destination} cannot be written: {reason(error)}.")
+
+
+def _check_target(target: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
+    if not target.exists():
+        return
+    if any(target.samefile(file) for file in inputs):
+        raise UsageError(f"{target} is the input itself, which is never changed. Choose another output.")
+    if not force:
+        raise UsageError(f"{target} exists. Pass --force to overwrite it.")
+
+
+def _files_of(source: object) -> tuple[Path, ...]:
+    return (Path(source), *weight_files(source)) if isinstance(source, str | os.PathLike) else ()
+
+
+def _read_structure(path: Path) -> ModelProto:
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder. Give the path of the .onnx file in it.")
+    with _open(path) as stream:
+        return _parse(stream.read(), str(path))
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} does not exist.") from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {reason(error)}.") from error
+
+
+def _parse(data: bytes, what: str) -> ModelProto:
+    model = ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise ModelError(f"{what}: not an ONNX model, or one that is cut short.") from error
+    if not model.graph.output:
+        raise ModelError(f"{what}: not an ONNX model, or one that is cut short.")
+    return model
+
+
+def _write_weights(model: ModelProto, file: Path) -> ModelProto:
+    """Write the large initializers to `file`; the model returned refers to them there."""
+    skeleton, weights = split_weights(model, _EXTERNAL_MINIMUM)
+    with file.open("wb") as stream:
+        for name, tensor in weights.items():
+            stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
+            stub = skeleton.graph.initializer.add(name=name, data_type=tensor.data_type, dims=tensor.dims)
+            stub.doc_string = tensor.doc_string
+            stub.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", file.name), ("offset", stream.tell()), ("length", tensor_bytes(tensor))):
+                stub.external_data.add(key=key, value=str(value))
+            packed = tensor if tensor.HasField("raw_data") else numpy_helper.from_array(numpy_helper.to_array(tensor))
+            stream.write(packed.raw_data)
+        _settle(stream)
+    return skeleton
+
+
+def _settle(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())

@@ -1,0 +1,131 @@
+"""Exact rewrites that only take away: nodes of constants are computed, Identity and Dropout removed.
+
+Limits: constants are computed for the operators of `_FOLDABLE` and only where the result takes at most twice the bytes
+of its inputs. DequantizeLinear is not one of them: a tensor that is stored quantized stays so.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import NodeProto, helper
+from onnx.reference import ReferenceEvaluator
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+from onnxcomp.graph.convert import STANDARD
+from onnxcomp.graph.types import Tensor
+
+_FOLDABLE = (
+    *("Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Reciprocal", "Cast", "Shape"),
+    *("Concat", "Expand", "Flatten", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"),
+)
+_GROWTH = 2
+_SMALL_BYTES = 1024
+_PLAIN = tuple(np.dtype(t) for t in "efd?bBhHiIlLqQ")
+
+
+def is_op(node: gs.Node, *ops: str) -> bool:
+    """Whether the node is one of these standard operators."""
+    return node.op in ops and (node.domain or "") in STANDARD
+
+
+def input_at(node: gs.Node, index: int) -> Tensor | None:
+    """The node's input at this place, None where it is left out."""
+    return node.inputs[index] if index < len(node.inputs) and not node.inputs[index].is_empty() else None
+
+
+def names_leaving(graph: gs.Graph) -> set[str]:
+    """Names of the outputs of the graph and of all its bodies: tensors that must keep their names."""
+    return set().union(*(_output_names(part) for part in (graph, *graph.subgraphs(recursive=True))))
+
+
+def detach(node: gs.Node) -> None:
+    """Cut the node off its tensors; `sweep` then takes it out of the graph."""
+    node.inputs.clear()
+    node.outputs.clear()
+
+
+def sweep(graph: gs.Graph) -> None:
+    """Take detached nodes out of the graph."""
+    graph.nodes = [node for node in graph.nodes if node.outputs]
+
+
+def evaluate(nodes: list[NodeProto], output: str, feeds: dict[str, np.ndarray], opset: int) -> np.ndarray:
+    """The value of one tensor by onnx's reference implementation; `nodes` in order, `feeds` their free inputs."""
+    types = {name: helper.np_dtype_to_tensor_dtype(value.dtype) for name, value in feeds.items()}
+    inputs = [helper.make_tensor_value_info(name, types[name], value.shape) for name, value in feeds.items()]
+    body = helper.make_graph(nodes, "evaluate", inputs, [onnx.ValueInfoProto(name=output)])
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", opset)])
+    (value,) = ReferenceEvaluator(model).run(None, dict(feeds))
+    return np.asarray(value)
+
+
+def fold_constants(graph: gs.Graph) -> int:
+    """Compute the nodes whose inputs are all constant; returns how many."""
+    leaving = names_leaving(graph)
+    count = 0
+    for node in graph.nodes:
+        constants = [t for t in node.inputs if isinstance(t, gs.Constant)]
+        if not is_op(node, *_FOLDABLE) or len(node.outputs) != 1 or node.outputs[0].name in leaving or not constants:
+            continue
+        if len(constants) < sum(not t.is_empty() for t in node.inputs) or any(t.dtype not in _PLAIN for t in constants):
+            continue
+        output = node.outputs[0]
+        feeds = {t.name: t.values for t in constants}
+        value = evaluate([OnnxExporter.export_node(node)], output.name, feeds, graph.opset)
+        limit = max(_GROWTH * sum(v.nbytes for v in feeds.values()), _SMALL_BYTES)
+        if value.dtype not in _PLAIN or value.nbytes > limit:
+            continue
+        detach(node)
+        output.to_constant(np.array(value, order="C"))
+        count += 1
+    sweep(graph)
+    return count
+
+
+def drop_pass_through(graph: gs.Graph) -> int:
+    """Remove Identity nodes and inference Dropouts where every output of the graph and its bodies keeps its name."""
+    leaving = names_leaving(graph)
+    own = _output_names(graph)
+    count = 0
+    for node in graph.nodes:
+        if not _passes_through(node, leaving):
+            continue
+        x, y = node.inputs[0], node.outputs[0]
+        if y.name not in leaving:
+            _replace_uses(y, x)
+        elif y.name in own and x.name not in leaving and len(x.inputs) == 1:
+            producer = x.inputs[0]
+            node.outputs.clear()
+            producer.outputs[[t is x for t in producer.outputs].index(True)] = y
+            _replace_uses(x, y)
+        else:
+            continue
+        detach(node)
+        count += 1
+    sweep(graph)
+    return count
+
+
+def _output_names(graph: gs.Graph) -> set[str]:
+    outputs: list[Tensor] = list(graph.outputs)  # pyright: ignore[reportAssignmentType]
+    return {tensor.name for tensor in outputs}
+
+
+def _passes_through(node: gs.Node, leaving: set[str]) -> bool:
+    if is_op(node, "Identity"):
+        return True
+    if not is_op(node, "Dropout"):
+        return False
+    training = input_at(node, 2)
+    if training is not None and (not isinstance(training, gs.Constant) or bool(training.values)):
+        return False
+    return all(not t.outputs and t.name not in leaving for t in node.outputs[1:])
+
+
+def _replace_uses(old: Tensor, new: Tensor) -> None:
+    for consumer in list(old.outputs):
+        for i, tensor in enumerate(consumer.inputs):
+            if tensor is old:
+                consumer.inputs[i] = new

@@ -1,0 +1,130 @@
+"""GELU and LayerNormalization spelled out in primitive operators become single standard nodes.
+
+    Gelu(x) = x/2 · (1 + erf(x/√2)),    with approximate = "tanh": x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))
+
+The patterns are those of onnxruntime.transformers, used as a matcher only: it compares constants loosely and reads no
+reduction axes, so each match is run against the standard node on trial values and dropped if they differ by more than
+rounding. The new node keeps the name and the output of the last node it replaces.
+
+Limits: float32 only; LayerNormalization needs a constant scale and bias and an epsilon of at most 1e-4, as the matcher
+does; RMSNorm has no standard node before opset 23.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from onnx import ModelProto, NodeProto, helper
+
+from onnxcomp.graph.fold import detach, evaluate, names_leaving, sweep
+from onnxcomp.graph.types import Tensor
+
+_TRIAL_WIDTH = 257
+_SPREAD = 8.0
+_ROUNDINGS = 16
+"""Roundings to float32 on the longest way through a pattern, each of half a unit in the last place of `_SPREAD`."""
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A standard node that may stand for the nodes with these outputs."""
+
+    node: NodeProto
+    replaced: tuple[NodeProto, ...]
+
+
+def fuse_primitives(graph: gs.Graph, model: ModelProto) -> int:
+    """Replace the patterns found in `model`, the model of this graph (with types set); returns how many."""
+    leaving = names_leaving(graph)
+    tensors: dict[str, Tensor] = graph.tensors()
+    count = 0
+    for match in _matches(model):
+        if _is_closed(match, tensors, leaving) and _is_equal(match, tensors, graph.opset):
+            _replace(match, tensors)
+            count += 1
+    sweep(graph)
+    return count
+
+
+def _matches(model: ModelProto) -> Iterator[_Match]:
+    wrapped, fusions = _matchers(model)
+    consumers, producers = wrapped.input_name_to_nodes(), wrapped.output_name_to_node()
+    place = {name: i for i, node in enumerate(model.graph.node) for name in node.output}
+    for fusion in fusions:
+        fusion.this_graph_name = model.graph.name
+        for node in list(model.graph.node):
+            if node.op_type not in fusion.search_op_types:
+                continue
+            added, removed = len(fusion.nodes_to_add), len(fusion.nodes_to_remove)
+            fusion.fuse(node, consumers, producers)
+            if len(fusion.nodes_to_add) != added + 1:
+                continue
+            removed_nodes = {n.output[0]: n for n in fusion.nodes_to_remove[removed:]}
+            if all(name in place for name in removed_nodes):
+                ordered = sorted(removed_nodes.values(), key=lambda n: place[n.output[0]])
+                yield _Match(_standard(fusion.nodes_to_add[-1]), tuple(ordered))
+
+
+def _matchers(model: ModelProto) -> tuple[Any, tuple[Any, ...]]:
+    path = list(sys.path)
+    from onnxruntime.transformers.fusion_fastgelu import FusionFastGelu
+    from onnxruntime.transformers.fusion_gelu import FusionGelu
+    from onnxruntime.transformers.fusion_layernorm import FusionLayerNormalization
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    sys.path[:] = path  # onnxruntime.transformers appends its own folder, with modules named models, metrics ...
+    wrapped = OnnxModel(model)
+    return wrapped, (FusionGelu(wrapped), FusionFastGelu(wrapped), FusionLayerNormalization(wrapped))
+
+
+def _standard(fused: NodeProto) -> NodeProto:
+    if fused.op_type == "LayerNormalization":
+        epsilon = next(a.f for a in fused.attribute if a.name == "epsilon")
+        return helper.make_node("LayerNormalization", fused.input, fused.output, axis=-1, epsilon=epsilon)
+    approximate = "tanh" if fused.op_type == "FastGelu" else "none"
+    return helper.make_node("Gelu", fused.input, fused.output, approximate=approximate)
+
+
+def _is_closed(match: _Match, tensors: dict[str, Tensor], leaving: set[str]) -> bool:
+    """Whether nothing outside reads what the replaced nodes compute on the way."""
+    inside = {name for node in match.replaced for name in node.output}
+    if any(name not in tensors or not tensors[name].inputs for name in inside):
+        return False
+    hidden = inside - set(match.node.output)
+    readers = {reader.outputs[0].name for name in hidden for reader in tensors[name].outputs}
+    return not hidden & leaving and readers <= inside
+
+
+def _is_equal(match: _Match, tensors: dict[str, Tensor], opset: int) -> bool:
+    """Whether the standard node does what the replaced nodes do, on trial values of the input's rank."""
+    x = tensors[match.node.input[0]]
+    inside = {name for node in match.replaced for name in node.output}
+    outside = {name for node in (*match.replaced, match.node) for name in node.input} - inside - {x.name, ""}
+    constants = {name: t.values for name in sorted(outside) if isinstance(t := tensors[name], gs.Constant)}
+    if x.dtype != np.float32 or x.shape is None or len(constants) < len(outside):
+        return False
+    width = constants[match.node.input[1]].shape[0] if len(match.node.input) > 1 else _TRIAL_WIDTH
+    shape = (*range(2, 1 + len(x.shape)), width)
+    trial = np.linspace(-_SPREAD, _SPREAD, math.prod(shape), dtype=np.float32)
+    feeds = {x.name: np.random.default_rng(0).permutation(trial).reshape(shape), **constants}
+    results = [evaluate(list(nodes), match.node.output[0], feeds, opset) for nodes in (match.replaced, [match.node])]
+    bound = _ROUNDINGS * _SPREAD * np.finfo(np.float32).eps / 2
+    return results[0].shape == results[1].shape and bool(np.max(np.abs(results[0] - results[1])) <= bound)
+
+
+def _replace(match: _Match, tensors: dict[str, Tensor]) -> None:
+    output = tensors[match.node.output[0]]
+    last: gs.Node = output.inputs[0]
+    for node in [tensors[replaced.output[0]].inputs[0] for replaced in match.replaced]:
+        detach(node)
+    attrs: dict[str, object] = {a.name: helper.get_attribute_value(a) for a in match.node.attribute}
+    last.op = match.node.op_type
+    last.attrs = {key: value.decode() if isinstance(value, bytes) else value for key, value in attrs.items()}
+    last.inputs.extend([tensors[name] for name in match.node.input])
+    last.outputs.append(output)

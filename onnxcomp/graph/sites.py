@@ -1,0 +1,182 @@
+"""Sites: the operators that may be quantized, found in the graph itself, never by a network's names.
+
+A site is one Conv, Gemm or MatMul with a constant weight together with the bias Add behind it (a *layer*), a MatMul of
+two activations (a *product*), or an operator that joins or pools quantized activations and has an integer kernel of its
+own (a *join*). Reading is all that happens here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcomp.errors import RecipeError, UnsupportedSite
+
+LAYER_OPS = ("Conv", "Gemm", "MatMul")
+PASS_THROUGH_OPS = frozenset(
+    {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity", "Pad"}
+)
+"""Operators whose output values are a selection of their first input's values (Pad adds zeros)."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantizable operator. Tensor names are the float model's; they stay valid in the compressed one."""
+
+    name: str
+    """The node's name: what patterns and reports speak of."""
+    op: str
+    kind: str
+    """`layer`, `product` or `join`."""
+    inputs: tuple[str, ...]
+    """The activations it reads, in order; `x` is the first."""
+    raw: str
+    """The operator's own output, before a separate bias Add."""
+    y: str
+    """The site's output, bias included; the same as `raw` where there is no separate Add."""
+    channel_axis: int
+    """The channel axis of `y`: 1 behind a Conv, -1 elsewhere."""
+    rank: int = 0
+    """Rank of `y` where it is known: of a Conv, the rank of its weight."""
+    fixed_tokens: bool = False
+    """Whether every axis of `y` but the first has the same length in every run, so that T of [N, T, C] is a constant."""
+    weight: str | None = None
+    weight_axis: int = 0
+    """The output-channel axis of the weight."""
+    bias: str | None = None
+    """The constant bias, inside the operator or in the Add behind it."""
+    bias_node: str | None = None
+    """The separate bias Add, if any."""
+
+    @property
+    def x(self) -> str:
+        """The first activation."""
+        return self.inputs[0]
+
+
+def find_sites(graph: gs.Graph) -> tuple[Site, ...]:
+    """Every layer and product of the main graph, in graph order. Control-flow bodies are not entered."""
+    fixed = all(t.shape and all(isinstance(n, int) for n in t.shape[1:]) for t in graph.inputs)
+    sites = (_layer(node) or _product(node) for node in graph.nodes)
+    return tuple(replace(site, fixed_tokens=fixed and site.op == "MatMul") for site in sites if site is not None)
+
+
+def _layer(node: gs.Node) -> Site | None:
+    if node.op not in LAYER_OPS or not _is_plain(node) or not is_weight(node.inputs[1]):
+        return None
+    weight, raw = node.inputs[1], node.outputs[0]
+    rank = len(weight.shape)
+    site = Site(node.name, node.op, "layer", (node.inputs[0].name,), raw.name, raw.name, -1, weight=weight.name, weight_axis=1)
+    if node.op == "Conv":
+        return replace(site, channel_axis=1, rank=rank, weight_axis=0, bias=_constant_name(node, 2))
+    if rank != 2:
+        return None
+    if node.op == "Gemm":
+        plain = node.attrs.get("alpha", 1.0) == 1.0 and node.attrs.get("beta", 1.0) == 1.0
+        if node.attrs.get("transA", 0) or node.attrs.get("transB", 0) or not plain:
+            return None
+        bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
+        if bias is not None and not (isinstance(bias, gs.Constant) and tuple(bias.shape) == (weight.shape[1],)):
+            return None
+        return replace(site, bias=_constant_name(node, 2))
+    add = _bias_add(raw, int(weight.shape[1]))
+    if add is None:
+        return site
+    bias = next(t.name for t in add.inputs if isinstance(t, gs.Constant))
+    return replace(site, y=add.outputs[0].name, bias=bias, bias_node=add.name)
+
+
+def _product(node: gs.Node) -> Site | None:
+    if node.op != "MatMul" or not _is_plain(node) or any(isinstance(t, gs.Constant) for t in node.inputs):
+        return None
+    y = node.outputs[0].name
+    return Site(node.name, "MatMul", "product", tuple(t.name for t in node.inputs), y, y, -1)
+
+
+def join(node: gs.Node) -> Site:
+    """The site of an operator without weights that a target runs on integers, such as a residual Add."""
+    y = node.outputs[0].name
+    inputs = tuple(t.name for t in node.inputs if isinstance(t, gs.Variable) and not t.is_empty())
+    return Site(node.name, node.op, "join", inputs, y, y, 1)
+
+
+def is_weight(tensor: gs.Tensor) -> bool:
+    """A constant float32 matrix or kernel."""
+    return isinstance(tensor, gs.Constant) and tensor.dtype == np.float32 and len(tensor.shape) >= 2
+
+
+def _is_plain(node: gs.Node) -> bool:
+    return node.domain in (None, "", "ai.onnx") and isinstance(node.inputs[0], gs.Variable)
+
+
+def _constant_name(node: gs.Node, index: int) -> str | None:
+    """The name of the constant at this input, if there is one."""
+    found = node.inputs[index] if len(node.inputs) > index else None
+    return found.name if isinstance(found, gs.Constant) else None
+
+
+def _bias_add(raw: gs.Tensor, width: int) -> gs.Node | None:
+    """The Add of a constant [width] that alone reads the product."""
+    if len(raw.outputs) != 1 or raw.outputs[0].op != "Add":
+        return None
+    add = raw.outputs[0]
+    constants = [t for t in add.inputs if isinstance(t, gs.Constant) and t.dtype == np.float32]
+    if len(constants) != 1 or tuple(constants[0].shape) not in ((width,), (1, width)):
+        return None
+    return add
+
+
+def matches(pattern: str, site: Site) -> bool:
+    """Whether `pattern` names the site: a glob over names, `re:` and a regular expression, or `op:` and a type."""
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], site.name) is not None
+    if pattern.startswith("op:"):
+        return site.op == pattern[3:]
+    return fnmatch.fnmatchcase(site.name, pattern)
+
+
+def select(sites: Sequence[Site], include: Iterable[str], exclude: Iterable[str], every: Iterable[str]) -> tuple[Site, ...]:
+    """The sites that `include` names (all where it is empty) and `exclude` does not.
+
+    `every` are all node names of the graph, for telling an unsupported node from a misspelt one.
+
+    Raises RecipeError for a pattern that is no regular expression or matches nothing, UnsupportedSite for one that
+    names nodes which are no sites.
+    """
+    include, exclude = tuple(include), tuple(exclude)
+    names = tuple(every)
+    for pattern in include + exclude:
+        check_pattern(pattern, sites, names, required=pattern in include)
+    wanted = [s for s in sites if not include or any(matches(p, s) for p in include)]
+    return tuple(s for s in wanted if not any(matches(p, s) for p in exclude))
+
+
+def check_pattern(pattern: str, sites: Sequence[Site], names: Sequence[str], *, required: bool) -> None:
+    """Raise unless `pattern` matches a site, with the nearest name as a suggestion."""
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise RecipeError(f"Pattern '{pattern}' is not a regular expression: {error}.") from None
+    if any(matches(pattern, site) for site in sites):
+        return
+    others = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if others and not required:
+        return
+    if others:
+        raise UnsupportedSite(
+            f"{others[0]}: it is no Conv, Gemm or MatMul with a constant weight, so it cannot be quantized. "
+            f"Leave '{pattern}' out of include."
+        )
+    if pattern.startswith("op:"):
+        found = ", ".join(sorted({site.op for site in sites}))
+        raise RecipeError(f"Pattern '{pattern}' matches no site. The model has sites of type {found or 'none'}.")
+    near = difflib.get_close_matches(pattern, [site.name for site in sites], n=1, cutoff=0.3)
+    hint = f" Did you mean '{near[0]}'?" if near else " `onnxcomp inspect MODEL` lists the sites."
+    raise RecipeError(f"Pattern '{pattern}' matches no site.{hint}")

@@ -1,0 +1,19 @@
+"""What a tensor of a graph is: its Python type, and its element type and shape as far as they are known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+Tensor = gs.Tensor
+"""A tensor of a graph: a `gs.Variable` or a `gs.Constant`."""
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """What is known about a tensor: None stands for unknown, a name or None in a shape for a dimension that varies."""
+
+    dtype: np.dtype | None
+    shape: tuple[int | str | None, ...] | None

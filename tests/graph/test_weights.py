@@ -1,0 +1,141 @@
+"""Weights in files beside the model: read into it, or refused with a sentence that names them."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from equality import parse
+from onnx import ModelProto, TensorProto, helper
+
+from onnxcomp.errors import ModelError
+from onnxcomp.graph import files
+from onnxcomp.graph.weights import split_weights, tensor_bytes
+
+
+@pytest.fixture
+def model() -> ModelProto:
+    weights = {"w": np.arange(1536, dtype=np.float32).reshape(3, 512), "b": np.ones(512, np.float32)}
+    return parse("g (float[N,3] x) => (float[N,512] y) { h = MatMul(x, w) y = Add(h, b) }", weights)
+
+
+@pytest.fixture
+def external(model: ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model whose weights lie beside it."""
+    monkeypatch.setattr(files, "INLINE_LIMIT", 1000)
+    path = tmp_path / "model" / "m.onnx"
+    path.parent.mkdir()
+    files.save(model, path)
+    return path
+
+
+def point_weight(path: Path, **entries: str) -> None:
+    """Change where the weight `w` is said to lie."""
+    model = onnx.load(path, load_external_data=False)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "w")
+    for entry in weight.external_data:
+        entry.value = entries.get(entry.key, entry.value)
+    path.write_bytes(model.SerializeToString())
+
+
+def test_an_unreadable_weight_file_says_why(external: Path, monkeypatch: pytest.MonkeyPatch):
+    open_any = Path.open
+
+    def refuse(path: Path, *arguments: str) -> object:
+        if path.suffix == ".data":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_any(path, *arguments)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ModelError, match=r"m\.onnx\.data cannot be read: permission denied\.$"):
+        files.load(external)
+
+
+def test_a_missing_weight_file_is_named(external: Path):
+    (external.parent / "m.onnx.data").unlink()
+
+    with pytest.raises(ModelError, match=r"the weight file 'm\.onnx\.data' is missing\. Copy it beside the model\.$"):
+        files.load(external)
+
+
+def test_a_short_weight_file_is_refused(external: Path):
+    data = external.parent / "m.onnx.data"
+    data.write_bytes(data.read_bytes()[:5000])
+
+    text = r"the weight 'w' needs 6144 bytes, but 'm\.onnx\.data' holds fewer\. The file is cut short or belongs to"
+    with pytest.raises(ModelError, match=text):
+        files.load(external)
+
+
+@pytest.mark.parametrize("entries", [{"length": "5"}, {"offset": "-1"}, {"offset": "many"}, {"offset": "100000"}])
+def test_a_weight_that_claims_fewer_bytes_than_it_needs_is_refused(external: Path, entries: dict[str, str]):
+    point_weight(external, **entries)
+
+    with pytest.raises(ModelError, match="the weight 'w' needs 6144 bytes"):
+        files.load(external)
+
+
+@pytest.mark.parametrize("location", ["../outside.data", "", "a/../../outside.data"])
+def test_a_weight_outside_the_models_folder_is_refused(external: Path, location: str):
+    (external.parent.parent / "outside.data").write_bytes(b"\0" * 10000)
+    point_weight(external, location=location)
+
+    with pytest.raises(ModelError, match=r"points to '.*', outside the model's folder\. Copy that file beside the model\.$"):
+        files.load(external)
+
+
+def test_an_absolute_weight_path_is_refused_even_inside_the_folder(external: Path):
+    point_weight(external, location=str(external.parent / "m.onnx.data"))
+
+    with pytest.raises(ModelError, match="outside the model's folder"):
+        files.load(external)
+
+
+def test_a_link_out_of_the_models_folder_is_refused(external: Path):
+    outside = external.parent.parent / "outside.data"
+    (external.parent / "m.onnx.data").rename(outside)
+    (external.parent / "m.onnx.data").symlink_to(outside)
+
+    with pytest.raises(ModelError, match="outside the model's folder"):
+        files.load(external)
+
+
+def test_splitting_takes_the_large_initializers_out_of_a_copy(model: ModelProto):
+    before = model.SerializeToString(deterministic=True)
+    model.metadata_props.add(key="author", value="me")
+    model.functions.add(name="F", domain="local")
+
+    skeleton, weights = split_weights(model, 2049)
+
+    assert list(weights) == ["w"]
+    assert [tensor.name for tensor in skeleton.graph.initializer] == ["b"]
+    skeleton.graph.initializer.insert(0, weights["w"])
+    assert skeleton == model
+    skeleton.graph.node[0].name = "changed"
+    del model.metadata_props[:], model.functions[:]
+    assert model.SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "size"),
+    [
+        (TensorProto.FLOAT, [3, 5], 60),
+        (TensorProto.FLOAT, [], 4),
+        (TensorProto.INT64, [0, 7], 0),
+        (TensorProto.BOOL, [9], 9),
+        (TensorProto.BFLOAT16, [3], 6),
+        (TensorProto.INT4, [3], 2),
+        (TensorProto.UINT4, [4], 2),
+        (TensorProto.STRING, [4], 0),
+    ],
+)
+def test_the_size_of_a_tensor_is_that_of_its_packed_values(kind: int, shape: list[int], size: int):
+    tensor = TensorProto(data_type=kind, dims=shape)
+
+    assert tensor_bytes(tensor) == size
+    if kind != TensorProto.STRING:
+        made = helper.make_tensor("t", kind, shape, np.zeros(shape))
+        assert len(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(made)).raw_data) == size
