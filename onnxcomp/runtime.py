@@ -1,0 +1,254 @@
+"""ONNX Runtime: sessions, inferred types, what it makes of a model, and how long that takes.
+
+The only module that imports onnxruntime. Sessions are quiet and deterministic; a failure is a ModelError with the
+runtime's own sentence. A model is bytes, or a path where its weights lie beside it or exceed protobuf's 2 GiB.
+
+Limits: CPU time that other processes take is part of a latency. Models are timed in turn and ratios taken round by
+round, so that it stays out of the comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as native  # pyright: ignore[reportAttributeAccessIssue]
+
+from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.graph import files, kernels
+from onnxcomp.graph.kernels import OptimizedNode
+from onnxcomp.graph.types import TensorType
+
+Model = bytes | str | Path
+Feed = Mapping[str, np.ndarray]
+
+_FAILURES = (
+    native.EPFail,
+    native.Fail,
+    native.InvalidArgument,
+    native.InvalidGraph,
+    native.InvalidProtobuf,
+    native.NoModel,
+    native.NoSuchFile,
+    native.NotImplemented,
+    native.RuntimeException,
+    RuntimeError,
+    ValueError,
+)
+_FATAL = 4
+_ROUND_SECONDS = 0.02
+_PROFILED_RUNS = 10
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds per run: median, 10 and 90 % quantile over the rounds; the same of the ratio to the first model."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+
+
+class Session:
+    """A loaded model, ready to run. `inputs` and `outputs` are (name, type) pairs in the model's order.
+
+    `threads` 0 leaves their number to the runtime. Raises UsageError for a provider that is not installed and
+    ModelError for a model that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        optimize: bool = True,
+        threads: int = 0,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> None:
+        self._session = _open(model, _options(optimize=optimize, threads=threads), providers)
+        self.inputs = _ports(self._session.get_inputs())
+        self.outputs = _ports(self._session.get_outputs())
+
+    def run(self, feeds: Feed, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """The outputs called `names` (all by default) for one feed, by name. Raises ModelError where the run fails."""
+        wanted = [name for name, _ in self.outputs] if names is None else list(names)
+        if not wanted:
+            return {}
+        return dict(zip(wanted, _run(self._session, wanted, feeds), strict=True))
+
+
+def version() -> str:
+    """The version of the installed ONNX Runtime."""
+    return ort.__version__
+
+
+def infer_types(model: files.ModelProto | Model) -> dict[str, TensorType]:
+    """Element type and shape of the inputs and of every node's outputs, as ONNX Runtime infers them.
+
+    A dimension that varies is its name, or None where it has none. Tensors inside the bodies of control flow are left
+    out. Raises ModelError for a model that cannot be loaded.
+    """
+    loaded = files.load(model)
+    session = Session(files.to_bytes(kernels.expose_all(loaded)), optimize=False)
+    types = dict(session.inputs) | dict(session.outputs)
+    produced = (name for node in loaded.graph.node for name in node.output if name)
+    return {name: types[name] for name in (*kernels.input_names(loaded), *produced)}
+
+
+def optimized(model: Model) -> tuple[OptimizedNode, ...]:
+    """The operators that ONNX Runtime executes on the CPU in place of the model's own, in order.
+
+    Changes of memory layout are left out: they rename tensors and nodes, and compute the same. Raises ModelError for a
+    model that cannot be loaded.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        options = _options(optimize=True, threads=1)
+        options.optimized_model_filepath = str(path)
+        # Weights go to a file of their own: in one file, a model of more than 2 GiB could not be written.
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        _open(model, options, ("CPUExecutionProvider",), without=("NchwcTransformer", "NhwcTransformer"))
+        return kernels.read_nodes(path)
+
+
+def measure(
+    models: Sequence[Model],
+    feeds: Sequence[Feed],
+    *,
+    threads: int = 1,
+    rounds: int = 20,
+    warmup: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Latency, ...]:
+    """Latency of one run of each model, all on the same feeds, in the same process and in turn: A B C A B C ...
+
+    In every round each model goes through the feeds as often as 20 ms take. `progress` gets the rounds done and their
+    number. Raises ModelError for a model that cannot be loaded or run.
+    """
+    assert models, "no model to measure"
+    assert feeds, "no feed to measure with"
+    assert rounds >= 1, "no round to measure in"
+    sessions = [Session(model, threads=threads) for model in models]
+    passes = [_passes(session, feeds, warmup) for session in sessions]
+    seconds = np.empty((rounds, len(sessions)))
+    for index in range(rounds):
+        for column, (session, count) in enumerate(zip(sessions, passes, strict=True)):
+            seconds[index, column] = _time(session, feeds, count)
+        if progress is not None:
+            progress(index + 1, rounds)
+    times = np.quantile(seconds * 1e3, (0.5, 0.1, 0.9), axis=0)
+    ratios = np.quantile(seconds / seconds[:, :1], (0.5, 0.1, 0.9), axis=0)
+    return tuple(Latency(*map(float, row)) for row in np.concatenate([times, ratios]).T)
+
+
+def profile(model: Model, feed: Feed, threads: int = 1) -> tuple[tuple[str, float], ...]:
+    """Milliseconds per run by the type of the executed operators, the costliest first; the first run is not counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = _options(optimize=True, threads=threads)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = _open(model, options, ("CPUExecutionProvider",))
+        for _ in range(_PROFILED_RUNS + 1):
+            _run(session, None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    counted = min(e["ts"] + e["dur"] for e in events if e["name"] == "model_run")
+    total: dict[str, float] = defaultdict(float)
+    for event in events:
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= counted:
+            total[event["args"]["op_name"]] += event["dur"] / 1e3 / _PROFILED_RUNS
+    return tuple(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+
+@lru_cache(maxsize=1)
+def cpu_has_vnni() -> bool:
+    """Whether products of uint8 and int8 add up exactly on this machine, found by trying.
+
+    x86 without VNNI or AMX adds two of them in 16 bits: 255 * 127 * 2 does not fit and saturates. ARM is exact.
+    """
+    a, b = np.full((1, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
+    y = Session(kernels.saturation_probe(), threads=1).run({"a": a, "b": b})["y"]
+    return bool((y == 64 * 255 * 127).all())
+
+
+def _options(*, optimize: bool, threads: int) -> ort.SessionOptions:
+    levels = ort.GraphOptimizationLevel
+    options = ort.SessionOptions()
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    # Errors are raised as well, and the warnings are about files that we write on purpose.
+    options.log_severity_level = _FATAL
+    return options
+
+
+def _open(
+    model: Model, options: ort.SessionOptions, providers: Sequence[str], without: Sequence[str] = ()
+) -> ort.InferenceSession:
+    """A session; `without` names optimizations of the runtime to leave out."""
+    offered = ort.get_available_providers()
+    for provider in providers:
+        if provider not in offered:
+            raise UsageError(f"ONNX Runtime {version()} has no provider '{provider}' here. It offers {', '.join(offered)}.")
+    source = model if isinstance(model, bytes) else str(model)
+    what = "the model" if isinstance(model, bytes) else source
+    try:
+        return ort.InferenceSession(source, options, providers=list(providers), disabled_optimizers=list(without))
+    except _FAILURES as error:
+        raise ModelError(f"ONNX Runtime cannot load {what}: {_sentence(error)}") from error
+
+
+def _run(session: ort.InferenceSession, names: list[str] | None, feeds: Feed) -> Sequence[Any]:
+    try:
+        return session.run(names, dict(feeds))
+    except _FAILURES as error:
+        raise ModelError(f"ONNX Runtime cannot run the model: {_sentence(error)}") from error
+
+
+def _ports(nodes: Sequence[ort.NodeArg]) -> tuple[tuple[str, TensorType], ...]:
+    return tuple((node.name, _type(node)) for node in nodes)
+
+
+def _type(node: ort.NodeArg) -> TensorType:
+    dtype = kernels.element_type(node.type)
+    return TensorType(dtype, None if node.shape is None else tuple(node.shape))
+
+
+def _sentence(error: BaseException) -> str:
+    """The runtime's message in one line, without its error codes and source positions."""
+    text = str(error).split("[ONNXRuntimeError] : ")[-1]
+    text = re.sub(r"^\d+ : [A-Z_]+ : ", "", text)
+    text = re.sub(r"\S+\.(cc|cpp|h):\d+\s+(onnxruntime::\S+\([^)]*\)\s*)?", "", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    count = 2 if lines and lines[0].endswith("indices") else 1
+    return f"{': '.join(lines[:count]).rstrip('.')}."
+
+
+def _passes(session: Session, feeds: Sequence[Feed], warmup: int) -> int:
+    """How often `session` goes through the feeds in `_ROUND_SECONDS`, found by warming it up."""
+    for _ in range(warmup):
+        _time(session, feeds, 1)
+    once = min(_time(session, feeds, 1) for _ in range(2)) * len(feeds)
+    return max(1, round(_ROUND_SECONDS / once))
+
+
+def _time(session: Session, feeds: Sequence[Feed], passes: int) -> float:
+    """Seconds per run over `passes` passes through the feeds."""
+    start = time.perf_counter()
+    for _ in range(passes):
+        for feed in feeds:
+            session.run(feed)
+    return (time.perf_counter() - start) / (passes * len(feeds))

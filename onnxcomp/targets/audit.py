@@ -1,0 +1,144 @@
+"""The kernel audit: which operator ONNX Runtime really executes for each quantized site, and why where it is float.
+
+Read from the optimized model of the installed runtime, never assumed.
+
+Limits: sites of the main graph only. The optimized model is taken without changes of memory layout, which rename
+tensors but compute the same. That a kernel computes what the graph says is for the verification to show: a weight
+scaled along the wrong axis, or a bias not scaled by input times weight, becomes an integer kernel and is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnxcomp import runtime
+from onnxcomp.graph import files
+from onnxcomp.graph.convert import to_graph
+from onnxcomp.graph.edit import Graph
+from onnxcomp.graph.kernels import Node, OptimizedNode, output_names
+from onnxcomp.targets.fallback import MOVES, SELECTIONS, Case, explain, is_quantized
+
+INTEGER_KERNELS = frozenset(
+    {
+        "ConvInteger",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "QGemm",
+        "QLinearAdd",
+        "QLinearAveragePool",
+        "QLinearConcat",
+        "QLinearConv",
+        "QLinearGlobalAveragePool",
+        "QLinearLeakyRelu",
+        "QLinearMatMul",
+        "QLinearMul",
+        "QLinearSigmoid",
+        "QLinearSoftmax",
+        "QLinearWhere",
+    }
+)
+
+_WEIGHT_ONLY = "MatMulNBits"
+_FLOAT_RESULT = frozenset({"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits"})
+_LAYERS = INTEGER_KERNELS | {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}
+_CONVERSIONS = MOVES | {"Cast", "Clip", "DequantizeLinear", "QuantizeLinear", "Relu"}
+_ARITHMETIC = frozenset({"Add", "Mul", "Sum"})
+"""These and conversions may stand between a site's kernel and the tensors that the site is known by."""
+
+
+@dataclass(frozen=True)
+class AuditSite:
+    """A site by the name of its operator, and the tensors of the lowered model that its kernel may produce.
+
+    `outputs` in order of preference: the operator's own output, that behind its bias or its ReLU, the codes behind its
+    QuantizeLinear.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What computes a site. `op` is empty where nothing in the optimized model does; `reason` where it is integer."""
+
+    site: str
+    op: str
+    integer: bool
+    reason: str
+
+
+def audit(model: bytes | Path, sites: Sequence[AuditSite]) -> tuple[Kernel, ...]:
+    """The kernel of every site of a lowered model, in the order given.
+
+    Raises ModelError for a model that ONNX Runtime cannot load.
+    """
+    nodes = runtime.optimized(model)
+    producers = {name: node for node in nodes for name in node.outputs}
+    by_name = {node.name.removesuffix("/MatMulAddFusion"): node for node in nodes if node.name}
+    kernels = [_find_kernel(site, producers, by_name) for site in sites]
+    graph: Graph | None = None
+    found: list[Kernel] = []
+    for site, kernel in zip(sites, kernels, strict=True):
+        if kernel is not None and kernel.op != _WEIGHT_ONLY and _is_integer(kernel, producers):
+            found.append(Kernel(site.name, kernel.op, True, ""))
+            continue
+        graph = to_graph(files.load(model)) if graph is None else graph
+        node = _find_node(site, graph)
+        kernel = kernel or by_name.get(node.name)
+        found.append(_judge(site, node, kernel, output_names(graph)))
+    return tuple(found)
+
+
+def _judge(site: AuditSite, node: Node, kernel: OptimizedNode | None, outputs: frozenset[str]) -> Kernel:
+    """A site whose kernel is not integer, or is so only if its activations are float."""
+    if kernel is None:
+        return Kernel(site.name, "", False, "No operator of ONNX Runtime's optimized model could be matched to it.")
+    if kernel.op in INTEGER_KERNELS and not (kernel.op == _WEIGHT_ONLY and is_quantized(node.inputs[0])):
+        return Kernel(site.name, kernel.op, True, "")
+    return Kernel(site.name, kernel.op, False, explain(Case(node, outputs), runtime.version()))
+
+
+def _find_kernel(
+    site: AuditSite, producers: Mapping[str, OptimizedNode], by_name: Mapping[str, OptimizedNode]
+) -> OptimizedNode | None:
+    """What computes the first of the site's tensors that still exists, or the node that kept the site's name."""
+    node = next((producers[name] for name in site.outputs if name in producers), None)
+    return (node and _layer_behind(node, site.name, producers)) or by_name.get(site.name)
+
+
+def _layer_behind(node: OptimizedNode, site: str, producers: Mapping[str, OptimizedNode]) -> OptimizedNode | None:
+    """The node itself if it computes the site, else what it converts, rescales or shifts the result of."""
+    if node.name == site or node.op not in _CONVERSIONS | _ARITHMETIC:
+        return node
+    before = [producers[name] for name in node.inputs if name in producers]
+    if node.op in _CONVERSIONS:
+        return _layer_behind(before[0], site, producers) if before else None
+    layers = [found for found in (_layer_behind(n, site, producers) for n in before) if found and found.op in _LAYERS]
+    return layers[0] if layers else None
+
+
+def _is_integer(kernel: OptimizedNode, producers: Mapping[str, OptimizedNode]) -> bool:
+    if kernel.op in INTEGER_KERNELS:
+        return True
+    node: OptimizedNode | None = kernel
+    while node is not None and node.op in SELECTIONS:
+        node = producers.get(node.inputs[0])
+    if node is None or node is kernel:
+        return False
+    return node.op in ("QuantizeLinear", "DynamicQuantizeLinear") or node.op in INTEGER_KERNELS - _FLOAT_RESULT
+
+
+def _find_node(site: AuditSite, graph: Graph) -> Node:
+    """The site's operator in the lowered model: by its name, or from its tensors up."""
+    for node in graph.nodes:
+        if node.name == site.name:
+            return node
+    tensors = graph.tensors()
+    found = [tensors[name].inputs[0] for name in site.outputs if name in tensors and tensors[name].inputs]
+    assert found, f"{site.name} is not in the lowered model"
+    return next((node for node in found if node.op not in _CONVERSIONS | _ARITHMETIC), found[0])
