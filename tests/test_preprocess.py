@@ -1,0 +1,238 @@
+"""Pixels to tensors: the text and table forms, the arithmetic, geometry, colour, and every error."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from onnxcomp.errors import DataError, UsageError
+from onnxcomp.preprocess import Preprocess, decode_image, suggest
+
+
+def pixels(height: int, width: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def encode(array: np.ndarray, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, kind)
+    return stream.getvalue()
+
+
+def test_text_and_table_name_the_same_fields():
+    text = "resize=256 crop=224 mean=0.485,0.456,0.406 std=0.25 scale=1/255 layout=nhwc color=bgr"
+    table = {
+        "resize": 256, "crop": 224, "mean": [0.485, 0.456, 0.406], "std": 0.25, "scale": 1 / 255,
+        "layout": "nhwc", "color": "bgr",
+    }  # fmt: skip
+    expected = Preprocess(256, 224, (0.485, 0.456, 0.406), 0.25, 1 / 255, "nhwc", "bgr")
+
+    assert Preprocess.parse(text) == expected
+    assert Preprocess.from_table(table) == expected
+
+
+@pytest.mark.parametrize("text", ["", "crop=224 mean=0.5 std=0.5", "mean=0.1,0.2,0.3 scale=1 layout=nhwc color=gray"])
+def test_text_and_table_round_trip(text: str):
+    preprocess = Preprocess.parse(text)
+
+    assert Preprocess.parse(str(preprocess)) == preprocess
+    assert Preprocess.from_table(preprocess.to_table()) == preprocess
+    assert str(preprocess) == text
+
+
+ONE_OR_THREE = "must be one number or three, found"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("corp=224", "preprocess: unknown key 'corp'. Did you mean 'crop'?"),
+        ("zzz=1", "preprocess: unknown key 'zzz'. Known keys: resize, crop, mean, std, scale, layout, color."),
+        ("crop", "preprocess: 'crop' is not key=value. Write it like \"crop=224 mean=0.5 std=0.5\"."),
+        ("crop=2 crop=3", "preprocess: key 'crop' is given twice."),
+        ("crop=0", "preprocess: crop must be a positive whole number of pixels, found '0'."),
+        ("resize=2.5", "preprocess: resize must be a positive whole number of pixels, found '2.5'."),
+        ("crop=big", "preprocess: crop must be a positive whole number of pixels, found 'big'."),
+        ("mean=1,2", f"preprocess: mean {ONE_OR_THREE} '1,2'."),
+        ("mean=nan", f"preprocess: mean {ONE_OR_THREE} 'nan'."),
+        ("std=1,x,1", f"preprocess: std {ONE_OR_THREE} '1,x,1'."),
+        ("std=1,0,1", "preprocess: std must not be 0."),
+        ("scale=0", "preprocess: scale must be a positive number, found '0'."),
+        ("scale=1/0", "preprocess: scale must be a positive number, found '1/0'."),
+        ("layout=chw", "preprocess: layout must be one of nchw, nhwc, found 'chw'."),
+        ("color=grey", "preprocess: color must be one of rgb, bgr, gray, found 'grey'."),
+    ],
+)
+def test_bad_text_is_a_usage_error(text: str, message: str):
+    with pytest.raises(UsageError) as raised:
+        Preprocess.parse(text)
+
+    assert str(raised.value) == message
+
+
+def test_a_table_with_true_for_a_number_is_a_usage_error():
+    with pytest.raises(UsageError, match=r"^preprocess: crop must be a positive whole number of pixels, found 'True'.$"):
+        Preprocess.from_table({"crop": True})
+
+
+def test_the_formula_is_worked_out_in_float64_and_rounded_once():
+    x = pixels(5, 4)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    found = Preprocess(mean=mean, std=std, layout="nhwc").apply(x, "x")
+
+    expected = (x.astype(np.float64) * (1 / 255) - mean) / std
+    np.testing.assert_array_equal(found, expected.astype(np.float32), strict=True)
+
+
+def test_layout_nchw_moves_channels_first():
+    x = pixels(5, 4)
+
+    found = Preprocess(scale=1).apply(x, "x")
+
+    np.testing.assert_array_equal(found, x.transpose(2, 0, 1).astype(np.float32), strict=True)
+    assert found.flags.c_contiguous
+
+
+def test_bgr_turns_the_channels_and_takes_mean_in_that_order():
+    x = pixels(2, 2)
+
+    found = Preprocess(scale=1, mean=(1, 2, 3), color="bgr", layout="nhwc").apply(x, "x")
+
+    np.testing.assert_array_equal(found, x[:, :, ::-1] - np.array([1, 2, 3], np.float32))
+
+
+def test_gray_is_pillows_luma():
+    x = pixels(3, 4)
+
+    found = Preprocess(scale=1, color="gray", layout="nhwc").apply(x, "x")
+
+    np.testing.assert_array_equal(found[:, :, 0], np.asarray(Image.fromarray(x).convert("L")))
+
+
+@pytest.mark.parametrize(("size", "start"), [((227, 227), (1, 1)), ((256, 300), (16, 38)), ((224, 225), (0, 0))])
+def test_crop_is_central_with_the_odd_pixel_at_the_end(size: tuple[int, int], start: tuple[int, int]):
+    x = pixels(*size)
+    top, left = start
+
+    found = Preprocess(scale=1, crop=224, layout="nhwc").apply(x, "x")
+
+    np.testing.assert_array_equal(found, x[top : top + 224, left : left + 224])
+
+
+@pytest.mark.parametrize(("size", "resized"), [((20, 30), (10, 15)), ((31, 20), (15, 10)), ((7, 7), (10, 10))])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resize_brings_the_shorter_side_to_n(size: tuple[int, int], resized: tuple[int, int], channels: int):
+    x = pixels(*size, channels)
+    picture = Image.fromarray(x if channels == 3 else x[:, :, 0])
+
+    found = Preprocess(scale=1, resize=10, layout="nhwc").apply(x, "x")
+
+    assert found.shape == (*resized, channels)
+    height, width = resized
+    expected = picture.resize((width, height), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(found, np.asarray(expected).reshape(found.shape))
+
+
+def test_resize_comes_before_crop():
+    found = Preprocess(resize=12, crop=8).apply(pixels(24, 48), "x")
+
+    assert found.shape == (3, 8, 8)
+
+
+def test_too_small_an_image_is_told_to_resize():
+    with pytest.raises(DataError) as raised:
+        Preprocess(crop=8).apply(pixels(6, 9), "a.png: sample 0")
+
+    assert str(raised.value) == (
+        "a.png: sample 0: the image is 6x9 (height x width), smaller than crop=8. Add resize=8 to --preprocess."
+    )
+
+
+def test_channels_first_pixels_are_refused():
+    with pytest.raises(DataError) as raised:
+        Preprocess().apply(pixels(3, 6, 7), "x")
+
+    assert str(raised.value) == (
+        "x: expected pixels [height, width, 1 or 3 channels], found [3, 6, 7]. "
+        "Store images channels last; layout=nchw turns them around for the model."
+    )
+
+
+def test_three_means_for_one_channel_are_refused():
+    with pytest.raises(DataError, match=r"^x: mean has 3 values, but the image has 1 channel. Give mean one value.$"):
+        Preprocess(mean=(1, 2, 3)).apply(pixels(2, 2, 1), "x")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP"])
+def test_a_lossless_image_decodes_to_its_pixels(kind: str):
+    x = pixels(3, 4)
+
+    np.testing.assert_array_equal(decode_image(encode(x, kind), "rgb", "x"), x, strict=True)
+
+
+def test_a_gray_image_is_made_three_channels_unless_gray_is_asked():
+    x = pixels(3, 4, 1)
+    encoded = encode(x[:, :, 0])
+
+    np.testing.assert_array_equal(decode_image(encoded, "rgb", "x"), np.repeat(x, 3, axis=2), strict=True)
+    np.testing.assert_array_equal(decode_image(encoded, "gray", "x"), x, strict=True)
+
+
+def test_alpha_and_a_transparent_palette_are_dropped():
+    x = pixels(3, 4)
+    opaque = np.concatenate([x, np.full((3, 4, 1), 9, np.uint8)], axis=2)
+    stream = io.BytesIO()
+    Image.new("P", (4, 3)).save(stream, "PNG", transparency=bytes(2))
+
+    np.testing.assert_array_equal(decode_image(encode(opaque), "rgb", "x"), x)
+    assert decode_image(stream.getvalue(), "rgb", "x").shape == (3, 4, 3)
+
+
+def test_sixteen_bits_a_channel_are_refused():
+    encoded = encode(np.zeros((2, 2), np.uint16))
+
+    with pytest.raises(DataError, match=r"^x: expected 8 bits a channel, found mode I;16. Convert it to 8 bits.$"):
+        decode_image(encoded, "rgb", "x")
+
+
+def test_bytes_that_are_no_image_are_a_data_error():
+    with pytest.raises(DataError, match=r"^x: cannot be decoded as an image: unknown format.$"):
+        decode_image(b"not an image", "rgb", "x")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP"])
+def test_a_cut_off_image_is_a_data_error(kind: str):
+    encoded = encode(pixels(64, 64), kind)
+
+    with pytest.raises(DataError, match=r"^x: cannot be decoded as an image: .+[.]$"):
+        decode_image(encoded[: len(encoded) // 2], "rgb", "x")
+
+
+def test_without_pillow_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+
+    with pytest.raises(DataError, match=r"^x: images need Pillow, which is not installed. Run: pip install pillow.$"):
+        decode_image(b"", "rgb", "x")
+
+
+@pytest.mark.parametrize(
+    ("current", "shape", "size", "text"),
+    [
+        (None, ("N", 3, 224, 224), (227, 227), "crop=224 layout=nchw"),
+        (None, ("N", 224, 224, 3), (300, 500), "crop=224 layout=nhwc"),
+        (None, (1, 1, 28, 28), (20, 30), "resize=28 crop=28 color=gray layout=nchw"),
+        (None, (1, 3, 32, 32), (32, 32), "layout=nchw"),
+        (Preprocess(mean=0.5), ("N", 3, 8, 8), (9, 9), "crop=8 mean=0.5 layout=nchw"),
+        (Preprocess(color="gray"), ("N", 3, None, None), (9, 9), "layout=nchw"),
+        (Preprocess(), ("N", 3, 48, 64), (9, 9), None),
+    ],
+)
+def test_the_suggestion_follows_the_input_shape(
+    current: Preprocess | None, shape: tuple[int | str | None, ...], size: tuple[int, int], text: str | None
+):
+    assert suggest(current, shape, size) == text
