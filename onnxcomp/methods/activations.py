@@ -1,0 +1,97 @@
+"""Activation quantizers: the range of one tensor, from what the compressed model really computes there.
+
+    static    Q with a fixed scale and zero point: min-max, percentile or least squared error over calibration samples
+    dynamic   scale = max|x| / qmax over the tensor, at run time: no data needed
+    token     scale = c * max|x| / qmax over the last axis, at run time; the clip ratio c by least squared error
+
+Every sample contributes a fixed number of evenly spread values to the histogram; min-max looks at all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxcomp.graph.edit import Tape
+from onnxcomp.methods.base import Array, Batch, Samples
+from onnxcomp.numerics.affine import QParams, Scheme, from_range
+from onnxcomp.numerics.ranges import choose
+from onnxcomp.numerics.statistics import Extremes, Histogram, subsample
+
+VALUES_PER_SAMPLE = 1 << 14
+ROWS_PER_SAMPLE = 64
+RATIOS = np.array([1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6])
+XH = frozenset({"xh"})
+
+
+@dataclass(frozen=True)
+class RatioErrors:
+    """Squared error of the per-token quantizer at each clip ratio [R], summed over the rows seen."""
+
+    errors: Array
+
+    def merge(self, other: RatioErrors) -> RatioErrors:
+        """The sum of both."""
+        return RatioErrors(self.errors + other.errors)
+
+
+def fit_static(samples: Samples, scheme: Scheme, ranges: str, percentile: float, highest: float = np.inf) -> QParams:
+    """Scale and zero point of the tensor read as `xh`; the largest code stands for no more than `highest`."""
+    if ranges == "minmax":
+        extremes = samples.reduce(_extremes, XH)
+        q = from_range(extremes.min, extremes.max, scheme)
+    else:
+        q = choose(samples.reduce(_histogram, XH), scheme, ranges, percentile)
+    reach = scheme.qmax - int(q.zero_point)
+    if reach * float(q.scale) <= highest:
+        return q
+    return dataclasses.replace(q, scale=np.asarray(highest / reach, np.float32))
+
+
+def fit_ratio(samples: Samples, scheme: Scheme) -> float:
+    """The clip ratio of a per-token quantizer with the least squared error on the tensor read as `xh`."""
+    errors = samples.reduce(lambda batch: _ratio_errors(batch, scheme), XH).errors
+    return float(RATIOS[int(np.argmin(errors))])
+
+
+def build_static(op: Tape, x: str, q: QParams) -> str:
+    """Record an abstract static quantizer of `x`; return its output."""
+    scale, zero_point = op.constant("scale", q.scale), op.constant("zero_point", q.zero_point)
+    return op.abstract(
+        "FakeQuantize", x, scale, zero_point, bits=q.scheme.bits, signed=int(q.scheme.signed), granularity="static"
+    )
+
+
+def build_shared(op: Tape, x: str, scale: str, zero_point: str, scheme: Scheme) -> str:
+    """Record a static quantizer of `x` that shares the parameters of another tensor."""
+    return op.abstract("FakeQuantize", x, scale, zero_point, bits=scheme.bits, signed=int(scheme.signed), granularity="static")
+
+
+def build_run_time(op: Tape, x: str, scheme: Scheme, granularity: str, ratio: float) -> str:
+    """Record an abstract quantizer of `x` that measures its range when it runs."""
+    return op.abstract("FakeQuantize", x, bits=scheme.bits, signed=int(scheme.signed), granularity=granularity, ratio=ratio)
+
+
+def _histogram(batch: Batch) -> Histogram:
+    parts = [Histogram.of(subsample(x, VALUES_PER_SAMPLE)) for x in batch.read("xh")]
+    return functools.reduce(Histogram.merge, parts)
+
+
+def _extremes(batch: Batch) -> Extremes:
+    return functools.reduce(Extremes.merge, [Extremes.of(x) for x in batch.read("xh")])
+
+
+def _ratio_errors(batch: Batch, scheme: Scheme) -> RatioErrors:
+    top = 2 ** (scheme.bits - 1) - 1
+    errors = np.zeros(len(RATIOS))
+    for x in batch.read("xh"):
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows[:: max(1, len(rows) // ROWS_PER_SAMPLE)].astype(np.float64)
+        largest = np.abs(rows).max(axis=-1, keepdims=True)
+        for i, ratio in enumerate(RATIOS):
+            scale = np.maximum(largest * ratio / top, 1e-12)
+            errors[i] += np.square(np.clip(np.rint(rows / scale), -top - 1, top) * scale - rows).sum()
+    return RatioErrors(errors)

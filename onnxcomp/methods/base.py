@@ -1,0 +1,111 @@
+"""The contract of a method: what it reads, what it fits, how it is written into the graph, and when it is kept.
+
+A method is a frozen dataclass in a module of its own; its fields are its options (= TOML keys = help text) and its
+module's name is its name. It reads samples only through `samples.reduce`, never touches a graph, and returns an edit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, TypeVar
+
+import numpy as np
+
+from onnxcomp.errors import RecipeError
+from onnxcomp.graph.edit import Tape
+from onnxcomp.graph.sites import Site
+
+Array = np.ndarray
+Fit = Mapping[str, Array]
+"""Arrays by name; they become initializers `{site}/{method}.{key}`."""
+
+
+class Batch(Protocol):
+    """What a method sees of a few samples. x, f_x, g_x: the site's input, its float and its compressed output in the
+    float model; xh, f_xh, g_xh: the same fed with what the compressed model really computes there.
+    """
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The samples' numbers."""
+        ...
+
+    def read(self, name: str) -> list[Array]:
+        """One array per sample (or one for the whole batch where samples cannot be told apart) of a named read."""
+        ...
+
+
+class Statistic(Protocol):
+    """Anything that adds up over samples."""
+
+    def merge(self: S, other: S) -> S:
+        """The statistic of both."""
+        ...
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+class Samples(Protocol):
+    """The calibration samples of one site. The only way to look at them is to reduce them to a statistic."""
+
+    def reduce(self, fn: Callable[[Batch], S], reads: frozenset[str]) -> S:
+        """Map every batch with `fn` and merge the results in sample order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What fitting gave: the arrays, or None with the reason why the method is declined here."""
+
+    fit: Fit | None
+    reason: str
+    gain_db: float | None = None
+    """Fall of the site's output error on held-out samples, in dB."""
+    before_db: float | None = None
+    """SQNR of the site's output before the method, in dB."""
+    after_db: float | None = None
+
+
+@dataclass(frozen=True)
+class Compensation(ABC):
+    """A site method: fitted on what the compressed model computes, adopted when held-out samples agree."""
+
+    where: str = "*"
+    """Which sites: a glob over names, `re:` and a regular expression, or `op:` and an operator type."""
+    keep: str = "if-better"
+    """`if-better`: adopted where held-out samples improve; `always`: adopted everywhere, as a paper does."""
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.keep not in ("if-better", "always"):
+            raise RecipeError(f"keep = '{self.keep}' is unknown. Use 'if-better' or 'always'.")
+
+    @abstractmethod
+    def fit(self, site: Site, samples: Samples) -> Outcome:
+        """Fit the method to one site. Numbers only: no graph."""
+
+    @abstractmethod
+    def build(self, op: Tape, site: Site, fit: Fit) -> dict[str, str]:
+        """Record the nodes that apply the fit; return {old value: new value}. Graph only: no data."""
+
+
+def names() -> tuple[str, ...]:
+    """The names of every method, in alphabetical order: the modules beside this one that define METHOD."""
+    package = importlib.import_module("onnxcomp.methods")
+    found = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+    return tuple(name for name in found if name not in ("base", "activations", "weights"))
+
+
+def find(name: str) -> type[Compensation]:
+    """The method called `name`.
+
+    Raises RecipeError with the nearest name for an unknown one.
+    """
+    if name not in names():
+        raise RecipeError(f"Unknown method '{name}'. The methods are: {', '.join(names())}.")
+    return importlib.import_module(f"onnxcomp.methods.{name}").METHOD

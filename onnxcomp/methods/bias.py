@@ -1,0 +1,214 @@
+"""Bias Compensation: cancel the mean error that a quantized layer makes.
+
+    y' = G(xh) + b        b = E[F(xh) - G(xh)]
+
+F is the float layer, G its quantized twin, both fed with what the compressed model really computes (the local target).
+b is one number per output channel, folded into the layer's own bias. Where the number of tokens T is fixed (vision
+transformers), the mean error depends on the token: the class token's is unlike the patches'. There b may be a table
+[T, C] of low rank, b = U V, folded into the same Add: U V is computed once when the file is loaded.
+
+Paper   Gong et al. 2024, arXiv:2404.01892, equation of the optimal bias. Its code averages over images only, a full
+        table [T, C] per layer; `keep = "always"` does the same.
+Cost    no operator: folded into the layer's bias (one Add where a MatMul has none). r (T + C) numbers for a table.
+Gate    a channel is kept where |b| exceeds its standard error twice; b is kept where held-out samples improve, a table
+        where it lowers their error further.
+Limits  removes the mean of the error, not its spread; trusts the calibration data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import numpy as np
+
+from onnxcomp.errors import RecipeError
+from onnxcomp.graph.edit import Tape
+from onnxcomp.graph.sites import Site
+from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, Samples
+
+TRIM = 0.05
+HOLD_OUT = 4
+"""Every fourth sample is held out."""
+TABLE_GAIN_DB = 0.05
+"""What a table must gain over one number per channel, and a rank over a lower one."""
+
+
+@dataclass(frozen=True)
+class SampleErrors:
+    """The errors of some samples, over their typical tokens. Per sample: its number, the mean error per channel [N, C],
+    the mean squared error and the mean output energy [N], both summed over channels. Per token, apart for fitted and
+    held-out samples and with no token left out: how often it was seen [2], the sum of its squared errors [2, T] and of its
+    errors [2, T, C] (T = 0 where it is not fixed).
+    """
+
+    index: Array
+    mean: Array
+    error: Array
+    energy: Array
+    seen: Array
+    squares: Array
+    total: Array
+
+    @classmethod
+    def of(cls, batch: Batch, channel_axis: int, trim: float, *, per_token: bool = False) -> SampleErrors:
+        """Collect from the reads f_xh and g_xh. A token is one position on all axes but the channel's; the share `trim`
+        of each sample's tokens with the largest error is left out. `per_token`: T is the second axis of rank 3.
+        """
+        pairs = list(zip(batch.read("f_xh"), batch.read("g_xh"), strict=True))
+        first = pairs[0][0]
+        tokens = first.shape[1] if per_token and first.ndim == 3 else 0
+        rows, seen, squares = [], np.zeros(2), np.zeros((2, tokens))
+        total = np.zeros((2, tokens, first.shape[channel_axis]))
+        index = np.array(batch.indices[: len(pairs)])
+        for number, (f, g) in zip(index, pairs, strict=True):
+            channels = f.shape[channel_axis]
+            f, g = (np.moveaxis(a, channel_axis, -1).reshape(-1, channels) for a in (f, g))
+            e = f - g
+            errors = np.einsum("tc,tc->t", e, e, dtype=np.float64)
+            kept = np.sort(np.argpartition(errors, (n := _kept(len(e), trim)) - 1)[:n])
+            energy = float(np.einsum("tc,tc->", f[kept], f[kept], dtype=np.float64))
+            rows.append((e[kept].mean(axis=0, dtype=np.float64), float(errors[kept].mean()), energy / len(kept)))
+            if tokens:
+                seen[_fold(number)] += len(e) // tokens
+                squares[_fold(number)] += errors.reshape(-1, tokens).sum(axis=0)
+                total[_fold(number)] += e.reshape(-1, tokens, channels).sum(axis=0, dtype=np.float64)
+        mean, error, energy = (np.array(column) for column in zip(*rows, strict=True))
+        return cls(index, mean, error, energy, seen, squares, total)
+
+    def merge(self, other: SampleErrors) -> SampleErrors:
+        """Both, in sample order."""
+        return SampleErrors(
+            np.concatenate([self.index, other.index]),
+            np.concatenate([self.mean, other.mean]),
+            np.concatenate([self.error, other.error]),
+            np.concatenate([self.energy, other.energy]),
+            self.seen + other.seen,
+            self.squares + other.squares,
+            self.total + other.total,
+        )
+
+
+@final
+@dataclass(frozen=True)
+class BiasCompensation(Compensation):
+    """Bias Compensation: local target, per channel or per token, folded, gated."""
+
+    significance: float = 2.0
+    """A channel's b is kept where |b| exceeds this many standard errors; 0 keeps every channel."""
+    trim: float = TRIM
+    """Share of each sample's tokens, those of the largest error, that the bias per channel does not look at: a few
+    outliers (attention sinks, clipped activations) would otherwise move all the others. 0 is the paper's plain mean."""
+    tokens: bool = True
+    """Allow one bias per token where their number is fixed."""
+    rank: int = 4
+    """Largest rank of a table per token; 0 stores the full table, T C numbers per layer, as the paper does."""
+    reads: ClassVar[frozenset[str]] = frozenset({"f_xh", "g_xh"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.significance < 0 or self.rank < 0 or not 0 <= self.trim < 1:
+            raise RecipeError("significance and rank must not be negative, and trim must lie in [0, 1).")
+
+    def fit(self, site: Site, samples: Samples) -> Outcome:
+        per_token = self.tokens and site.fixed_tokens
+        errors = samples.reduce(
+            lambda batch: SampleErrors.of(batch, site.channel_axis, self.trim, per_token=per_token), self.reads
+        )
+        tokens = errors.total.shape[1]
+        held_out = errors.index % HOLD_OUT == HOLD_OUT - 1
+        always = self.keep == "always"
+        if always or not held_out.any():
+            held_out = np.zeros(len(errors.index), dtype=bool)
+        b = self._channels(errors.mean[~held_out])
+        judged = held_out if held_out.any() else ~held_out
+        before, energy = errors.error[judged], errors.energy[judged]
+        change = np.sum(np.square(b)) - 2.0 * errors.mean[judged] @ b
+        before_db = decibel(energy, before)
+        if always:
+            table = errors.total.sum(axis=0) / errors.seen.sum() if tokens else b
+            if not table.any():
+                return Outcome(None, "there is no error to correct", None, before_db, before_db)
+            return Outcome({"b": table.astype(np.float32)}, "kept as the paper does", None, before_db, None)
+        if held_out.any() and tokens:
+            u, v, gain = self._table(errors, b)
+            if gain > 0:
+                reason = f"per token, rank {u.shape[1] - 1}"
+                return Outcome({"u": u, "v": v}, reason, gain, before_db, before_db + gain)
+        after_db = decibel(energy, np.maximum(before + change, 0.0))
+        if not b.any():
+            return Outcome(None, "the mean error is not significant in any channel", 0.0, before_db, before_db)
+        if np.median(change / np.maximum(before, 1e-30)) >= 0.0 or change.sum() >= 0.0:
+            return Outcome(None, "held-out samples do not improve", after_db - before_db, before_db, before_db)
+        reason = f"{np.count_nonzero(b)} of {b.size} channels"
+        return Outcome({"b": b.astype(np.float32)}, reason, after_db - before_db, before_db, after_db)
+
+    def _channels(self, means: Array) -> Array:
+        """B [C]: the mean over samples, zero where it is not significant."""
+        b = means.mean(axis=0)
+        if len(means) < 2 or self.keep == "always":
+            return b
+        standard_error = means.std(axis=0, ddof=1) / np.sqrt(len(means))
+        return np.where(np.abs(b) > self.significance * standard_error, b, 0.0)
+
+    def _table(self, errors: SampleErrors, b: Array) -> tuple[Array, Array, float]:
+        """U [T, r + 1], V [r + 1, C] and the gain in dB on held-out samples: the lowest rank that is as good as any, 0
+        where none beats the bias per channel. Errors count relative to their token's mean squared error, so that neither
+        a few outlier tokens nor the many quiet ones decide alone.
+        """
+        (fitted, held_out), weight = errors.seen, 1.0 / np.maximum(errors.squares[0] / errors.seen[0], 1e-30)
+        table = errors.total[0] / fitted
+        centre = weight @ table / weight.sum()
+        spread = np.sqrt(weight)[:, None]
+        left = _directions((table - centre) * spread, self.rank or len(table))
+        right = left.T @ ((table - centre) * spread)
+
+        def loss(candidate: Array) -> float:
+            """Held-out error over the error without compensation."""
+            change = held_out * np.square(candidate) - 2.0 * candidate * errors.total[1]
+            return 1.0 + float(weight @ change.sum(axis=1)) / max(float(weight @ errors.squares[1]), 1e-30)
+
+        best = (np.zeros((0, 0)), np.zeros((0, 0)), min(loss(b[None]), 1.0))
+        plain = best[2]
+        for r in (r for r in (1, 2, 4, 8, 16, 32, 64, 128, len(table)) if r <= left.shape[1]):
+            u = np.concatenate([left[:, :r] / spread, np.ones((len(table), 1))], axis=1).astype(np.float32)
+            v = np.concatenate([right[:r], centre[None]]).astype(np.float32)
+            found = loss(u.astype(np.float64) @ v)
+            if 10.0 * np.log10(best[2] / max(found, 1e-30)) > TABLE_GAIN_DB:
+                best = (u, v, found)
+        return best[0], best[1], float(-10.0 * np.log10(max(best[2], 1e-30))) if best[2] < plain else 0.0
+
+    def build(self, op: Tape, site: Site, fit: Fit) -> dict[str, str]:
+        if "u" in fit:
+            table = op("MatMul", op.constant("u", fit["u"]), op.constant("v", fit["v"]))
+            return {site.y: op("Add", site.y, table)}
+        b = fit["b"] if site.channel_axis == -1 else fit["b"].reshape(-1, *[1] * (site.rank - 2))
+        return {site.y: op("Add", site.y, op.constant("b", b))}
+
+
+def decibel(energy: Array, error: Array) -> float:
+    """SQNR: the summed energy over the summed error, dB."""
+    return float(10 * np.log10(max(float(energy.sum()), 1e-30) / max(float(error.sum()), 1e-30)))
+
+
+def _kept(tokens: int, trim: float) -> int:
+    return max(int(np.ceil(tokens * (1.0 - trim))), 1)
+
+
+def _fold(number: int) -> int:
+    """0 for a fitted sample, 1 for a held-out one."""
+    return int(number % HOLD_OUT == HOLD_OUT - 1)
+
+
+def _directions(rows: Array, count: int) -> Array:
+    """The `count` leading left singular vectors of rows [T, C], each with its largest entry positive: [T, count]."""
+    if rows.shape[0] <= rows.shape[1]:
+        left = np.linalg.eigh(rows @ rows.T)[1][:, ::-1][:, :count]
+    else:
+        right = np.linalg.eigh(rows.T @ rows)[1][:, ::-1][:, :count]
+        left = rows @ right
+        left = left / np.maximum(np.linalg.norm(left, axis=0), 1e-30)
+    return left * np.sign(left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])])
+
+
+METHOD = BiasCompensation
