@@ -1,0 +1,33 @@
+"""Targets: one module per runtime, found by its name (`ort-x86` is `ort_x86.py`)."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+
+from onnxcomp.errors import RecipeError
+from onnxcomp.targets.base import Target
+
+SHARED = ("audit", "base", "fallback", "regions")
+"""Modules that targets share; they are no targets themselves."""
+
+
+def names() -> tuple[str, ...]:
+    """The names of every target."""
+    found = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(name.replace("_", "-") for name in found if name not in SHARED)
+
+
+def find(name: str) -> Target:
+    """The target called `name`; `auto` is this machine's ONNX Runtime.
+
+    Raises RecipeError with the nearest name for an unknown one.
+    """
+    if name == "auto":
+        name = "ort-x86"
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"Did you mean '{near[0]}'?" if near else f"The targets are: auto, {', '.join(names())}."
+        raise RecipeError(f"Unknown target '{name}'. {hint}")
+    return importlib.import_module(f"onnxcomp.targets.{name.replace('-', '_')}").TARGET

@@ -1,0 +1,277 @@
+"""ONNX Runtime on x86-64: unsigned activations, signed weights per output channel, int8 kernels at every width.
+
+    activation   x -> QuantizeLinear(u8) -> Clip(0, 2^b - 1) -> DequantizeLinear      (no Clip at 8 bits)
+    weight       int4 initializer -> Cast(int8) -> DequantizeLinear                   (int8 initializer above 4 bits)
+    MatMul, Gemm -> MatMul with float output, bias by Sum                             (MatMulIntegerToFloat)
+    Conv         -> int32 bias, quantized output                                      (QLinearConv)
+
+Every rule was read from the runtime's optimized models, and the tests probe it: an integer Clip behind Q keeps the
+kernels, a float Clip or a 4-bit type in front of the operator loses them; the Cast of the int4 weight is folded when the
+session loads; `Sum` is never fused into a float Gemm, `Add` is as soon as shapes are known; a ReLU in front of Q
+disappears where the zero point is the smallest code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import numpy as np
+
+from onnxcomp.graph.convert import packed_int4
+from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node, Tensor, Variable, insert_after, insert_before, remove
+from onnxcomp.graph.sites import Site
+from onnxcomp.targets.base import Plan, Settings, Target
+from onnxcomp.targets.regions import clip_bounds, lower_bound, plan_with_regions
+
+TINY = np.float32(1e-12)
+"""Floor of a range measured at run time, so that an all-zero tensor does not divide by zero."""
+FLOAT, INT8 = 1, 3
+"""ONNX's numbers of two element types."""
+
+
+@final
+class OrtX86(Target):
+    """See the module."""
+
+    name = "ort-x86"
+    summary = "ONNX Runtime on x86-64 CPUs: u8 activations, s8 weights per channel, int8 kernels at any width."
+    requirements = (
+        "ONNX Runtime 1.22 or newer (opset 21).",
+        "Default session options; graph optimizations must stay enabled for the integer kernels.",
+        "A CPU with VNNI for exact 8-bit products. On older AVX2 CPUs sums of two products may saturate: set the session "
+        'option session.x64quantprecision = "1" there.',
+    )
+
+    def plan(self, graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings]) -> Plan:
+        return plan_with_regions(graph, sites, settings)
+
+    def lower(self, graph: Graph) -> Graph:
+        _Lowering(graph).run()
+        return graph
+
+
+@dataclass
+class _Lowering:
+    """One graph on its way to standard operators; constants that many nodes read exist once."""
+
+    graph: Graph
+    shared: dict[str, Constant] = field(default_factory=dict)
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.op == "Conv":
+                self._integer_bias(node)
+            if node.op == "Gemm" and _weight_codes(node) is not None:
+                self._split_gemm(node)
+        products = [n for n in self.graph.nodes if n.op == "MatMul" and _weight_codes(n) is not None]
+        for node in [n for n in self.graph.nodes if n.domain == DOMAIN]:
+            if node.op == "Dequantize":
+                self._weight(node)
+            else:
+                {"static": self._static, "dynamic": self._dynamic, "token": self._token}[node.attrs["granularity"]](node)
+        for node in products:
+            self._keep_integer(node)
+
+    def _constant(self, name: str, value: object, dtype: type) -> Constant:
+        if name not in self.shared:
+            self.shared[name] = Constant(name, np.array(value, dtype=dtype))
+        return self.shared[name]
+
+    def _replace(self, node: Node, new: Sequence[Node]) -> None:
+        insert_before(self.graph, node, new)
+        remove(self.graph, node)
+
+    # --- activations -------------------------------------------------------------------------------------------------
+
+    def _static(self, node: Node) -> None:
+        """Q, an integer Clip below 8 bits, DQ; a ReLU or Clip in front that the codes' own range repeats is dropped."""
+        self._absorb(node)
+        x, scale, zero_point = node.inputs
+        y = node.outputs[0]
+        self._replace(node, self._quantize(y.name, x, scale, zero_point, node.attrs["bits"], y))
+
+    def _quantize(self, name: str, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, y: Tensor) -> list[Node]:
+        codes = Variable(f"{name}/codes", dtype=np.dtype(np.uint8))
+        nodes = [_node("QuantizeLinear", name, [x, scale, zero_point], codes)]
+        if bits < 8:
+            low = self._constant("onnxcomp/zero.u8", 0, np.uint8)
+            high = self._constant(f"onnxcomp/max.u{bits}", 2**bits - 1, np.uint8)
+            clipped = Variable(f"{name}/codes.u{bits}", dtype=np.dtype(np.uint8))
+            nodes.append(_node("Clip", name, [codes, low, high], clipped))
+            codes = clipped
+        return [*nodes, _node("DequantizeLinear", name, [codes, scale, zero_point], y)]
+
+    def _absorb(self, node: Node) -> None:
+        """Drop the Relu or Clip in front of quantizer `node` where its bounds lie outside the codes' range."""
+        x, scale, zero_point = node.inputs
+        if len(x.inputs) != 1 or len(x.outputs) != 1 or any(t is x for t in self.graph.outputs):
+            return
+        clip = x.inputs[0]
+        if clip.op not in ("Relu", "Clip"):
+            return
+        step, zero, bits = float(scale.values), int(zero_point.values), node.attrs["bits"]
+        low, high = lower_bound(clip), clip_bounds(clip)[1] if clip.op == "Clip" else None
+        if low is not None and -zero * step < low:
+            return
+        # The largest code may exceed the bound by a rounding of its scale: no value in between has another code.
+        if high is not None and (2**bits - 1 - zero) * step > high * (1 + 1e-6):
+            return
+        node.inputs[0] = clip.inputs[0]
+        remove(self.graph, clip)
+        if not x.name.endswith("/before-quantize"):
+            node.outputs[0].name = x.name  # the tensor's name goes on naming its best approximation
+
+    def _dynamic(self, node: Node) -> None:
+        """A range measured at run time, per tensor: DynamicQuantizeLinear at 8 bits, a computed symmetric scale below."""
+        x, y, bits = node.inputs[0], node.outputs[0], node.attrs["bits"]
+        if bits < 8:
+            nodes, scale = self._measured_scale(y.name, x, bits, node.attrs["ratio"], per_token=False)
+            zero_point = self._constant(f"onnxcomp/middle.u{bits}", 2 ** (bits - 1), np.uint8)
+            self._replace(node, nodes + self._quantize(y.name, x, scale, zero_point, bits, y))
+            return
+        codes, zero_point = (Variable(f"{y.name}/{n}", dtype=np.dtype(np.uint8)) for n in ("codes", "zero_point"))
+        scale = Variable(f"{y.name}/scale", dtype=np.dtype(np.float32))
+        quantize = _node("DynamicQuantizeLinear", y.name, [x], codes)
+        quantize.outputs += [scale, zero_point]
+        self._replace(node, [quantize, _node("DequantizeLinear", y.name, [codes, scale, zero_point], y)])
+
+    def _measured_scale(self, name: str, x: Tensor, bits: int, ratio: float, *, per_token: bool) -> tuple[list[Node], Variable]:
+        """Scale = max(ratio * max|x| / qmax, tiny), over the last axis or over everything."""
+        names = ("abs", "max", "unfloored", "scale")
+        absolute, largest, unfloored, scale = (Variable(f"{name}/{n}", dtype=np.dtype(np.float32)) for n in names)
+        factor = Constant(f"{name}/factor", np.array(ratio / (2 ** (bits - 1) - 1), np.float32))
+        axes = [self._constant("onnxcomp/last-axis", [-1], np.int64)] if per_token else []
+        nodes = [
+            _node("Abs", name, [x], absolute),
+            _node("ReduceMax", name, [absolute, *axes], largest, keepdims=int(per_token)),
+            _node("Mul", name, [largest, factor], unfloored),
+            _node("Max", name, [unfloored, self._constant("onnxcomp/tiny", TINY, np.float32)], scale),
+        ]
+        return nodes, scale
+
+    def _token(self, node: Node) -> None:
+        """A range per token at run time: x/s is quantized with scale 1, and the product is multiplied by s behind the
+        MatMul, so the kernel itself stays the ordinary integer one.
+        """
+        x, y, bits = node.inputs[0], node.outputs[0], node.attrs["bits"]
+        nodes, scale = self._measured_scale(y.name, x, bits, node.attrs["ratio"], per_token=True)
+        unit, levels = (Variable(f"{y.name}/{n}", dtype=np.dtype(np.float32)) for n in ("unit", "levels"))
+        nodes.append(_node("Div", y.name, [x, scale], unit))
+        one = self._constant("onnxcomp/one", 1.0, np.float32)
+        zero_point = self._constant(f"onnxcomp/middle.u{bits}", 2 ** (bits - 1), np.uint8)
+        nodes += self._quantize(levels.name, unit, one, zero_point, bits, levels)
+        for consumer in list(y.outputs):
+            assert consumer.op == "MatMul", "per-token ranges stand in front of a MatMul only"
+            consumer.inputs[0] = levels
+            result = consumer.outputs[0]
+            unscaled = Variable(f"{result.name}/unscaled", dtype=result.dtype)
+            consumer.outputs[0] = unscaled
+            insert_after(self.graph, consumer, [_node("Mul", consumer.name, [unscaled, scale], result)])
+        self._replace(node, nodes)
+
+    # --- weights and biases --------------------------------------------------------------------------------------------
+
+    def _weight(self, node: Node) -> None:
+        """Stored codes, then DequantizeLinear per channel; 4 bits and fewer are stored as int4 and cast. In front of an
+        operator with float activations Cast and Mul, which the runtime folds when it loads the file, so that it runs at
+        float speed; a DequantizeLinear there is computed at every run, or becomes a kernel of lower accuracy.
+        """
+        codes, scale = node.inputs
+        y, axis = node.outputs[0], node.attrs["axis"]
+        stored = packed_int4(codes.name, codes.values) if node.attrs["bits"] <= 4 else codes
+        if any(not _is_quantized(reader.inputs[0]) for reader in y.outputs):
+            shape = [-1 if i == axis else 1 for i in range(len(codes.shape))]
+            floats = Variable(f"{y.name}/codes.f32", dtype=np.dtype(np.float32))
+            factor = Constant(scale.name, scale.values.reshape(shape))
+            cast = _node("Cast", y.name, [stored], floats, to=FLOAT)
+            self._replace(node, [cast, _node("Mul", y.name, [floats, factor], y)])
+            return
+        nodes, widened = [], stored
+        if stored is not codes:
+            widened = Variable(f"{y.name}/codes.i8", dtype=np.dtype(np.int8))
+            nodes.append(_node("Cast", y.name, [stored], widened, to=INT8))
+        zero_point = Constant(f"{y.name}/zero_point", np.zeros(scale.shape, np.int8))
+        self._replace(node, [*nodes, _node("DequantizeLinear", y.name, [widened, scale, zero_point], y, axis=axis)])
+
+    def _integer_bias(self, conv: Node) -> None:
+        """Give a Conv with quantized input and weight an int32 bias of scale s_x * s_w, as its kernel expects."""
+        weight, source = _weight_codes(conv), conv.inputs[0].inputs
+        if weight is None or len(conv.inputs) < 3 or not isinstance(conv.inputs[2], Constant):
+            return
+        if len(source) != 1 or source[0].attrs.get("granularity") != "static":
+            return
+        bias, input_scale = conv.inputs[2].values.astype(np.float64), np.float64(source[0].inputs[1].values)
+        _widen_dead_channels(weight, np.abs(bias) / (input_scale * 2.0**30))
+        step = (input_scale * weight.inputs[1].values.astype(np.float64)).astype(np.float32)
+        codes = np.rint(bias / step)
+        stored = Constant(f"{conv.name}/bias.i32", codes.astype(np.int32))
+        scale = Constant(f"{conv.name}/bias.scale", step)
+        zero = Constant(f"{conv.name}/bias.zero_point", np.zeros(step.shape, np.int32))
+        conv.inputs[2] = Variable(f"{conv.name}/bias", dtype=np.dtype(np.float32))
+        name = f"{conv.name}/bias"
+        insert_before(self.graph, conv, [_node("DequantizeLinear", name, [stored, scale, zero], conv.inputs[2], axis=0)])
+
+    def _split_gemm(self, node: Node) -> None:
+        """Write a plain Gemm as MatMul and Sum."""
+        assert not node.attrs.get("transB", 0), "prepare() has transposed the weight"
+        node.op = "MatMul"
+        node.attrs.clear()
+        if len(node.inputs) < 3:
+            return
+        bias, y = node.inputs.pop(), node.outputs[0]
+        product = Variable(f"{y.name}/product", dtype=y.dtype)
+        node.outputs[0] = product
+        insert_after(self.graph, node, [_node("Sum", node.name, [product, bias], y)])
+
+    def _keep_integer(self, node: Node) -> None:
+        """Keep the runtime from fusing a product of quantized operands with what reads it into a float operator: an Add
+        becomes a Sum, and in front of a ReLU, or of several readers, stands a Sum of one.
+        """
+        y = node.outputs[0]
+        while len(y.outputs) == 1 and y.outputs[0].op in ("Add", "Sum", "Mul") and y.outputs[0].outputs[0].outputs:
+            reader = y.outputs[0]
+            if reader.op == "Add":
+                reader.op = "Sum"
+                return
+            y = reader.outputs[0]
+        y = node.outputs[0]
+        if len(y.outputs) == 1 and y.outputs[0].op not in ("Relu", "Clip", "Add"):
+            return
+        if len(y.outputs) == 1 and y.outputs[0].op == "Add":
+            y.outputs[0].op = "Sum"
+        elif y.outputs:
+            raw = Variable(f"{y.name}/product", dtype=y.dtype)
+            node.outputs[0] = raw
+            insert_after(self.graph, node, [_node("Sum", node.name, [raw], y)])
+
+
+def _node(op: str, prefix: str, inputs: Sequence[Tensor], output: Tensor, **attrs: object) -> Node:
+    return Node(op, f"{prefix}/{op}", attrs=dict(attrs), inputs=list(inputs), outputs=[output])
+
+
+def _widen_dead_channels(weight: Node, least: np.ndarray) -> None:
+    """Raise a channel's scale to `least` where its weights are so small that its bias would not fit into 32 bits: such
+    weights are below 2^-30 of the bias, so what they lose is nothing beside it.
+    """
+    codes, scale = weight.inputs
+    wide = np.maximum(scale.values, least.astype(np.float32))
+    if np.array_equal(wide, scale.values):
+        return
+    shape = [-1 if i == weight.attrs["axis"] else 1 for i in range(codes.values.ndim)]
+    rounded = np.rint(codes.values * (scale.values.astype(np.float64) / wide).reshape(shape)).astype(np.int8)
+    weight.inputs[0], weight.inputs[1] = Constant(codes.name, rounded), Constant(scale.name, wide)
+
+
+def _weight_codes(node: Node) -> Node | None:
+    """The abstract Dequantize that makes the node's weight."""
+    makers = node.inputs[1].inputs
+    return makers[0] if len(makers) == 1 and makers[0].op == "Dequantize" and makers[0].domain == DOMAIN else None
+
+
+def _is_quantized(tensor: Tensor) -> bool:
+    return len(tensor.inputs) == 1 and tensor.inputs[0].op in ("FakeQuantize", "DequantizeLinear")
+
+
+TARGET = OrtX86()

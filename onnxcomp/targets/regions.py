@@ -1,0 +1,162 @@
+"""Integer regions: where a runtime keeps activations as integers from one kernel to the next.
+
+A Conv of ONNX Runtime becomes an integer kernel only if its output is quantized too, and exactly once. So the outputs of
+quantized Convs are *stored* as integers, and so is whatever joins, pools or moves stored tensors and has an integer
+kernel: a residual Add, a Concat, a MaxPool. Everything else around a layer needs its input quantized, nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable
+from onnxcomp.graph.sites import PASS_THROUGH_OPS, Site, join
+from onnxcomp.numerics.affine import Scheme
+from onnxcomp.targets.base import Plan, Point, Settings
+
+JOIN_OPS = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
+"""Operators without weights that have an integer kernel when inputs and output are quantized."""
+STORAGE = Scheme(bits=8)
+
+
+@dataclass
+class _Region:
+    stored: dict[str, str | None]
+    """Stored tensor -> the tensor whose parameters it shares, or None for its own."""
+    joins: list[Site]
+
+
+def plan_with_regions(graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings]) -> Plan:
+    """Points for `sites`: stored tensors of 8 bits, and the sites' inputs at their own bits."""
+    static = {s.name: s for s in sites if settings[s.name].activations == "static"}
+    tensors = graph.tensors()
+    region = _find_region(graph, static)
+    points: list[Point] = []
+    direct: dict[str, Point] = {}
+    for tensor, same_as in region.stored.items():
+        point = _storage_point(tensors[tensor], static, settings, same_as)
+        direct[tensor] = point
+        points.append(point)
+    points += _input_points(graph, sites, settings, direct)
+    order = {node.name: index for index, node in enumerate(graph.nodes)}
+    every = sorted([*sites, *region.joins], key=lambda site: order[site.name])
+    heads: dict[str, Site | None] = {site.name: site for site in every}
+    for tensor in region.stored:
+        if tensors[tensor].outputs:
+            heads.setdefault(min(tensors[tensor].outputs, key=lambda node: order[node.name]).name, None)
+    return Plan(tuple(every), dict(settings), tuple(points), heads)
+
+
+def _find_region(graph: Graph, static: Mapping[str, Site]) -> _Region:
+    region = _Region({}, [])
+    results = {t.name for t in graph.outputs}
+    for node in graph.nodes:
+        if node.name in static and static[node.name].op == "Conv":
+            _store(region, tail(node.outputs[0], results), None)
+        elif node.op in JOIN_OPS and _activations(node) and all(t.name in region.stored for t in _activations(node)):
+            if all(isinstance(t, Variable) for t in node.inputs) and tail(node.outputs[0], results).name not in results:
+                region.joins.append(join(node))
+                _store(region, tail(node.outputs[0], results), None)
+        elif node.op in PASS_THROUGH_OPS and node.inputs and node.inputs[0].name in region.stored:
+            for output in node.outputs:
+                if _feeds_integers(output, static, region):
+                    _store(region, output, node.inputs[0].name)
+    return region
+
+
+def _store(region: _Region, tensor: Tensor, same_as: str | None) -> None:
+    region.stored[tensor.name] = same_as
+
+
+def tail(tensor: Tensor, results: set[str]) -> Tensor:
+    """The tensor behind the ReLU or Clip that alone reads `tensor` and that a zero point can absorb; `results` are the
+    graph's outputs.
+    """
+    readers = tensor.outputs
+    if (
+        tensor.name not in results
+        and len(readers) == 1
+        and readers[0].op in ("Relu", "Clip")
+        and lower_bound(readers[0]) == 0.0
+    ):
+        return readers[0].outputs[0]
+    return tensor
+
+
+def lower_bound(node: Node) -> float | None:
+    """The constant lower bound of a Relu or Clip; None where there is none."""
+    if node.op == "Relu":
+        return 0.0
+    return clip_bounds(node)[0]
+
+
+def clip_bounds(node: Node) -> tuple[float | None, float | None]:
+    """The constant bounds of a Clip; None for a bound that is absent or no constant."""
+    bounds: list[float | None] = [None, None]
+    for index, tensor in enumerate(node.inputs[1:3]):
+        if isinstance(tensor, Constant):
+            bounds[index] = float(np.asarray(tensor.values).reshape(()))
+    return bounds[0], bounds[1]
+
+
+def _activations(node: Node) -> list[Tensor]:
+    return [t for t in node.inputs if isinstance(t, Variable) and not t.is_empty()]
+
+
+def _feeds_integers(tensor: Tensor, static: Mapping[str, Site], region: _Region) -> bool:
+    """Whether an integer kernel reads `tensor`, at once or behind further moves of the same values."""
+    return any(
+        node.name in static
+        or node.op in JOIN_OPS
+        or (node.op in PASS_THROUGH_OPS and any(_feeds_integers(t, static, region) for t in node.outputs))
+        for node in tensor.outputs
+    )
+
+
+def _storage_point(tensor: Tensor, static: Mapping[str, Site], settings: Mapping[str, Settings], same_as: str | None) -> Point:
+    """The quantizer of a stored tensor: its readers' own scheme if they are layers that agree, else 8 bits."""
+    readers = [settings[n.name] for n in tensor.outputs if n.name in static]
+    default = Point(tensor.name, STORAGE, "static", "mse", 99.99, None, _upper_bound(tensor), same_as)
+    if not readers:
+        return default
+    first = readers[0]
+    default = replace(default, ranges=first.ranges, percentile=first.percentile)
+    if len(readers) < len(tensor.outputs) or any(r != first for r in readers):
+        return default
+    return replace(default, scheme=activation_scheme(first))
+
+
+def _upper_bound(tensor: Tensor) -> float:
+    """The bound of the Clip that makes `tensor`, infinity where there is none."""
+    maker = tensor.inputs[0] if tensor.inputs else None
+    bound = clip_bounds(maker)[1] if maker is not None and maker.op == "Clip" else None
+    return float("inf") if bound is None else bound
+
+
+def _input_points(
+    graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], direct: Mapping[str, Point]
+) -> list[Point]:
+    """One point per tensor and scheme, shared by all the sites that read the tensor in the same way."""
+    shared: dict[tuple[str, Settings], list[str]] = {}
+    for site in sites:
+        wanted = settings[site.name]
+        if wanted.activations == "float":
+            continue
+        for tensor in dict.fromkeys(site.inputs):
+            stored = direct.get(tensor)
+            if stored is not None and stored.scheme == activation_scheme(wanted) and wanted.activations == "static":
+                continue
+            key = (tensor, replace(wanted, weight_bits=0))
+            shared.setdefault(key, []).append(site.name)
+    return [
+        Point(tensor, activation_scheme(wanted), wanted.activations, wanted.ranges, wanted.percentile, tuple(readers))
+        for (tensor, wanted), readers in shared.items()
+    ]
+
+
+def activation_scheme(wanted: Settings) -> Scheme:
+    """The scheme of a site's activations: unsigned codes; symmetric ones have their zero in the middle."""
+    return Scheme(wanted.activation_bits, signed=False, symmetric=wanted.symmetric)
