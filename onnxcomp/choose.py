@@ -1,0 +1,93 @@
+"""What is quantized: the sites that a recipe names, with the settings that each one gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from onnxcomp.graph.edit import Constant, Graph
+from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, matches, select
+from onnxcomp.recipe import Recipe
+from onnxcomp.report.model import Skipped
+from onnxcomp.targets.base import Settings
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The sites to quantize in graph order, their settings by name, and what stays float and why."""
+
+    sites: tuple[Site, ...]
+    settings: Mapping[str, Settings]
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+
+
+def choose(graph: Graph, recipe: Recipe, *, with_data: bool) -> Choice:
+    """Apply the recipe's patterns and rules to the sites of the float `graph`.
+
+    Without data nothing static can be fitted: MatMul and Gemm measure their activations' range at run time, Conv keeps
+    float activations, and no method is fitted. Raises RecipeError for a pattern that matches nothing.
+    """
+    every = find_sites(graph)
+    names = [node.name for node in graph.nodes]
+    for rule in recipe.site:
+        check_pattern(rule.where, every, names, required=False)
+    for method in recipe.compensate:
+        check_pattern(method.where, every, names, required=False)
+    offered = [site for site in every if site.kind == "layer" or recipe.products or _is_included(site, recipe)]
+    chosen = select(every, recipe.include, recipe.exclude, names)
+    chosen = tuple(site for site in chosen if site in offered)
+    settings = {site.name: _settings(site, recipe, with_data=with_data) for site in chosen}
+    chosen = tuple(s for s in chosen if s.kind == "layer" or settings[s.name].activations != "float")
+    return Choice(chosen, settings, _skipped(graph, every, chosen), _notes(chosen, with_data=with_data))
+
+
+def _is_included(site: Site, recipe: Recipe) -> bool:
+    """Whether a pattern names this very product, so that it need not be switched on for all."""
+    return any(pattern != "*" and matches(pattern, site) for pattern in recipe.include)
+
+
+def _settings(site: Site, recipe: Recipe, *, with_data: bool) -> Settings:
+    bits, ranges, activations, symmetric = recipe.bits, recipe.ranges, recipe.activations, recipe.symmetric
+    for rule in recipe.site:
+        if matches(rule.where, site):
+            bits = rule.bits if rule.bits is not None else bits
+            ranges = rule.ranges if rule.ranges is not None else ranges
+            activations = rule.activations if rule.activations is not None else activations
+            symmetric = rule.symmetric if rule.symmetric is not None else symmetric
+    if site.op == "Conv" and activations in ("dynamic", "token"):
+        activations = "static"  # no runtime has an integer Conv with a range measured at run time
+    if site.kind == "product" and activations == "token":
+        activations = "static"
+    if activations == "static" and not with_data:
+        activations = "float" if site.op == "Conv" or site.kind == "product" else "dynamic"
+    return Settings(bits.weights, bits.activations, activations, ranges, recipe.percentile, symmetric)
+
+
+def _skipped(graph: Graph, every: tuple[Site, ...], chosen: tuple[Site, ...]) -> tuple[Skipped, ...]:
+    sites, kept = {site.name: site for site in every}, {site.name for site in chosen}
+    skipped = []
+    for node in graph.nodes:
+        if node.name in kept or node.op not in LAYER_OPS:
+            continue
+        site = sites.get(node.name)
+        if site is None:
+            weight = node.inputs[1]
+            reason = f"weight '{weight.name}' is not a constant of type float32"
+            if isinstance(weight, Constant):
+                reason = f"weight '{weight.name}' has type {weight.dtype} and rank {len(weight.shape)}"
+            skipped.append(Skipped(node.name, node.op, reason))
+        elif site.kind == "product":
+            skipped.append(Skipped(node.name, node.op, "a product of two activations: set products = true"))
+        else:
+            skipped.append(Skipped(node.name, node.op, "not included by the recipe"))
+    return tuple(skipped)
+
+
+def _notes(chosen: tuple[Site, ...], *, with_data: bool) -> tuple[str, ...]:
+    if with_data:
+        return ()
+    text = "No data were given, so activations are quantized at run time and nothing is calibrated or compensated"
+    if any(site.op == "Conv" for site in chosen):
+        text += "; Conv activations stay float"
+    return (f"{text}. Pass --data for static ranges.",)

@@ -1,0 +1,105 @@
+"""The whole program on one screen: a float ONNX model in, a quantized one out, proven to run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnxcomp import account, runtime, targets
+from onnxcomp import recipe as recipes
+from onnxcomp.calibrate.samples import Feed, Store, can_stack
+from onnxcomp.choose import choose
+from onnxcomp.compress import Progress, Walk
+from onnxcomp.data import InputSpec, open_data
+from onnxcomp.graph import files
+from onnxcomp.graph.convert import to_model
+from onnxcomp.graph.prepare import prepare
+from onnxcomp.recipe import Recipe
+from onnxcomp.report.model import Report
+from onnxcomp.targets.audit import audit
+from onnxcomp.verify import made_up_feed, verify
+
+if TYPE_CHECKING:
+    import onnx
+
+PROOF_BATCHES = 2
+"""Batches of calibration samples that the finished file is run on."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A quantized model and the account of how it came about."""
+
+    model: onnx.ModelProto
+    report: Report
+
+
+def ignore(stage: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+def quantize(
+    model: str | Path | bytes | onnx.ModelProto,
+    data: object = None,
+    recipe: str | Path | Recipe = "auto",
+    *,
+    output: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = ignore,
+) -> Result:
+    """Quantize `model` as `recipe` says, calibrated on `data`, and write it to `output` once it is proven to run.
+
+    model   a path, the bytes of a model, or a ModelProto; never changed
+    data    whatever `onnxcomp.data.open_data` takes: a path, arrays, or feeds (dicts of arrays by input name). None: the
+            activations' ranges are measured at run time and nothing is calibrated
+    recipe  a Recipe, the name of one, or the path of a TOML file
+    output  where the file goes; None writes none
+
+    Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
+    target = targets.find(recipe.target)
+    source = files.load(model)
+    files.check_output(output, model, force=force)
+    progress("preparing", 0, 1)
+    prepared = prepare(source, runtime.infer_types)
+    choice = choose(prepared.graph, recipe, with_data=data is not None)
+    plan = target.plan(prepared.graph, choice.sites, choice.settings)
+    reference = runtime.Session(files.to_bytes(prepared.model))
+    specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
+    samples, store = None, None
+    if data is not None:
+        samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
+        store = Store(samples.samples, batchable=can_stack(reference, samples.samples))
+    feeds = _proof_feeds(store, reference)
+
+    walk = Walk(prepared.graph, prepared.graph.copy(), prepared.model, plan, target, recipe.compensate, store)
+    walk.run(progress)
+
+    expected = None if store is None else walk.expected()[: len(feeds)]
+    lowered = target.lower(walk.compressed)
+    finished = to_model(lowered, prepared.model)
+    progress("verifying", 0, 1)
+    with tempfile.TemporaryDirectory() as folder, files.PendingFile(finished, Path(folder) / "model.onnx") as proof:
+        verification = verify(proof.path, reference, feeds, expected)
+        kernels = audit(proof.path, account.audit_sites(lowered, plan))
+    report = account.report(source, model, samples, recipe, target, choice, walk, prepared.notes, kernels, verification)
+    report = account.stamp(finished, report)
+    if output is not None:
+        with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
+            runtime.Session(pending.path).run(feeds[0])
+            pending.commit()
+    progress("verifying", 1, 1)
+    return Result(finished, report)
+
+
+def _proof_feeds(store: Store | None, reference: runtime.Session) -> Sequence[Feed]:
+    """A few calibration batches, or one made-up feed where there are none: enough to run the file, never to fit it."""
+    if store is None:
+        return [made_up_feed(reference)]
+    return [dict(batch.live) for batch in store.batches[:PROOF_BATCHES]]

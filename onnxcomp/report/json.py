@@ -1,0 +1,84 @@
+"""JSON of a report, or of any other frozen result, and the report back from it.
+
+Keys stand in the order of the fields, so the same values give the same bytes. JSON has no NaN and no infinities: they
+are written as the strings "nan", "inf" and "-inf" and read back as the numbers. A report stored inside a model leaves
+out `output_bytes`, the size of the very file that it lies in.
+
+Limits: keys that this version does not know are ignored, so that an older version reads a newer report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from onnxcomp.errors import ModelError
+from onnxcomp.report.model import Report
+
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def to_json(value: object) -> str:
+    """A frozen dataclass, or a list of them, as indented JSON."""
+    return json.dumps(_plain(value), indent=2, allow_nan=False)
+
+
+def to_stored(report: Report) -> str:
+    """The report as it is stored inside the model: on one line, without `output_bytes`."""
+    plain = _plain(report)
+    del plain["output_bytes"]
+    return json.dumps(plain, separators=(",", ":"), allow_nan=False)
+
+
+def from_json(text: str, *, output_bytes: int = 0) -> Report:
+    """The report that `to_json` or `to_stored` wrote; `output_bytes` is used where the text has none.
+
+    Raises ModelError for a text that is no such report.
+    """
+    try:
+        plain = json.loads(text)
+    except ValueError:
+        raise ModelError("The stored report is not JSON. The file was changed after onnxcomp wrote it.") from None
+    if isinstance(plain, dict):
+        plain.setdefault("output_bytes", output_bytes)
+    return _read(Report, plain, "report")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    if isinstance(kind, types.UnionType):
+        inner = next(option for option in typing.get_args(kind) if option is not type(None))
+        return None if value is None else _read(inner, value, where)
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        inner = typing.get_args(kind)[0]
+        return tuple(_read(inner, item, f"{where}[{index}]") for index, item in enumerate(value))
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        missing = [field.name for field in dataclasses.fields(kind) if field.name not in value]
+        if missing:
+            raise ModelError(f"The stored report has no '{where}.{missing[0]}'. Another version of onnxcomp wrote it.")
+        names = [field.name for field in dataclasses.fields(kind)]
+        return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names})
+    if kind is float and isinstance(value, str) and value in _NOT_FINITE:
+        return _NOT_FINITE[value]
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise ModelError(f"The stored report's '{where}' has an unexpected type. Another version of onnxcomp wrote it.")
