@@ -1,0 +1,378 @@
+"""The command line: the only module that prints or exits.
+
+The answer goes to stdout, as text or with --json as JSON; progress, warnings and errors go to stderr. Exit codes: 0
+done, 2 usage, 3 model, 4 data, 5 the result failed its proof, 6 it is worse than asked, 130 interrupted. Everything
+heavy is imported inside the commands, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxcomp import __version__
+from onnxcomp.errors import BoundError, OnnxcompError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from onnxcomp.recipe import Recipe
+    from onnxcomp.report.results import Comparison
+
+PATIENCE = 2.0
+"""Seconds before a progress bar appears."""
+INTERRUPTED = 130
+UNBOUNDED = 1 << 16
+"""Width of a line that nobody reads on a terminal."""
+
+
+class Command(click.Command):
+    """A command with --json, --debug and examples, which are printed as they are written."""
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = tuple(examples)
+        self.params.append(click.Option(["--json", "as_json"], is_flag=True, help="Print the answer as JSON."))
+        self.params.append(
+            click.Option(["--debug"], is_flag=True, expose_value=False, callback=_set_debug, help="Show an error's trace.")
+        )
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        with formatter.section("Example"):
+            for line in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+class Commands(click.Group):
+    """Commands whose errors become one line on stderr and an exit code."""
+
+    command_class = Command
+    group_class = type
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except OnnxcompError as error:
+            if ctx.meta.get("debug"):
+                click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+            click.echo(f"{type(error).__name__}: {' '.join(str(error).splitlines())}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    ctx.meta["debug"] = value
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="onnxcomp")
+def main() -> None:
+    """Quantize ONNX models and repair the quantization error."""
+
+
+@main.command(
+    examples=[
+        "onnxcomp quantize vit.onnx --data calib.npz",
+        'onnxcomp quantize vit.onnx --data images/ --preprocess "crop=224 mean=0.5 std=0.5" --bits w4a8 -o vit4.onnx',
+    ]
+)
+@click.argument("model", type=click.Path())
+@click.option("--data", type=click.Path(), help="Calibration samples: .npz, .npy, a folder of either, or of images.")
+@click.option("-o", "--output", type=click.Path(), help="Where the result goes; by default MODEL's name with the bits.")
+@click.option("--bits", metavar="wXaY", help="Width of weights and activations, 2 to 8 bits each; w8a8 by default.")
+@click.option("--recipe", "recipe_name", default="auto", metavar="NAME|FILE.toml", help="See `onnxcomp recipe list`.")
+@click.option("--compensate", metavar="auto|none|NAME,...", help="Exactly these methods, in this order.")
+@click.option("--target", metavar="NAME", help="The runtime to write for; this machine's by default.")
+@click.option("--samples", type=int, metavar="N", help="Calibrate on at most N samples; 128 by default.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only sites that match: a glob, re: or op:.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave sites that match in float.")
+@click.option("--ranges", metavar="mse|percentile|minmax", help="How activation ranges are chosen.")
+@click.option("--activations", metavar="static|dynamic|token|float", help="When activation ranges are measured.")
+@click.option("--preprocess", metavar='"KEY=VALUE ..."', help="From pixels to the model's input.")
+@click.option("--seed", type=int, metavar="N", help="Decides which samples are used; 0 by default.")
+@click.option("--max-drop", type=float, metavar="POINTS", help="Write nothing if more of the answers on --data change.")
+@click.option("--labels", type=click.Path(), help="Let --max-drop count right answers instead: .npy, .npz or .csv.")
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option("--all", "all_sites", is_flag=True, help="Show every site.")
+def quantize(
+    model: str, data: str | None, output: str | None, *, max_drop: float | None, labels: str | None,
+    force: bool, all_sites: bool, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Quantize MODEL and write the result once it is proven to run."""
+    if max_drop is not None and data is None:
+        raise UsageError("--max-drop is measured on samples. Pass --data.")
+    if labels is not None and max_drop is None:
+        raise UsageError("--labels is for --max-drop. Pass both, or compare the result with `onnxcomp compare`.")
+    recipe = _recipe(**options)
+    path = Path(model)
+    destination = Path(output) if output is not None else path.with_name(f"{path.stem}.{recipe.bits}.onnx")
+
+    from onnxcomp import pipeline
+    from onnxcomp.compare import compare as compare_models
+    from onnxcomp.graph import files
+    from onnxcomp.report import json, text
+
+    files.check_output(destination, path, force=force)
+    with _progress() as progress:
+        result = pipeline.quantize(
+            path, data, recipe, output=None if max_drop is not None else destination, force=force, progress=progress
+        )
+        if max_drop is not None:
+            found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
+            _demand(found, max_drop)
+            files.save(result.model, destination, force=force, source=path)
+    report = result.report
+    if data is None and report.notes:
+        click.echo(report.notes[0], err=True)
+        report = dataclasses.replace(report, notes=report.notes[1:])
+    if as_json:
+        _echo(json.to_json(result.report))
+        return
+    _show(lambda width: text.report(report, width=width, all_sites=all_sites))
+    following = ["onnxcomp", "bench", model, str(destination)]
+    if data is not None:
+        following = ["onnxcomp", "compare", model, str(destination), "--data", data]
+        following += ["--preprocess", str(recipe.preprocess)] if recipe.preprocess is not None else []
+    _echo(f"\n{destination}\nNext: {shlex.join(following)}")
+
+
+@main.command(
+    examples=[
+        "onnxcomp compare vit.onnx vit.w8a8.onnx --data test.npz",
+        "onnxcomp compare vit.onnx vit.w8a8.onnx --data images/ --labels labels.csv --preprocess crop=224",
+    ]
+)
+@click.argument("reference", type=click.Path())
+@click.argument("other", type=click.Path())
+@click.option("--data", type=click.Path(), required=True, help="Samples: .npz, .npy, a folder of either, or of images.")
+@click.option("--labels", type=click.Path(), help="One label per answer: .npy, .npz, or a file,label .csv.")
+@click.option("--preprocess", metavar='"KEY=VALUE ..."', help="From pixels to the model's input.")
+@click.option("--samples", "limit", type=int, metavar="N", help="Compare on N of the samples.")
+def compare(reference: str, other: str, data: str, preprocess: str | None, *, as_json: bool, **options: Any) -> None:
+    """Compare the outputs of two models on samples."""
+    from onnxcomp.compare import compare as compare_models
+    from onnxcomp.preprocess import Preprocess
+    from onnxcomp.report import tables
+
+    steps = None if preprocess is None else Preprocess.parse(preprocess)
+    with _progress() as progress:
+        found = compare_models(reference, other, data, preprocess=steps, progress=progress, **options)
+    _answer(found, as_json, lambda width: tables.comparison(found, width=width))
+
+
+@main.command(
+    examples=[
+        "onnxcomp bench vit.onnx vit.w8a8.onnx --threads 1",
+        "onnxcomp bench vit.onnx --shape pixel_values=8x3x224x224 --profile",
+    ]
+)
+@click.argument("models", nargs=-1, required=True, type=click.Path(), metavar="MODEL...")
+@click.option("--data", type=click.Path(), help="Samples to run on; made-up ones by default.")
+@click.option("--shape", multiple=True, metavar="NAME=1x3x224x224", help="Shape of a made-up input.")
+@click.option("--preprocess", metavar='"KEY=VALUE ..."', help="From pixels to the model's input.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads per model.")
+@click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Rounds of 20 ms per model.")
+@click.option("--profile", "operators", is_flag=True, help="Show the time by type of operator.")
+def bench(models: tuple[str, ...], data: str | None, preprocess: str | None, *, as_json: bool, **options: Any) -> None:
+    """Time models in turn; ratios are to the first."""
+    from onnxcomp.bench import bench as time_models
+    from onnxcomp.preprocess import Preprocess
+    from onnxcomp.report import tables
+
+    shapes = dict(_shape(text) for text in options.pop("shape"))
+    if data is not None and shapes:
+        raise UsageError("--data and --shape exclude each other: the samples have shapes of their own.")
+    steps = None if preprocess is None else Preprocess.parse(preprocess)
+    with _progress() as progress:
+        found = time_models(models, data, shapes=shapes, preprocess=steps, progress=progress, **options)
+    for note in found.notes:
+        click.echo(note, err=True)
+    _answer(found, as_json, lambda width: tables.benchmark(found, width=width))
+
+
+@main.command(examples=["onnxcomp inspect vit.onnx --all", "onnxcomp inspect vit.w8a8.onnx --json"])
+@click.argument("model", type=click.Path())
+@click.option("--all", "all_sites", is_flag=True, help="Show every site.")
+def inspect(model: str, *, all_sites: bool, as_json: bool) -> None:
+    """Show a model's sites, or how it was quantized."""
+    from onnxcomp.inspect import inspect as inspect_file
+    from onnxcomp.report import tables
+
+    found = inspect_file(model)
+    _answer(found, as_json, lambda width: tables.inspection(found, width=width, all_sites=all_sites))
+
+
+@main.command(examples=["onnxcomp methods", "onnxcomp methods bias"])
+@click.argument("name", required=False)
+def methods(name: str | None, *, as_json: bool) -> None:
+    """List the compensation methods, or explain one."""
+    from onnxcomp import manual
+    from onnxcomp.report import tables
+
+    if name is None:
+        pages = manual.pages()
+        _answer(pages, as_json, lambda width: tables.summaries([(page.name, page.summary) for page in pages]))
+        return
+    page = manual.page(name)
+    _answer(page, as_json, lambda width: tables.manual(page.text, [(o.name, o.default, o.help) for o in page.options]))
+
+
+@main.group()
+def recipe() -> None:
+    """List the named recipes, or show one as TOML."""
+
+
+@recipe.command("list", examples=["onnxcomp recipe list"])
+def list_recipes(*, as_json: bool) -> None:
+    """List the named recipes."""
+    from onnxcomp import recipe as recipes
+    from onnxcomp.report import tables
+
+    found = [{"name": r.name, "description": r.description} for r in recipes.NAMED.values()]
+    _answer(found, as_json, lambda width: tables.summaries([(r["name"], r["description"]) for r in found]))
+
+
+@recipe.command("show", examples=["onnxcomp recipe show base > mine.toml"])
+@click.argument("name", metavar="NAME|FILE")
+def show_recipe(name: str, *, as_json: bool) -> None:
+    """Print a recipe as TOML, every key written out."""
+    from onnxcomp import recipe as recipes
+    from onnxcomp.report import json
+
+    found = recipes.find(name)
+    toml = recipes.dumps(found)
+    _echo(json.to_json({"name": found.name, "toml": toml}) if as_json else toml.rstrip())
+
+
+@main.command(examples=["onnxcomp export pkg.module:factory --input x=1x3x224x224 --dynamic batch -o model.onnx"])
+@click.argument("spec", metavar="PKG.MODULE:FACTORY|FILE.pt2")
+@click.option("--input", "inputs", multiple=True, required=True, metavar="NAME=SHAPE[:TYPE]", help="An input: x=1x3x224x224.")
+@click.option("--dynamic", multiple=True, metavar="batch|NAME:AXIS=DIM", help="A dimension that may vary.")
+@click.option("-o", "--output", type=click.Path(), required=True, help="The ONNX file to write.")
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+def export(spec: str, inputs: tuple[str, ...], output: str, *, as_json: bool, **options: Any) -> None:
+    """Export a torch module to ONNX and check it against torch."""
+    from onnxcomp.export import export as export_module
+    from onnxcomp.report import tables
+
+    found = export_module(spec, inputs, output=output, **options)
+    lines = [("Inputs", text) for text in found.inputs] + [("Outputs", text) for text in found.outputs]
+    lines += [("Opset", str(found.opset)), ("Max error", f"{found.max_error:.3g}, tolerance {found.tolerance:.3g}")]
+    _answer(found, as_json, lambda width: tables.summaries(lines))
+    if not as_json:
+        _echo(f"\n{found.path}\nNext: {shlex.join(['onnxcomp', 'quantize', str(found.path)])}")
+
+
+# --- what the commands share -----------------------------------------------------------------------------------------
+
+
+def _recipe(
+    recipe_name: str, bits: str | None, compensate: str | None, exclude: tuple[str, ...], preprocess: str | None,
+    **changes: Any,
+) -> Recipe:  # fmt: skip
+    """The recipe of that name or file, with what was given on the command line in place of its own values."""
+    from onnxcomp import recipe as recipes
+    from onnxcomp.preprocess import Preprocess
+
+    recipe = recipes.find(recipe_name)
+    changes = {key: value for key, value in changes.items() if value is not None and value != ()}
+    methods = None if compensate is None else recipes.parse_compensate(compensate)
+    if methods is not None:
+        # A list means these methods and nothing chosen automatically, so on plain ranges too.
+        changes = {"ranges": "mse"} | changes | {"compensate": methods} if methods else changes | {"compensate": ()}
+    if bits is not None:
+        changes["bits"] = recipes.Bits.parse(bits)
+    if preprocess is not None:
+        changes["preprocess"] = Preprocess.parse(preprocess)
+    return dataclasses.replace(recipe, exclude=(*recipe.exclude, *exclude), **changes)
+
+
+def _demand(found: Comparison, max_drop: float) -> None:
+    """Raise BoundError where more is lost than `max_drop` points."""
+    if found.accuracy is not None:
+        drop, what = found.accuracy.drop_points, "accuracy"
+    else:
+        shares = [output.agreement for output in found.outputs if output.agreement is not None]
+        if not shares:
+            raise UsageError("--max-drop needs an output with classes, and the model has none.")
+        drop, what = 100 * (1 - min(shares)), "top-1 agreement"
+    if drop > max_drop:
+        raise BoundError(
+            f"The quantized model loses {drop:.2f} points of {what} on {found.samples} samples, more than "
+            f"--max-drop {max_drop:g}. Nothing was written. Try more bits, or --exclude the worst sites."
+        )
+
+
+def _shape(text: str) -> tuple[str, tuple[int, ...]]:
+    name, equals, sizes = text.rpartition("=")
+    parts = sizes.split("x")
+    if not equals or not name or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"Shape '{text}' is not understood. Write it like pixel_values=1x3x224x224.")
+    return name, tuple(map(int, parts))
+
+
+def _answer(value: object, as_json: bool, render: Callable[[int | None], RenderableType]) -> None:
+    """Print `value` as JSON, or what `render` makes of it."""
+    from onnxcomp.report import json
+
+    if as_json:
+        _echo(json.to_json(value))
+    else:
+        _show(render)
+
+
+def _echo(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _show(render: Callable[[int | None], RenderableType]) -> None:
+    """Print what `render` makes for the width of the terminal; to a file or pipe, on lines as long as they are."""
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else UNBOUNDED, markup=False, highlight=False, emoji=False)
+    with console.capture() as capture:
+        console.print(render(console.width if terminal else None))
+    _echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """What takes progress(stage, done, total) and shows a bar once `PATIENCE` is over, if stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+    task = bar.add_task("", total=None)
+    start = time.monotonic()
+
+    def show(stage: str, done: int, total: int) -> None:
+        if time.monotonic() - start >= PATIENCE:
+            bar.start()
+        bar.update(task, description=stage, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        bar.stop()

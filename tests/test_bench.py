@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx.parser
+import pytest
+
+from onnxcomp.bench import bench, made_up
+from onnxcomp.data import InputSpec
+from onnxcomp.errors import ModelError, UsageError
+
+HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    return save(tmp_path / "net.onnx", "net (float[N,4] x) => (float[N,4] y) { y = Tanh(x) }")
+
+
+def save(path: Path, text: str) -> Path:
+    onnx.save(onnx.parser.parse_model(HEADER + text), path)
+    return path
+
+
+def spec(name: str = "x", kind: type = np.float32, shape: tuple[int | str | None, ...] | None = ("N", 4)) -> InputSpec:
+    return InputSpec(name, np.dtype(kind), shape)
+
+
+def test_models_are_timed_against_the_first(net: Path) -> None:
+    found = bench([net, net], rounds=2)
+
+    assert [timing.model for timing in found.models] == [str(net), str(net)]
+    assert found.models[0].ratio == 1.0
+    assert all(0 < t.low_ms <= t.median_ms <= t.high_ms for t in found.models)
+    assert all(t.file_bytes == net.stat().st_size and t.operators == () for t in found.models)
+
+
+def test_operators_are_timed_when_asked_for(net: Path) -> None:
+    (timing,) = bench([net], rounds=1, operators=True).models
+
+    assert [operator.op for operator in timing.operators] == ["Tanh"]
+
+
+def test_a_free_dimension_is_one_and_said_to_be(net: Path) -> None:
+    found = bench([net], rounds=1)
+
+    assert found.notes == ("Input 'x' is float32[N, 4]; timed with 1x4. Change it with --shape.",)
+
+
+def test_given_shapes_and_data_need_no_note(net: Path) -> None:
+    assert bench([net], shapes={"x": (8, 4)}, rounds=1).notes == ()
+    assert bench([net], np.ones((3, 4), np.float32), rounds=1).notes == ()
+
+
+def test_progress_counts_the_rounds(net: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+
+    bench([net], rounds=3, progress=lambda *call: calls.append(call))
+
+    assert calls == [("timing", 1, 3), ("timing", 2, 3), ("timing", 3, 3)]
+
+
+def test_made_up_numbers_are_normal_for_floats_and_zero_for_integers() -> None:
+    notes: list[str] = []
+    specs = [
+        spec("a", shape=(100, 100)),
+        spec("b", np.int64, (2, 3)),
+        spec("c", np.bool_, (2,)),
+        spec("d", np.float16, ()),
+    ]
+
+    feed = made_up(specs, {}, notes)
+
+    assert notes == []
+    # Of n standard normal numbers the mean has a standard error of 1/sqrt(n), the spread one of 1/sqrt(2n): 5 of them.
+    assert abs(feed["a"].mean()) < 5 / 100
+    assert abs(feed["a"].std() - 1) < 5 / 141
+    assert not feed["b"].any()
+    assert not feed["c"].any()
+    assert [array.dtype for array in feed.values()] == [s.dtype for s in specs]
+    assert feed["d"].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "shape", "message"),
+    [
+        ({"z": (1, 4)}, ("N", 4), "--shape z: the model has no such input. Its inputs are: x."),
+        ({"x": (1, 5)}, ("N", 4), "--shape x=1x5 does not fit the model's float32[N, 4]."),
+        ({"x": (4,)}, ("N", 4), "--shape x=4 does not fit the model's float32[N, 4]."),
+        ({}, None, "Input 'x' has no known rank. Pass its shape as --shape x=1x3x224x224."),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(
+    shapes: dict[str, tuple[int, ...]], shape: tuple[int | str | None, ...] | None, message: str
+) -> None:
+    with pytest.raises(UsageError) as error:
+        made_up([spec(shape=shape)], shapes, [])
+
+    assert str(error.value) == message
+
+
+def test_models_with_other_inputs_are_refused(net: Path, tmp_path: Path) -> None:
+    other = save(tmp_path / "other.onnx", "net (float[N,4] z) => (float[N,4] y) { y = Tanh(z) }")
+
+    with pytest.raises(UsageError) as error:
+        bench([net, other])
+
+    assert str(error.value) == f"{other} takes z, but {net} takes x."
+
+
+def test_an_input_that_is_no_tensor_of_numbers_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "text.onnx", "net (string[N] x) => (string[N] y) { y = Identity(x) }")
+
+    with pytest.raises(ModelError) as error:
+        bench([path])
+
+    assert str(error.value) == f"{path}: input 'x' is not a tensor of numbers, so it cannot be fed."
