@@ -33,11 +33,13 @@ def plan_with_regions(graph: Graph, sites: Sequence[Site], settings: Mapping[str
     """Points for `sites`: stored tensors of 8 bits, and the sites' inputs at their own bits."""
     static = {s.name: s for s in sites if settings[s.name].activations == "static"}
     tensors = graph.tensors()
-    region = _find_region(graph, static)
+    results = {t.name for t in graph.outputs}
+    region = _find_region(graph, static, results)
     points: list[Point] = []
     direct: dict[str, Point] = {}
     for tensor, same_as in region.stored.items():
-        point = _storage_point(tensors[tensor], static, settings, same_as)
+        source = direct[same_as] if same_as is not None else None
+        point = _storage_point(tensors[tensor], region, settings, results, source)
         direct[tensor] = point
         points.append(point)
     points += _input_points(graph, sites, settings, direct)
@@ -50,9 +52,8 @@ def plan_with_regions(graph: Graph, sites: Sequence[Site], settings: Mapping[str
     return Plan(tuple(every), dict(settings), tuple(points), heads)
 
 
-def _find_region(graph: Graph, static: Mapping[str, Site]) -> _Region:
+def _find_region(graph: Graph, static: Mapping[str, Site], results: set[str]) -> _Region:
     region = _Region({}, [])
-    results = {t.name for t in graph.outputs}
     for node in graph.nodes:
         if node.name in static and static[node.name].op == "Conv":
             _store(region, tail(node.outputs[0], results), None)
@@ -116,17 +117,36 @@ def _feeds_integers(tensor: Tensor, static: Mapping[str, Site], region: _Region)
     )
 
 
-def _storage_point(tensor: Tensor, static: Mapping[str, Site], settings: Mapping[str, Settings], same_as: str | None) -> Point:
-    """The quantizer of a stored tensor: its readers' own scheme if they are layers that agree, else 8 bits."""
-    readers = [settings[n.name] for n in tensor.outputs if n.name in static]
-    default = Point(tensor.name, STORAGE, "static", "mse", 99.99, None, _upper_bound(tensor), same_as)
-    if not readers:
-        return default
-    first = readers[0]
-    default = replace(default, ranges=first.ranges, percentile=first.percentile)
-    if len(readers) < len(tensor.outputs) or any(r != first for r in readers):
-        return default
-    return replace(default, scheme=activation_scheme(first))
+def _storage_point(
+    tensor: Tensor, region: _Region, settings: Mapping[str, Settings], results: set[str], source: Point | None
+) -> Point:
+    """The quantizer of a stored tensor: its source's where it holds the same values, else its readers' own where they are
+    layers that agree, else 8 bits.
+    """
+    if source is not None:
+        return replace(source, tensor=tensor.name, highest=float("inf"), same_as=source.tensor)
+    readers = _readers(tensor, region, settings, results)
+    point = Point(tensor.name, STORAGE, "static", "mse", 99.99, None, _upper_bound(tensor))
+    layers = [reader for reader in readers if reader is not None]
+    if not layers:
+        return point
+    first = layers[0]
+    point = replace(point, ranges=first.ranges, percentile=first.percentile)
+    agree = len(layers) == len(readers) and all(replace(r, weight_bits=0) == replace(first, weight_bits=0) for r in layers)
+    return replace(point, scheme=activation_scheme(first)) if agree else point
+
+
+def _readers(tensor: Tensor, region: _Region, settings: Mapping[str, Settings], results: set[str]) -> list[Settings | None]:
+    """The settings of the layers that read `tensor` or what only moves its values; None for any other reader."""
+    found: list[Settings | None] = [None] if tensor.name in results else []
+    for node in tensor.outputs:
+        moved = [t for t in node.outputs if region.stored.get(t.name) == tensor.name]
+        if node.op in PASS_THROUGH_OPS and len(moved) == len(node.outputs):
+            found += [reader for t in moved for reader in _readers(t, region, settings, results)]
+        else:
+            wanted = settings.get(node.name)
+            found.append(wanted if wanted is not None and wanted.activations == "static" else None)
+    return found
 
 
 def _upper_bound(tensor: Tensor) -> float:
