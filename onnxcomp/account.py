@@ -89,7 +89,7 @@ def _site_report(site: Site, walk: Walk, kernel: Kernel) -> SiteReport:
     elif site.weight is None:
         bits, activations = f"a{settings.activation_bits}", settings.activations
     else:
-        activations = settings.activations
+        activations = settings.activations if settings.activations != "auto" else walk.granularity.get(site.name, "static")
         bits = f"w{settings.weight_bits}" + ("" if activations == "float" else f"a{settings.activation_bits}")
         shape = walk.reference.tensors()[site.weight].shape
         weight_bytes = _stored_bytes(tuple(int(n) for n in shape), site.weight_axis, settings.weight_bits)

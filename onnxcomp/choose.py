@@ -55,11 +55,11 @@ def _settings(site: Site, recipe: Recipe, *, with_data: bool) -> Settings:
             ranges = rule.ranges if rule.ranges is not None else ranges
             activations = rule.activations if rule.activations is not None else activations
             symmetric = rule.symmetric if rule.symmetric is not None else symmetric
-    if site.op == "Conv" and activations in ("dynamic", "token"):
+    if site.op == "Conv" and activations in ("dynamic", "token", "auto"):
         activations = "static"  # no runtime has an integer Conv with a range measured at run time
-    if site.kind == "product" and activations == "token":
+    if site.kind == "product" and activations in ("token", "auto"):
         activations = "static"
-    if activations == "static" and not with_data:
+    if activations in ("static", "auto") and not with_data:
         activations = "float" if site.op == "Conv" or site.kind == "product" else "dynamic"
     return Settings(bits.weights, bits.activations, activations, ranges, recipe.percentile, symmetric)
 

@@ -103,7 +103,7 @@ def main() -> None:
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only sites that match: a glob, re: or op:.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave sites that match in float.")
 @click.option("--ranges", metavar="mse|percentile|minmax", help="How activation ranges are chosen.")
-@click.option("--activations", metavar="static|dynamic|token|float", help="When activation ranges are measured.")
+@click.option("--activations", metavar="auto|static|dynamic|token|float", help="When activation ranges are measured.")
 @click.option("--preprocess", metavar='"KEY=VALUE ..."', help="From pixels to the model's input.")
 @click.option("--seed", type=int, metavar="N", help="Decides which samples are used; 0 by default.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Write nothing if more of the answers on --data change.")
@@ -295,7 +295,7 @@ def _recipe(
     methods = None if compensate is None else recipes.parse_compensate(compensate)
     if methods is not None:
         # A list means these methods and nothing chosen automatically, so on plain ranges too.
-        changes = {"ranges": "mse"} | changes | {"compensate": methods} if methods else changes | {"compensate": ()}
+        changes = {"ranges": "mse", "activations": "static"} | changes | {"compensate": methods}
     if bits is not None:
         changes["bits"] = recipes.Bits.parse(bits)
     if preprocess is not None:

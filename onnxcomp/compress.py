@@ -19,11 +19,15 @@ from onnxcomp.graph.tidy import fold_bias
 from onnxcomp.methods import activations, weights
 from onnxcomp.methods.base import Array, Compensation, Outcome
 from onnxcomp.methods.bias import TRIM, SampleErrors, decibel
+from onnxcomp.numerics.affine import QParams
 from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
 from onnxcomp.runtime import Session
 from onnxcomp.targets.base import Plan, Point, Target
 
+TOKEN_GAIN_DB = 1.5
+"""Fall of the input's squared error, per bit above 3, from which a range per token is worth some 20 % of its MatMul's
+time: the fewer the bits, the more of the model's error comes from the input's."""
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total)."""
 
@@ -54,6 +58,8 @@ class Walk:
     replaced: set[str] = field(default_factory=set)
     """Tensors that are quantized for everyone."""
     done: set[Point] = field(default_factory=set)
+    granularity: dict[str, str] = field(default_factory=dict)
+    """Site -> static or token, where the recipe leaves it open."""
     decisions: list[Decision] = field(default_factory=list)
     results: dict[str, SiteResult] = field(default_factory=dict)
 
@@ -102,18 +108,18 @@ class Walk:
     def _quantize_tensor(self, point: Point) -> None:
         earlier = sum(p.tensor == point.tensor for p in self.done)
         tape = Tape(f"{point.tensor}/quantized" + (f"-{earlier + 1}" if earlier else ""))
-        if point.granularity != "static":
+        granularity = self._granularity(point)
+        if granularity != "static":
             ratio = 1.0
-            if point.granularity == "token" and self.store is not None:
+            if granularity == "token" and self.store is not None:
                 ratio = activations.fit_ratio(self._cut(point.tensor), point.scheme)
-            new = activations.build_run_time(tape, point.tensor, point.scheme, point.granularity, ratio)
+            new = activations.build_run_time(tape, point.tensor, point.scheme, granularity, ratio)
         elif point.same_as is not None:
             scale, zero_point = self.parameters[point.same_as]
             new = activations.build_shared(tape, point.tensor, scale, zero_point, point.scheme)
             self.parameters[point.tensor] = (scale, zero_point)
         else:
-            cut = self._cut(point.tensor)
-            q = activations.fit_static(cut, point.scheme, point.ranges, point.percentile, point.highest)
+            q = self._fit_static(point)
             new = activations.build_static(tape, point.tensor, q)
             self.parameters[point.tensor] = (f"{tape.prefix}.scale", f"{tape.prefix}.zero_point")
         replacement = Replacement(point.tensor, new, point.consumers)
@@ -122,16 +128,34 @@ class Walk:
             self.replaced.add(point.tensor)
         self.done.add(point)
 
+    def _fit_static(self, point: Point) -> QParams:
+        cut = self._cut(point.tensor)
+        return activations.fit_static(cut, point.scheme, point.ranges, point.percentile, point.highest)
+
+    def _granularity(self, point: Point) -> str:
+        """The point's granularity; where it is left open, per token if that lowers the error by enough for its price."""
+        if point.granularity != "auto":
+            return point.granularity
+        gain = activations.token_gain(self._cut(point.tensor), self._fit_static(point))
+        least = TOKEN_GAIN_DB * (point.scheme.bits - 3)
+        adopted = gain > least
+        reason = "lowers" if adopted else "does not lower"
+        reason = f"a range per token {reason} the input's error by the {least:g} dB that it must for its time"
+        for site in point.consumers or ():
+            self.granularity[site] = "token" if adopted else "static"
+            self.decisions.append(Decision(site, "token", adopted, reason, gain, 0))
+        return "token" if adopted else "static"
+
     def _quantize_weight(self, site: Site) -> None:
         bits = self.plan.settings[site.name].weight_bits
         tensors = self.compressed.tensors()
         assert site.weight is not None
         if site.weight not in tensors or tensors[site.weight].inputs:
             return  # a weight shared with an earlier site is already stored as codes
-        tape = Tape(f"{site.weight}/quantized")
-        new = weights.build(tape, site, weights.fit(site, tensors[site.weight].values, bits), bits)
         same = [s.name for s in self.plan.sites if s.weight == site.weight and self._weight_bits(s) == bits]
         everyone = {n.name for n in tensors[site.weight].outputs} <= set(same)
+        tape = Tape(f"{site.weight}/quantized" if everyone else f"{site.name}/weight")
+        new = weights.build(tape, site, weights.fit(site, tensors[site.weight].values, bits), bits)
         replacements = tuple(Replacement(old, to, None if everyone else tuple(same)) for old, to in new.items())
         apply(self.compressed, Edit("quantize", tuple(tape.nodes), tape.constants, replacements))
 

@@ -26,8 +26,9 @@ if sys.version_info >= (3, 11):
 else:  # the same parser under its older name
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-ACTIVATIONS = ("static", "dynamic", "token", "float")
-"""Activation ranges: fixed at calibration, per tensor at run time, per token at run time, or not quantized."""
+ACTIVATIONS = ("auto", "static", "dynamic", "token", "float")
+"""Activation ranges: static or per token, whichever suits the site; fixed at calibration; per tensor at run time; per token
+at run time; or not quantized."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Recipe:
     ranges: str = "mse"
     """How static activation ranges are chosen: minmax, percentile or mse."""
     percentile: float = 99.99
-    activations: str = "static"
+    activations: str = "auto"
     symmetric: bool = False
     """Symmetric activations (zero point in the middle) instead of asymmetric ones."""
     products: bool = False
@@ -270,11 +271,17 @@ def _toml(value: object) -> str:
 
 NAMED: dict[str, Recipe] = {
     "auto": Recipe(name="auto", description="What fits model and machine: MSE ranges and bias compensation, gated."),
-    "base": Recipe(name="base", description="MSE ranges alone: nothing is compensated.", compensate=()),
+    "base": Recipe(
+        name="base",
+        description="Static MSE ranges alone: nothing is compensated.",
+        activations="static",
+        compensate=(),
+    ),
     "bc": Recipe(
         name="bc",
         description="Bias Compensation (arXiv:2404.01892) on MSE ranges, kept everywhere as the paper does.",
-        compensate=(BiasCompensation(keep="always"),),
+        activations="static",
+        compensate=(BiasCompensation(keep="always", trim=0.0),),
     ),
 }
 """The named recipes."""

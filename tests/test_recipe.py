@@ -52,7 +52,7 @@ def test_named_recipes_carry_their_names_and_a_description() -> None:
 def test_base_compensates_nothing_and_bc_keeps_bias_everywhere() -> None:
     assert recipe.NAMED["base"].compensate == ()
     assert recipe.NAMED["base"].ranges == "mse"
-    assert recipe.NAMED["bc"].compensate == (BiasCompensation(keep="always"),)
+    assert recipe.NAMED["bc"].compensate == (BiasCompensation(keep="always", trim=0.0),)
 
 
 def test_find_returns_the_named_recipe() -> None:
@@ -113,7 +113,7 @@ METHODS = ", ".join(methods.names())
         ("symmetric = 1", "r.toml: symmetric = 1 must be of type bool."),
         ("name = 1", "r.toml: name = 1 must be of type str."),
         ('ranges = "max"', "r.toml: ranges = 'max' is unknown. Use one of: mse, percentile, minmax."),
-        ('activations = "x"', "r.toml: activations = 'x' is unknown. Use one of: static, dynamic, token, float."),
+        ('activations = "x"', "r.toml: activations = 'x' is unknown. Use one of: auto, static, dynamic, token, float."),
         ("percentile = 50", "r.toml: percentile = 50.0 is outside (50, 100]."),
         ("percentile = 100.1", "r.toml: percentile = 100.1 is outside (50, 100]."),
         ("samples = 0", "r.toml: samples = 0 is not positive."),

@@ -92,7 +92,7 @@ def accuracy(session: runtime.Session, batches: list[tuple[Mapping[str, np.ndarr
 
 
 def perplexity(session: runtime.Session, feeds: list[dict[str, np.ndarray]]) -> float:
-    """exp of the mean negative log likelihood of the next token."""
+    """The exponential of the mean negative log likelihood of the next token."""
     total, count = 0.0, 0
     for feed in feeds:
         logits = session.run(feed)["logits"][0].astype(np.float64)[:-1]

@@ -3,6 +3,7 @@
     static    Q with a fixed scale and zero point: min-max, percentile or least squared error over calibration samples
     dynamic   scale = max|x| / qmax over the tensor, at run time: no data needed
     token     scale = c * max|x| / qmax over the last axis, at run time; the clip ratio c by least squared error
+    auto      token where that lowers the tensor's squared error enough to be worth its price, else static
 
 Every sample contributes a fixed number of evenly spread values to the histogram; min-max looks at all of them.
 """
@@ -29,7 +30,7 @@ XH = frozenset({"xh"})
 
 @dataclass(frozen=True)
 class RatioErrors:
-    """Squared error of the per-token quantizer at each clip ratio [R], summed over the rows seen."""
+    """Squared error of each of some quantizers [R], summed over what was seen."""
 
     errors: Array
 
@@ -57,6 +58,16 @@ def fit_ratio(samples: Samples, scheme: Scheme) -> float:
     return float(RATIOS[int(np.argmin(errors))])
 
 
+def token_gain(samples: Samples, q: QParams) -> float:
+    """By how many dB a range per token lowers the squared error of the static quantizer `q` on the tensor read as `xh`.
+
+    Over all tokens: what a static range costs is the few tokens of far larger values that it must either clip or make
+    room for.
+    """
+    errors = samples.reduce(lambda batch: _both_errors(batch, q), XH).errors
+    return float(10 * np.log10(max(errors[0], 1e-30) / max(errors[1], 1e-30)))
+
+
 def build_static(op: Tape, x: str, q: QParams) -> str:
     """Record an abstract static quantizer of `x`; return its output."""
     scale, zero_point = op.constant("scale", q.scale), op.constant("zero_point", q.zero_point)
@@ -82,6 +93,16 @@ def _histogram(batch: Batch) -> Histogram:
 
 def _extremes(batch: Batch) -> Extremes:
     return functools.reduce(Extremes.merge, [Extremes.of(x) for x in batch.read("xh")])
+
+
+def _both_errors(batch: Batch, q: QParams) -> RatioErrors:
+    """Squared error of `q` and of the per-token quantizer of the same width."""
+    top, errors = 2 ** (q.scheme.bits - 1) - 1, np.zeros(2)
+    for x in batch.read("xh"):
+        scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True) / np.float32(top), np.float32(1e-12))
+        for i, quantized in enumerate((q.fake(x), np.rint(x / scale) * scale)):
+            errors[i] += float(np.square(quantized - x).sum(dtype=np.float64))
+    return RatioErrors(errors)
 
 
 def _ratio_errors(batch: Batch, scheme: Scheme) -> RatioErrors:

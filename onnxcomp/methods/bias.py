@@ -174,7 +174,7 @@ class BiasCompensation(Compensation):
             u = np.concatenate([left[:, :r] / spread, np.ones((len(table), 1))], axis=1).astype(np.float32)
             v = np.concatenate([right[:r], centre[None]]).astype(np.float32)
             found = loss(u.astype(np.float64) @ v)
-            if 10.0 * np.log10(best[2] / max(found, 1e-30)) > TABLE_GAIN_DB:
+            if 10.0 * np.log10(max(best[2], 1e-30) / max(found, 1e-30)) > TABLE_GAIN_DB:
                 best = (u, v, found)
         return best[0], best[1], float(-10.0 * np.log10(max(best[2], 1e-30))) if best[2] < plain else 0.0
 

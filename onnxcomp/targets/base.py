@@ -23,7 +23,7 @@ class Settings:
     weight_bits: int
     activation_bits: int
     activations: str
-    """`static`, `dynamic`, `token` or `float`."""
+    """`auto`, `static`, `dynamic`, `token` or `float`."""
     ranges: str
     percentile: float
     symmetric: bool
@@ -36,7 +36,7 @@ class Point:
     tensor: str
     scheme: Scheme
     granularity: str
-    """`static`, `dynamic` (per tensor at run time) or `token` (last axis, at run time)."""
+    """`static`, `dynamic` (per tensor at run time), `token` (last axis, at run time), or `auto`: static or token."""
     ranges: str
     percentile: float
     consumers: tuple[str, ...] | None = None

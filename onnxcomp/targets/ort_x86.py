@@ -109,7 +109,7 @@ class _Lowering:
         if len(x.inputs) != 1 or len(x.outputs) != 1 or any(t is x for t in self.graph.outputs):
             return
         clip = x.inputs[0]
-        if clip.op not in ("Relu", "Clip"):
+        if clip.op not in ("Relu", "Clip") or any(isinstance(t, Variable) and not t.is_empty() for t in clip.inputs[1:]):
             return
         step, zero, bits = float(scale.values), int(zero_point.values), node.attrs["bits"]
         low, high = lower_bound(clip), clip_bounds(clip)[1] if clip.op == "Clip" else None

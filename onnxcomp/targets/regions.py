@@ -31,7 +31,7 @@ class _Region:
 
 def plan_with_regions(graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings]) -> Plan:
     """Points for `sites`: stored tensors of 8 bits, and the sites' inputs at their own bits."""
-    static = {s.name: s for s in sites if settings[s.name].activations == "static"}
+    static = {s.name: s for s in sites if settings[s.name].activations in ("static", "auto")}
     tensors = graph.tensors()
     results = {t.name for t in graph.outputs}
     region = _find_region(graph, static, results)
@@ -145,7 +145,7 @@ def _readers(tensor: Tensor, region: _Region, settings: Mapping[str, Settings], 
             found += [reader for t in moved for reader in _readers(t, region, settings, results)]
         else:
             wanted = settings.get(node.name)
-            found.append(wanted if wanted is not None and wanted.activations == "static" else None)
+            found.append(wanted if wanted is not None and wanted.activations in ("static", "auto") else None)
     return found
 
 
@@ -167,7 +167,7 @@ def _input_points(
             continue
         for tensor in dict.fromkeys(site.inputs):
             stored = direct.get(tensor)
-            if stored is not None and stored.scheme == activation_scheme(wanted) and wanted.activations == "static":
+            if stored is not None and stored.scheme == activation_scheme(wanted) and wanted.activations in ("static", "auto"):
                 continue
             key = (tensor, replace(wanted, weight_bits=0))
             shared.setdefault(key, []).append(site.name)

@@ -1,0 +1,79 @@
+"""The promises on real models: accuracy on the test half, kernels, size and repeatability. Skipped where the data are absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from onnxcomp import runtime
+from onnxcomp.data import InputSpec
+from onnxcomp.pipeline import Result, quantize
+from onnxcomp.recipe import Bits, Recipe, find
+
+pytestmark = pytest.mark.real
+SPEC = importlib.util.spec_from_file_location("bench_tool", Path(__file__).resolve().parents[1] / "tools" / "bench.py")
+assert SPEC is not None
+assert SPEC.loader is not None
+bench = importlib.util.module_from_spec(SPEC)
+sys.modules["bench_tool"] = bench
+SPEC.loader.exec_module(bench)
+
+SAMPLES = 64
+DROPS = {"vit": 1.5, "mobilenet": 0.5, "resnet20": 0.5, "kwt1": 0.5, "mnist": 0.5, "stories260k": 1.0}
+"""Largest fall at W8A8: points of accuracy, and for the language model per cent of perplexity."""
+
+
+def make(name: str, folder: Path, output: Path, bits: str, recipe: Recipe) -> Result:
+    subject = bench.SUBJECTS[name]
+    path, source = folder / subject.file, folder / subject.calibration
+    changed = dataclasses.replace(recipe, bits=Bits.parse(bits), samples=SAMPLES, preprocess=subject.preprocess)
+    return quantize(path, bench.stories(source) if subject.language else source, changed, output=output)
+
+
+def scores(name: str, folder: Path, *files: Path) -> list[float]:
+    """Accuracy in per cent, or perplexity, on the test half."""
+    subject = bench.SUBJECTS[name]
+    sessions = [runtime.Session(file) for file in files]
+    specs = [InputSpec(n, kind.dtype, kind.shape) for n, kind in sessions[0].inputs]
+    test = bench.load(subject, folder, "test", specs, None)
+    if subject.language:
+        feeds = [test.samples[i] for i in range(len(test))]
+        return [bench.perplexity(session, feeds) for session in sessions]
+    batches = bench.stacked(test, sessions[0])
+    return [bench.accuracy(session, batches) for session in sessions]
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_w8a8_keeps_the_accuracy_on_integer_kernels(name: str, data_dir: Path, tmp_path: Path):
+    output = tmp_path / "out.onnx"
+
+    result = make(name, data_dir, output, "w8a8", find("auto"))
+
+    assert result.report.integer_share >= 0.98
+    before, after = scores(name, data_dir, data_dir / bench.SUBJECTS[name].file, output)
+    drop = 100 * (after / before - 1) if bench.SUBJECTS[name].language else before - after
+    assert drop <= DROPS[name]
+
+
+def test_bias_compensation_adds_eight_points_to_a_w4a4_vision_transformer(data_dir: Path, tmp_path: Path):
+    base, compensated = tmp_path / "base.onnx", tmp_path / "bias.onnx"
+
+    make("vit", data_dir, base, "w4a4", find("base"))
+    make("vit", data_dir, compensated, "w4a4", dataclasses.replace(find("auto"), activations="static"))
+
+    without, with_bias = scores("vit", data_dir, base, compensated)
+    assert with_bias >= without + 8
+    assert compensated.stat().st_size <= 0.17 * (data_dir / bench.SUBJECTS["vit"].file).stat().st_size
+
+
+def test_a_second_run_leaves_the_same_bytes(data_dir: Path, tmp_path: Path):
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+
+    make("kwt1", data_dir, first, "w4a8", find("auto"))
+    make("kwt1", data_dir, second, "w4a8", find("auto"))
+
+    assert first.read_bytes() == second.read_bytes()
