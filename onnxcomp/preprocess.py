@@ -42,21 +42,18 @@ class Preprocess:
     color: str = "rgb"
 
     def __post_init__(self) -> None:
-        for key in ("resize", "crop"):
-            value = getattr(self, key)
+        for key, value in (("resize", self.resize), ("crop", self.crop)):
             if value is not None and not (_is_number(value) and value > 0 and isinstance(value, int)):
                 raise UsageError(f"preprocess: {key} must be a positive whole number of pixels, found {_show(value)}.")
-        for key in ("mean", "std"):
-            value = getattr(self, key)
+        for key, value in (("mean", self.mean), ("std", self.std)):
             values = value if isinstance(value, tuple) and len(value) == 3 else (value,)
             if not all(map(_is_number, values)):
                 raise UsageError(f"preprocess: {key} must be one number or three, found {_show(value)}.")
-        if not all(np.atleast_1d(self.std)):
+        if not np.all(self.std):
             raise UsageError("preprocess: std must not be 0.")
         if not (_is_number(self.scale) and self.scale > 0):
             raise UsageError(f"preprocess: scale must be a positive number, found {_show(self.scale)}.")
-        for key, allowed in (("layout", LAYOUTS), ("color", COLORS)):
-            value = getattr(self, key)
+        for key, value, allowed in (("layout", self.layout, LAYOUTS), ("color", self.color, COLORS)):
             if value not in allowed:
                 raise UsageError(f"preprocess: {key} must be one of {', '.join(allowed)}, found {_show(value)}.")
 
@@ -85,7 +82,7 @@ class Preprocess:
                 close = difflib.get_close_matches(key, known, n=1)
                 advice = f"Did you mean '{close[0]}'?" if close else f"Known keys: {', '.join(known)}."
                 raise UsageError(f"preprocess: unknown key '{key}'. {advice}")
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
         return cls(**values)
 
     def to_table(self) -> dict[str, int | float | str | list[float]]:
@@ -95,7 +92,7 @@ class Preprocess:
 
     def __str__(self) -> str:
         """The text that `parse` reads back."""
-        return " ".join(f"{key}={_show_value(value)}" for key, value in self.to_table().items())
+        return " ".join(f"{key}={_format(value)}" for key, value in self.to_table().items())
 
     @property
     def keeps_pixels(self) -> bool:
@@ -155,11 +152,11 @@ def suggest(current: Preprocess | None, shape: tuple[int | str | None, ...], siz
     """The `--preprocess` text that brings an image of `size` (height, width) to `shape` of rank 4; None if none can."""
     layout = "nhwc" if shape[3] in (1, 3) and shape[1] not in (1, 3) else "nchw"
     channels, height, width = (shape[3], *shape[1:3]) if layout == "nhwc" else shape[1:]
-    base = current if current is not None else Preprocess()
+    base = current or Preprocess()
     color = "rgb" if base.color == "gray" else base.color
     wanted = replace(base, layout=layout, color="gray" if channels == 1 else color)
     if isinstance(height, int) and height == width and (height, width) != size:
-        shorter = base.resize if base.resize is not None else min(size)
+        shorter = base.resize or min(size)
         wanted = replace(wanted, crop=height, resize=height if shorter < height else base.resize)
     if wanted == current:
         return None
@@ -167,23 +164,21 @@ def suggest(current: Preprocess | None, shape: tuple[int | str | None, ...], siz
 
 
 def _resize(pixels: np.ndarray, shorter: int, where: str) -> np.ndarray:
-    height, width = pixels.shape[:2]
+    height, width, channels = pixels.shape
     if min(height, width) == shorter:
         return pixels
     longer = int(shorter * max(height, width) / min(height, width))
+    size = (shorter, longer) if width <= height else (longer, shorter)
     image_module = _pillow(where)
-    picture = image_module.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
-    to_size = (shorter, longer) if width <= height else (longer, shorter)
-    return np.asarray(picture.resize(to_size, image_module.Resampling.BILINEAR)).reshape(to_size[1], to_size[0], -1)
+    picture = image_module.fromarray(pixels if channels == 3 else pixels[:, :, 0])
+    return np.asarray(picture.resize(size, image_module.Resampling.BILINEAR)).reshape(size[1], size[0], channels)
 
 
 def _crop_centre(pixels: np.ndarray, side: int, where: str) -> np.ndarray:
     height, width = pixels.shape[:2]
     if min(height, width) < side:
-        raise DataError(
-            f"{where}: the image is {height}x{width} (height x width), smaller than crop={side}. "
-            f"Add resize={side} to --preprocess."
-        )
+        text = f"the image is {height}x{width} (height x width), smaller than crop={side}."
+        raise DataError(f"{where}: {text} Add resize={side} to --preprocess.")
     top, left = (height - side) // 2, (width - side) // 2
     return pixels[top : top + side, left : left + side]
 
@@ -206,16 +201,16 @@ def _parse_value(text: str) -> object:
         return tuple(_parse_value(part) for part in text.split(","))
     if text.isdecimal():
         return int(text)
-    numerator, slash, denominator = text.partition("/")
+    top, slash, bottom = text.partition("/")
     try:
-        return float(numerator) / float(denominator) if slash else float(text)
+        return float(top) / float(bottom) if slash else float(text)
     except (ValueError, ZeroDivisionError):
         return text
 
 
-def _show_value(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def _show(value: object) -> str:
-    return f"'{_show_value(list(value) if isinstance(value, tuple) else value)}'"
+    return f"'{_format(value)}'"
+
+
+def _format(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

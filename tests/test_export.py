@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from onnxcomp.errors import ModelError, OnnxcompError, UsageError, VerificationError
 from onnxcomp.export import export
-from onnxcomp.export.inputs import read_inputs
+from onnxcomp.export.network import read_inputs
 from onnxcomp.runtime import Session
 
 needs_torch = pytest.mark.skipif(
@@ -156,6 +156,18 @@ def test_inputs_with_the_names_of_parameters_are_passed_by_name_and_each_axis_va
     bias = next(t for t in onnx.load("ids.onnx").graph.initializer if t.name == "head.bias")
     # A mask of zeros leaves the head's bias alone.
     assert np.array_equal(Session(report.path).run(feed)["logits"], np.broadcast_to(numpy_helper.to_array(bias), (3, 5, 5)))
+
+
+@needs_torch
+@pytest.mark.parametrize(("name", "output"), [("x", "output"), ("output", "output_out")])
+def test_a_module_that_returns_its_input_has_two_names_for_it(name: str, output: str):
+    import torch
+
+    report = export(torch.nn.Identity(), [f"{name}=1x3"], dynamic=["batch"], output="m.onnx")
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    assert report.outputs == (f"{output} float32[batch, 3]",)
+    np.testing.assert_array_equal(Session(report.path).run({name: x})[output], x)
 
 
 @needs_torch

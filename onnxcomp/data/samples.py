@@ -6,31 +6,16 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from types import EllipsisType
 from typing import overload
 
 import numpy as np
 
-from onnxcomp.data import labels as label_sources
+from onnxcomp.data import sources
 from onnxcomp.data.inputs import Inputs, InputSpec
-from onnxcomp.data.sources import (
-    ARRAY_TYPES,
-    IMAGE_TYPES,
-    LABEL_KEYS,
-    ArrayFile,
-    ArrayLike,
-    Feed,
-    Held,
-    ImageFile,
-    Part,
-    Replay,
-    Store,
-    as_feed,
-    keep_feeds,
-    list_folder,
-)
+from onnxcomp.data.labels import join_labels, read_labels
+from onnxcomp.data.sources import ARRAY_TYPES, IMAGE_TYPES, LABEL_KEYS, ArrayLike, Feed, Load, Part, Replay
 from onnxcomp.errors import DataError, UsageError
 from onnxcomp.preprocess import Preprocess, decode_image
 
@@ -72,11 +57,12 @@ def open_data(
         raise UsageError(f"the number of samples must be at least 1, found {limit}.")
     model = Inputs(tuple(inputs), preprocess)
     if isinstance(source, str | os.PathLike):
-        where, path = str(source), Path(source)
-        parts = _open_path(path, model)
-        labels = label_sources.find_beside(path, parts) if labels is None else labels
+        where, parts = str(source), _open_path(Path(source), model)
+        table = Path(source) / "labels.csv"
+        if labels is None and parts[0].is_image and table.is_file():
+            labels = table
     else:
-        where, parts = "data", _open_object(source, model)
+        where, parts = "data", list(_open_object(source, model))
     group = _group(parts, model)
     rows = sum(part.rows for part in parts)
     total = rows // group
@@ -86,11 +72,11 @@ def open_data(
     chosen = np.arange(total)
     if limit is not None and limit < total:
         chosen = np.sort(np.random.default_rng(seed).permutation(total)[:limit])
-    by_row = label_sources.join(parts) if labels is None else label_sources.given(labels, parts)
+    by_row = join_labels(parts) if labels is None else read_labels(labels, parts)
     if by_row is not None and group > 1:
         by_row = by_row[: total * group].reshape(total, group, *by_row.shape[1:])
     samples = Samples(model, parts, group, chosen)
-    samples.make(0)
+    _ = samples[0]
     return Data(samples, None if by_row is None else by_row[chosen])
 
 
@@ -118,116 +104,116 @@ class Samples(Sequence[Feed]):
     def __getitem__(self, index: int | slice) -> Feed | Samples:
         if isinstance(index, slice):
             return Samples(self._model, self._parts, self._group, self._chosen[index])
-        feed = self.make(index)
-        for name, array in feed.items():
-            count = int(array.size - np.isfinite(array).sum()) if array.dtype.kind == "f" else 0
-            if count > 0:
-                raise DataError(
-                    f"{self._where(index)}, input '{name}': expected finite numbers, found {count} NaN or Inf among "
-                    f"{array.size}. Repair or remove the sample."
-                )
-        return feed
-
-    def make(self, index: int) -> Feed:
-        """Sample `index`, checked for everything but NaN and Inf."""
         where = self._where(index)
-        pieces: list[Feed] = []
-        for part, stored in self._rows(index):
-            if isinstance(part.store, ImageFile):
-                pixels = decode_image(stored[part.store.name].tobytes(), self._model.color, where)
-                stored = {part.store.name: pixels[None]}
-            pieces.append(self._model.convert(stored, where, is_whole=part.is_whole))
-        if len(pieces) == 1:
-            return pieces[0]
-        for name in pieces[0]:
-            shapes = {piece[name].shape[1:] for piece in pieces}
-            if len(shapes) > 1:
-                found = ", ".join(str(list(shape)) for shape in sorted(shapes))
-                raise DataError(f"{where}, input '{name}': expected rows of one shape in a batch, found {found}.")
-        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        color = "rgb" if self._model.preprocess is None else self._model.preprocess.color
+        rows: list[Feed] = []
+        for part, stored in self._read(index):
+            if part.is_image:
+                stored = {name: decode_image(encoded.tobytes(), color, where)[None] for name, encoded in stored.items()}
+            rows.append(self._model.convert(stored, where, is_whole=part.is_whole))
+        return {name: _join([row[name] for row in rows], f"{where}, input '{name}'") for name in self._model.names}
 
     def digest(self) -> str:
         """sha256 of the stored form of these samples, in order."""
         total = hashlib.sha256(f"preprocess {self._model.preprocess}\n".encode())
         for index in range(len(self)):
-            for _, stored in self._rows(index):
+            for _, stored in self._read(index):
                 for name, array in stored.items():
                     total.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
                     total.update(array.tobytes())
         return total.hexdigest()
 
-    def _rows(self, index: int) -> Iterator[tuple[Part, Feed]]:
-        sample = int(self._chosen[index])
-        for row in range(sample * self._group, (sample + 1) * self._group):
-            number = int(np.searchsorted(self._ends, row, side="right"))
+    def _read(self, index: int) -> Iterator[tuple[Part, Feed]]:
+        """The rows of a sample as stored, each array with its batch axis."""
+        start = int(self._chosen[index]) * self._group
+        for row in range(start, start + self._group):
+            number = self._part_of(row)
             part = self._parts[number]
             if self._held is None or self._held[0] != number:
                 self._held = None  # so that two files are never held at once
-                self._held = number, part.store.load(part.keys.values())
+                self._held = number, self._model.add_batch_axes(part.load())
             local = row - int(self._ends[number]) + part.rows
-            yield part, self._select(part, self._held[1], ... if part.is_whole else slice(local, local + 1))
+            chosen = ... if part.is_whole else slice(local, local + 1)
+            yield part, {name: array[chosen] for name, array in self._held[1].items()}
 
-    def _select(self, part: Part, arrays: Feed, rows: slice | EllipsisType) -> Feed:
-        """Rows as stored, each array with its batch axis; of an image, the encoded bytes."""
-        if isinstance(part.store, ImageFile):
-            return arrays
-        found = {spec: arrays[part.keys[spec.name]] for spec in self._model.specs}
-        return {spec.name: self._model.add_batch_axis(spec, array)[rows] for spec, array in found.items()}
+    def _part_of(self, row: int) -> int:
+        return int(np.searchsorted(self._ends, row, side="right"))
 
     def _where(self, index: int) -> str:
         sample = int(self._chosen[index])
-        part = self._parts[int(np.searchsorted(self._ends, sample * self._group, side="right"))]
-        return f"{part.store.where}: sample {sample}"
+        return f"{self._parts[self._part_of(sample * self._group)].where}: sample {sample}"
 
 
-def _group(parts: Sequence[Part], model: Inputs) -> int:
-    """Rows a sample takes."""
-    whole = [part.store.where for part in parts if part.is_whole]
-    if model.batch is None or model.batch == 1 or len(whole) == len(parts):
-        return 1
-    if whole:
-        raise DataError(f"{whole[0]}: expected inputs that share their rows, as elsewhere, found different lengths.")
-    return model.batch
+def _join(rows: Sequence[np.ndarray], where: str) -> np.ndarray:
+    """The batch of these rows. Raises DataError if they differ in shape or hold NaN or Inf."""
+    shapes = sorted({row.shape for row in rows})
+    if len(shapes) > 1:
+        found = ", ".join(str(list(shape[1:])) for shape in shapes)
+        raise DataError(f"{where}: expected rows of one shape in a batch, found {found}.")
+    x = rows[0] if len(rows) == 1 else np.concatenate(rows)
+    count = int(x.size - np.isfinite(x).sum()) if x.dtype.kind == "f" else 0
+    if count > 0:
+        text = f"expected finite numbers, found {count} NaN or Inf among {x.size}. Repair or remove the sample."
+        raise DataError(f"{where}: {text}")
+    return x
 
 
 def _open_path(path: Path, model: Inputs) -> list[Part]:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder.")
-    files = list_folder(path) if path.is_dir() else [path]
+    files = sources.list_folder(path) if path.is_dir() else [path]
     kind = files[0].suffix.lower()
     if kind in ARRAY_TYPES:
-        return [_part(ArrayFile(file), model) for file in files]
+        return [_part(file, sources.read_arrays(file), partial(sources.load_arrays, file), model) for file in files]
     if kind not in IMAGE_TYPES:
         raise DataError(f"{path}: unknown file type '{kind}'. Give a .npz, a .npy, or a folder of these or of images.")
     if len(model.specs) != 1:
         names = ", ".join(model.names)
         raise DataError(f"{path}: images cannot feed the {len(model.names)} inputs {names}. Give .npz files.")
-    name = model.names[0]
-    return [Part(ImageFile(file, name), {name: name}, 1) for file in files]
+    return [Part(file, partial(sources.load_image, file, model.names[0]), rows=1) for file in files]
 
 
-def _open_object(source: object, model: Inputs) -> list[Part]:
+def _open_object(source: object, model: Inputs) -> Iterator[Part]:
     if isinstance(source, Mapping | ArrayLike):
-        return [_part(Held("data", as_feed(source, model.names, "data")), model)]
-    if isinstance(source, Iterable):
-        return [_part(store, model, is_feed=True) for store in keep_feeds(source, model.names)]
-    if isinstance(source, Callable):
-        return [_part(store, model, is_feed=True) for store in Replay(source, model.names).stores()]
-    raise DataError(f"data: expected a path, arrays, or an iterable of feeds, found {type(source).__name__}.")
+        feed = sources.as_feed(source, model.names, "data")
+        yield _part("data", feed, partial(sources.rename, feed), model)
+    elif isinstance(source, Iterable):
+        for number, item in enumerate(source):
+            feed = sources.as_feed(item, model.names, f"feed {number}")
+            if not isinstance(source, Sequence):  # a generator may fill one buffer again and again
+                feed = {key: array.copy() for key, array in feed.items()}
+            yield _part(f"feed {number}", feed, partial(sources.rename, feed), model, is_feed=True)
+    elif isinstance(source, Callable):
+        replay = Replay(source, model.names)
+        for number, feed in enumerate(replay):
+            yield _part(f"feed {number}", feed, partial(replay.load, number), model, is_feed=True)
+    else:
+        raise DataError(f"data: expected a path, arrays, or an iterable of feeds, found {type(source).__name__}.")
 
 
-def _part(store: Store, model: Inputs, *, is_feed: bool = False) -> Part:
-    headers = store.headers()
-    label_keys = [key for key in headers if key in LABEL_KEYS and key not in model.names]
+def _part(where: str | Path, found: Feed, load: Load, model: Inputs, *, is_feed: bool = False) -> Part:
+    """Arrays as rows; `found` has their types and shapes, and of a feed their values too."""
+    label_keys = [key for key in found if key in LABEL_KEYS and key not in model.names]
     if len(label_keys) > 1:
-        raise DataError(f"{store.where}: expected one array of labels, found {', '.join(label_keys)}. Keep one.")
-    keys = model.match_names([key for key in headers if key not in label_keys], store.where, is_exact=is_feed)
-    found = {name: headers[key] for name, key in keys.items()}
-    counted = model.count_rows(found, store.where, is_feed=is_feed)
+        raise DataError(f"{where}: expected one array of labels, found {', '.join(label_keys)}. Keep one.")
+    keys = model.match_names([key for key in found if key not in label_keys], str(where), is_exact=is_feed)
+    counted = model.count_rows({name: found[key] for name, key in keys.items()}, str(where), is_feed=is_feed)
     is_whole, rows = counted is None, 1 if counted is None else counted
-    labels = store.load(label_keys)[label_keys[0]] if label_keys else None
-    if labels is not None and (is_whole or labels.ndim == 0):
-        labels = labels.reshape(1) if labels.size == 1 else labels[None]
-    if labels is not None and len(labels) != rows:
-        raise DataError(f"{store.where}: expected {rows} labels, one a row, found {len(labels)} in '{label_keys[0]}'.")
-    return Part(store, keys, rows, is_whole, labels)
+    labels = None
+    for key in label_keys:
+        labels = np.array((found if is_feed else load({key: key}))[key])
+        if is_whole or labels.ndim == 0:
+            labels = labels.reshape(1) if labels.size == 1 else labels[None]
+        if len(labels) != rows:
+            raise DataError(f"{where}: expected {rows} labels, one a row, found {len(labels)} in '{key}'.")
+    return Part(where, partial(load, keys), rows, is_whole, labels)
+
+
+def _group(parts: Sequence[Part], model: Inputs) -> int:
+    """Rows a sample takes."""
+    whole = [part.where for part in parts if part.is_whole]
+    if model.batch is None or model.batch == 1 or len(whole) == len(parts):
+        return 1
+    if whole:
+        raise DataError(f"{whole[0]}: expected inputs that share their rows, as elsewhere, found different lengths.")
+    return model.batch

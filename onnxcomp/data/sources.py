@@ -1,8 +1,8 @@
 """Where arrays come from: .npz and .npy files, image files, Python objects. Nothing here knows the model.
 
-A *store* tells the types and shapes of its arrays before it reads them. A .npz is a zip archive with one .npy in it
-for each array; headers are read alone, and arrays that are not compressed are mapped where they lie, so that opening a
-large set costs little and a row costs a row. Pickled objects are never loaded.
+Every source can be described before it is read: types and shapes stand in headers. A .npz is a zip archive of .npy
+files; what it does not compress is mapped where it lies, so that opening a large set costs little and a row costs a
+row. Pickled objects are never loaded.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Protocol, runtime_checkable
 
@@ -21,7 +22,8 @@ import numpy as np
 from onnxcomp.errors import DataError
 
 Feed = dict[str, np.ndarray]
-Shape = tuple[int, ...]
+Load = Callable[[Mapping[str, str]], Feed]
+"""Gives arrays under new names, by the names they are stored under."""
 ARRAY_TYPES = (".npz", ".npy")
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 LABEL_KEYS = ("y", "label", "labels")
@@ -29,158 +31,21 @@ LABEL_KEYS = ("y", "label", "labels")
 _UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
 
 
-@dataclass(frozen=True)
-class Header:
-    """Type and shape of a stored array."""
-
-    dtype: np.dtype
-    shape: Shape
-
-    def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)}"
-
-
-class Store(Protocol):
-    """Named arrays that can be described before they are read."""
-
-    @property
-    def where(self) -> str:
-        """What errors call this store."""
-        ...
-
-    def headers(self) -> dict[str, Header]: ...
-
-    def load(self, keys: Iterable[str]) -> Feed: ...
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
-    """A store or image seen as rows: `keys` maps input names to its arrays; `is_whole`: all of it is the only row."""
+    """Arrays of one origin by input name, seen as rows; or an image, whose array is the bytes of its file."""
 
-    store: Store | ImageFile
-    keys: Mapping[str, str]
+    where: str | Path
+    """What errors call it: a file by its path."""
+    load: Callable[[], Feed]
     rows: int
     is_whole: bool = False
+    """All of it is one row, as it is."""
     labels: np.ndarray | None = None
 
-
-@dataclass(frozen=True)
-class ArrayFile:
-    """A .npz, or a .npy, whose one array is called by the file's stem."""
-
-    path: Path
-
     @property
-    def where(self) -> str:
-        return str(self.path)
-
-    def headers(self) -> dict[str, Header]:
-        with reading(self.path):
-            if self.path.suffix.lower() == ".npy":
-                with self.path.open("rb") as stream:
-                    return {self.path.stem: _read_header(stream)[0]}
-            with zipfile.ZipFile(self.path) as archive:
-                return {_key(member): _member_header(archive, member) for member in archive.infolist()}
-
-    def load(self, keys: Iterable[str]) -> Feed:
-        with reading(self.path):
-            if self.path.suffix.lower() == ".npy":
-                return {key: _map_array(self.path, 0) for key in keys}
-            with zipfile.ZipFile(self.path) as archive:
-                members = {_key(member): member for member in archive.infolist()}
-                return {key: _load_member(self.path, archive, members[key]) for key in keys}
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """One image; its array, called `name`, is the encoded bytes of the file."""
-
-    path: Path
-    name: str
-
-    @property
-    def where(self) -> str:
-        return str(self.path)
-
-    def load(self, keys: Iterable[str]) -> Feed:
-        with reading(self.path):
-            encoded = np.frombuffer(self.path.read_bytes(), np.uint8)
-        return dict.fromkeys(keys, encoded)
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """Arrays in memory."""
-
-    where: str
-    arrays: Feed
-
-    def headers(self) -> dict[str, Header]:
-        return _describe(self.arrays)
-
-    def load(self, keys: Iterable[str]) -> Feed:
-        return {key: self.arrays[key] for key in keys}
-
-
-class Replay:
-    """The feeds of a callable that returns an iterator, by number; asking for an earlier one runs the callable anew."""
-
-    def __init__(self, start: Callable[[], object], names: Sequence[str]) -> None:
-        self._start, self._names = start, names
-        self._iterator: Iterator[object] | None = None
-        self._number = -1
-        self._feed: Feed = {}
-
-    def get(self, number: int) -> Feed | None:
-        """Feed `number`, or None past the end."""
-        if self._iterator is None or number < self._number:
-            found = self._start()
-            if not isinstance(found, Iterable):
-                raise DataError(f"data: expected the callable to return an iterator of feeds, found {_kind(found)}.")
-            self._iterator, self._number = iter(found), -1
-        while self._number < number:
-            try:
-                item = next(self._iterator)
-            except StopIteration:
-                self._iterator = None
-                return None
-            self._number += 1
-            self._feed = as_feed(item, self._names, f"feed {self._number}")
-        return self._feed
-
-    def stores(self) -> Iterator[Replayed]:
-        """One pass over the feeds, in which each is described and remembered by its checksum."""
-        number = 0
-        while (feed := self.get(number)) is not None:
-            yield Replayed(self, number, _describe(feed), _checksum(feed))
-            number += 1
-
-
-@dataclass(frozen=True, eq=False)
-class Replayed:
-    """One feed of a Replay, which must come out the same on every pass."""
-
-    replay: Replay
-    number: int
-    described: dict[str, Header]
-    checksum: int
-
-    @property
-    def where(self) -> str:
-        return f"feed {self.number}"
-
-    def headers(self) -> dict[str, Header]:
-        return self.described
-
-    def load(self, keys: Iterable[str]) -> Feed:
-        feed = self.replay.get(self.number)
-        if feed is None or _checksum(feed) != self.checksum:
-            raise DataError(
-                f"{self.where}: expected the callable to give the same feeds on every pass, "
-                f"found {'other values' if feed is not None else 'fewer feeds'}. "
-                "Seed it, or give its iterator, which is read once and kept."
-            )
-        return {key: feed[key] for key in keys}
+    def is_image(self) -> bool:
+        return isinstance(self.where, Path) and self.where.suffix.lower() in IMAGE_TYPES
 
 
 @runtime_checkable
@@ -188,6 +53,16 @@ class ArrayLike(Protocol):
     """What numpy reads as an array: an ndarray, a torch or jax tensor on the CPU, a data frame."""
 
     def __array__(self) -> np.ndarray: ...
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the readers of files raise into a DataError that names the file."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: cannot be read as a {path.suffix} file: {reason.removesuffix('.')}.") from error
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -203,90 +78,125 @@ def list_folder(folder: Path) -> list[Path]:
     return arrays or images
 
 
-def keep_feeds(items: Iterable[object], names: Sequence[str]) -> Iterator[Held]:
-    """The feeds of an iterable, copied unless it is a sequence, for a generator may fill one buffer again and again."""
-    is_sequence = isinstance(items, Sequence)
-    for number, item in enumerate(items):
-        feed = as_feed(item, names, f"feed {number}")
-        yield Held(f"feed {number}", feed if is_sequence else {key: array.copy() for key, array in feed.items()})
-
-
-def as_feed(item: object, names: Sequence[str], where: str) -> Feed:
-    """A dict of arrays, or one array for a model whose only input is `names[0]`, as a feed."""
-    if isinstance(item, Mapping):
-        return {str(key): _as_array(value, f"{where}, '{key}'") for key, value in item.items()}
-    if not isinstance(item, ArrayLike):
-        raise DataError(f"{where}: expected a dict of arrays by input name, or one array, found {_kind(item)}.")
-    if len(names) != 1:
-        raise DataError(f"{where}: expected a dict of the inputs {', '.join(names)}, found one array.")
-    return {names[0]: np.asarray(item)}
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what the readers of files raise into a DataError that names the file."""
-    try:
-        yield
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: cannot be read as a {path.suffix} file: {reason.removesuffix('.')}.") from error
-
-
 def _list_files(folder: Path, types: tuple[str, ...]) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in types and path.is_file())
-    return [folder / name for name in names if not name.startswith(".")]
+    files = folder.iterdir() if folder.is_dir() else ()
+    found = [file for file in files if file.suffix.lower() in types and file.is_file() and file.name[0] != "."]
+    return sorted(found, key=lambda file: file.name)
 
 
-def _key(member: zipfile.ZipInfo) -> str:
-    return member.filename.removesuffix(".npy")
+def load_image(path: Path, name: str) -> Feed:
+    """The bytes of an image file, as one row."""
+    with reading(path):
+        return {name: np.frombuffer(path.read_bytes(), np.uint8)[None]}
 
 
-def _read_header(stream: IO[bytes]) -> tuple[Header, bool]:
-    """The header at the stream's position, and whether the array is in Fortran order."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read(stream)
-    if dtype.hasobject:
-        raise ValueError("it holds pickled Python objects, which are never loaded.")
-    return Header(dtype, shape), is_fortran
+def load_arrays(path: Path, keys: Mapping[str, str]) -> Feed:
+    """Arrays of a .npz or .npy under new names."""
+    return rename(read_arrays(path, keys.values()), keys)
 
 
-def _member_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Header:
+def read_arrays(path: Path, keys: Collection[str] | None = None) -> Feed:
+    """The arrays `keys` of a .npz or .npy, whose one array is called by the file's stem; mapped unless compressed.
+
+    Without keys it is all of them, for their types and shapes: zeros that take no memory stand for compressed arrays.
+    """
+    with reading(path):
+        if path.suffix.lower() == ".npy":
+            return {path.stem: _map_array(path, 0)}
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            wanted = members if keys is None else keys
+            return {key: _read_member(path, archive, members[key], is_described=keys is None) for key in wanted}
+
+
+def _read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, *, is_described: bool) -> np.ndarray:
+    if member.compress_type == zipfile.ZIP_STORED:
+        # A member's data follow its 30-byte local header and two fields whose lengths stand at its end.
+        with path.open("rb") as stream:
+            stream.seek(member.header_offset + 26)
+            name_length, extra_length = struct.unpack("<HH", stream.read(4))
+        return _map_array(path, member.header_offset + 30 + name_length + extra_length)
     with archive.open(member) as stream:
-        return _read_header(stream)[0]
-
-
-def _load_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    if member.compress_type != zipfile.ZIP_STORED:
-        with archive.open(member) as stream:
+        if not is_described:
             return np.lib.format.read_array(stream, allow_pickle=False)
-    # A member's data follow its 30-byte local header and two fields whose lengths stand at its end.
-    with path.open("rb") as stream:
-        stream.seek(member.header_offset + 26)
-        name_length, extra_length = struct.unpack("<HH", stream.read(4))
-    return _map_array(path, member.header_offset + 30 + name_length + extra_length)
+        shape, _, dtype = _read_header(stream)
+        return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def _map_array(path: Path, offset: int) -> np.ndarray:
     with path.open("rb") as stream:
         stream.seek(offset)
-        header, is_fortran = _read_header(stream)
-        if 0 in header.shape:
-            return np.zeros(header.shape, header.dtype)
-        order = "F" if is_fortran else "C"
-        return np.memmap(path, header.dtype, "r", offset=stream.tell(), shape=header.shape, order=order)
+        shape, is_fortran, dtype = _read_header(stream)
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        return np.memmap(path, dtype, "r", offset=stream.tell(), shape=shape, order="F" if is_fortran else "C")
 
 
-def _describe(arrays: Feed) -> dict[str, Header]:
-    return {key: Header(array.dtype, array.shape) for key, array in arrays.items()}
+def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and type of the .npy that starts at the stream's position."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError("it holds pickled Python objects, which are never loaded.")
+    return shape, is_fortran, dtype
 
 
-def _as_array(value: object, where: str) -> np.ndarray:
-    if isinstance(value, ArrayLike | int | float):
-        return np.asarray(value)
-    raise DataError(f"{where}: expected an array, found {_kind(value)}.")
+def as_feed(item: object, names: Sequence[str], where: str) -> Feed:
+    """A dict of arrays, or one array for a model whose only input is `names[0]`, as a feed."""
+    if isinstance(item, Mapping):
+        feed = {str(key): value for key, value in item.items()}
+        for key, value in feed.items():
+            if not isinstance(value, ArrayLike | int | float):
+                raise DataError(f"{where}, '{key}': expected an array, found {type(value).__name__}.")
+        return {key: np.asarray(value) for key, value in feed.items()}
+    if not isinstance(item, ArrayLike):
+        raise DataError(f"{where}: expected a dict of arrays by input name, or one array, found {type(item).__name__}.")
+    if len(names) != 1:
+        raise DataError(f"{where}: expected a dict of the inputs {', '.join(names)}, found one array.")
+    return {names[0]: np.asarray(item)}
+
+
+def rename(feed: Feed, keys: Mapping[str, str]) -> Feed:
+    """Arrays of a feed under new names."""
+    return {name: feed[key] for name, key in keys.items()}
+
+
+class Replay:
+    """The feeds of a callable: asking for an earlier one runs it anew, and it must give the same ones every time."""
+
+    def __init__(self, start: Callable[[], object], names: Sequence[str]) -> None:
+        self._start, self._names = start, names
+        self._checksums: list[int] = []
+        self._feeds: Iterator[Feed] = iter(())
+        self._next = 0
+
+    def __iter__(self) -> Iterator[Feed]:
+        """All feeds, of which checksums are kept."""
+        for feed in self._run():
+            self._checksums.append(_checksum(feed))
+            yield feed
+        self._next = len(self._checksums)
+
+    def load(self, number: int, keys: Mapping[str, str]) -> Feed:
+        """Arrays of feed `number`. Raises DataError if it is not what it was."""
+        if number < self._next:
+            self._feeds, self._next = self._run(), 0
+        feed = next(islice(self._feeds, number - self._next, None), None)
+        self._next = number + 1
+        if feed is not None and _checksum(feed) == self._checksums[number]:
+            return rename(feed, keys)
+        raise DataError(
+            f"feed {number}: expected the callable to give the same feeds on every pass, "
+            f"found {'fewer feeds' if feed is None else 'other values'}. "
+            "Seed it, or give its iterator, which is read once and kept."
+        )
+
+    def _run(self) -> Iterator[Feed]:
+        items = self._start()
+        if not isinstance(items, Iterable):
+            raise DataError(f"data: expected the callable to return an iterator of feeds, found {type(items).__name__}.")
+        return (as_feed(item, self._names, f"feed {number}") for number, item in enumerate(items))
 
 
 def _checksum(feed: Feed) -> int:
@@ -295,7 +205,3 @@ def _checksum(feed: Feed) -> int:
         array = feed[key]
         total = zlib.crc32(array.tobytes(), zlib.crc32(f"{key} {array.dtype.str} {array.shape}".encode(), total))
     return total
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
