@@ -7,9 +7,11 @@ half are run on the stored live activations, so the whole walk costs a few passe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from onnxcomp.calibrate.samples import Cut, SiteRun, Store
+import numpy as np
+
+from onnxcomp.calibrate.samples import Cut, Feed, SiteRun, Store
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Edit, Graph, Replacement, Tape, apply, extract
 from onnxcomp.graph.files import ModelProto, to_bytes
@@ -30,6 +32,25 @@ TOKEN_GAIN_DB = 1.5
 time: the fewer the bits, the more of the model's error comes from the input's."""
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total)."""
+
+
+def confirm_tokens(
+    graph: Graph, like: ModelProto, sites: Sequence[Site], feeds: Sequence[Feed], *, stackable: bool
+) -> tuple[Site, ...]:
+    """`sites`, with `fixed_tokens` only where running one sample and then two shows that y is [N, T, C] with the samples
+    along the first axis: inferred shapes cannot tell [N, T, C] from [T, N, C].
+    """
+    asked = [site for site in sites if site.fixed_tokens]
+    if not asked or all(isinstance(t.shape[0], int) for t in graph.inputs):
+        return tuple(sites)
+    kept: set[str] = set()
+    if stackable:
+        names = list(dict.fromkeys(site.y for site in asked))
+        part = extract(graph, [t.name for t in graph.inputs], names)
+        session = Session(to_bytes(to_model(part, like)))
+        one, two = session.run(feeds[0]), session.run({k: np.concatenate([feeds[0][k], feeds[1][k]]) for k in feeds[0]})
+        kept = {n for n in names if two[n].shape == (2 * one[n].shape[0], *one[n].shape[1:])}
+    return tuple(replace(site, fixed_tokens=site.fixed_tokens and site.y in kept) for site in sites)
 
 
 @dataclass(frozen=True)

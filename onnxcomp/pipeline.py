@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
 from onnxcomp.calibrate.samples import Feed, Store, can_stack
 from onnxcomp.choose import choose
-from onnxcomp.compress import Progress, Walk
+from onnxcomp.compress import Progress, Walk, confirm_tokens
 from onnxcomp.data import InputSpec, open_data
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
@@ -69,13 +70,15 @@ def quantize(
     progress("preparing", 0, 1)
     prepared = prepare(source, runtime.infer_types)
     choice = choose(prepared.graph, recipe, with_data=data is not None)
-    plan = target.plan(prepared.graph, choice.sites, choice.settings)
     reference = runtime.Session(files.to_bytes(prepared.model))
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
     samples, store = None, None
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
-        store = Store(samples.samples, batchable=can_stack(reference, samples.samples))
+        stackable = can_stack(reference, samples.samples)
+        sites = confirm_tokens(prepared.graph, prepared.model, choice.sites, samples.samples, stackable=stackable)
+        choice, store = dataclasses.replace(choice, sites=sites), Store(samples.samples, batchable=stackable)
+    plan = target.plan(prepared.graph, choice.sites, choice.settings)
     feeds = _proof_feeds(store, reference)
 
     walk = Walk(prepared.graph, prepared.graph.copy(), prepared.model, plan, target, recipe.compensate, store)

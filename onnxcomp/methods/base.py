@@ -104,7 +104,7 @@ def names() -> tuple[str, ...]:
 def find(name: str) -> type[Compensation]:
     """The method called `name`.
 
-    Raises RecipeError with the nearest name for an unknown one.
+    Raises RecipeError with the methods there are for an unknown one.
     """
     if name not in names():
         raise RecipeError(f"Unknown method '{name}'. The methods are: {', '.join(names())}.")

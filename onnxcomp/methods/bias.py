@@ -30,7 +30,7 @@ from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, Samp
 TRIM = 0.05
 HOLD_OUT = 4
 """Every fourth sample is held out."""
-TABLE_GAIN_DB = 0.05
+TABLE_GAIN_DB = 0.02
 """What a table must gain over one number per channel, and a rank over a lower one."""
 
 
@@ -153,30 +153,29 @@ class BiasCompensation(Compensation):
 
     def _table(self, errors: SampleErrors, b: Array) -> tuple[Array, Array, float]:
         """U [T, r + 1], V [r + 1, C] and the gain in dB on held-out samples: the lowest rank that is as good as any, 0
-        where none beats the bias per channel. Errors count relative to their token's mean squared error, so that neither
-        a few outlier tokens nor the many quiet ones decide alone.
+        where none beats the bias per channel.
         """
-        (fitted, held_out), weight = errors.seen, 1.0 / np.maximum(errors.squares[0] / errors.seen[0], 1e-30)
+        fitted, held_out = errors.seen
         table = errors.total[0] / fitted
-        centre = weight @ table / weight.sum()
-        spread = np.sqrt(weight)[:, None]
-        left = _directions((table - centre) * spread, self.rank or len(table))
-        right = left.T @ ((table - centre) * spread)
+        centre = table.mean(axis=0)
+        left = _directions(table - centre, self.rank or len(table))
+        right = left.T @ (table - centre)
 
         def loss(candidate: Array) -> float:
             """Held-out error over the error without compensation."""
-            change = held_out * np.square(candidate) - 2.0 * candidate * errors.total[1]
-            return 1.0 + float(weight @ change.sum(axis=1)) / max(float(weight @ errors.squares[1]), 1e-30)
+            change = held_out * np.square(candidate).sum() * (len(table) / len(candidate))
+            change -= 2.0 * float((candidate * errors.total[1]).sum())
+            return max(1.0 + change / max(float(errors.squares[1].sum()), 1e-30), 1e-30)
 
-        best = (np.zeros((0, 0)), np.zeros((0, 0)), min(loss(b[None]), 1.0))
-        plain = best[2]
+        plain = min(loss(b[None]), 1.0)
+        best = (np.zeros((0, 0)), np.zeros((0, 0)), plain)
         for r in (r for r in (1, 2, 4, 8, 16, 32, 64, 128, len(table)) if r <= left.shape[1]):
-            u = np.concatenate([left[:, :r] / spread, np.ones((len(table), 1))], axis=1).astype(np.float32)
+            u = np.concatenate([left[:, :r], np.ones((len(table), 1))], axis=1).astype(np.float32)
             v = np.concatenate([right[:r], centre[None]]).astype(np.float32)
             found = loss(u.astype(np.float64) @ v)
-            if 10.0 * np.log10(max(best[2], 1e-30) / max(found, 1e-30)) > TABLE_GAIN_DB:
+            if 10.0 * np.log10(best[2] / found) > TABLE_GAIN_DB:
                 best = (u, v, found)
-        return best[0], best[1], float(-10.0 * np.log10(max(best[2], 1e-30))) if best[2] < plain else 0.0
+        return best[0], best[1], float(-10.0 * np.log10(best[2])) if best[2] < plain else 0.0
 
     def build(self, op: Tape, site: Site, fit: Fit) -> dict[str, str]:
         if "u" in fit:

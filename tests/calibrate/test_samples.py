@@ -1,0 +1,218 @@
+"""Samples on their way: how they are batched, told apart, reduced and moved on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from equality import parse
+
+from onnxcomp.calibrate.samples import BatchView, Cut, LiveBatch, SiteRun, Store, can_stack, split
+from onnxcomp.errors import DataError
+from onnxcomp.runtime import Session
+
+Array = np.ndarray
+
+
+def feeds(*shapes: tuple[int, ...], start: int = 0) -> list[dict[str, Array]]:
+    """One feed per shape, filled with its own number."""
+    return [{"x": np.full(shape, start + i, np.float32)} for i, shape in enumerate(shapes)]
+
+
+def session(text: str, **weights: object) -> Session:
+    return Session(parse(text, {k: np.asarray(v) for k, v in weights.items()}, opset=21).SerializeToString(), threads=1)
+
+
+def shapes(store: Store) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [(batch.indices, batch.live["x"].shape) for batch in store.batches]
+
+
+# --- batching --------------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_of_one_shape_travel_together():
+    store = Store(feeds(*[(1, 3)] * 5), batchable=True, batch_size=2)
+
+    assert shapes(store) == [((0, 1), (2, 3)), ((2, 3), (2, 3)), ((4,), (1, 3))]
+    assert store.batches[1].live["x"][:, 0].tolist() == [2, 3]
+
+
+def test_a_sample_of_another_shape_begins_a_batch():
+    store = Store(feeds((1, 3), (1, 3), (1, 4), (1, 3)), batchable=True)
+
+    assert shapes(store) == [((0, 1), (2, 3)), ((2,), (1, 4)), ((3,), (1, 3))]
+
+
+def test_samples_that_cannot_be_stacked_travel_alone():
+    assert shapes(Store(feeds((1, 3), (1, 3)), batchable=False)) == [((0,), (1, 3)), ((1,), (1, 3))]
+
+
+def test_feeds_may_come_from_a_generator():
+    assert len(Store((feed for feed in feeds((1, 2), (1, 2))), batchable=True).batches) == 1
+
+
+def test_a_feed_is_not_changed_by_its_store():
+    feed = feeds((1, 2))[0]
+
+    store = Store([feed], batchable=True)
+    store.advance(None, [], {})
+
+    assert list(feed) == ["x"]
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(DataError) as caught:
+        Store([], batchable=True)
+
+    assert str(caught.value) == "The data hold no samples. Give at least one."
+
+
+# --- telling samples apart -------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_split_along_its_leading_axis():
+    parts = split(np.arange(12).reshape(6, 2), 3)
+
+    assert [part.tolist() for part in parts] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]
+
+
+@pytest.mark.parametrize(("array", "samples"), [(np.ones((5, 2)), 2), (np.array(1.0), 2), (np.ones((4, 2)), 1)])
+def test_what_cannot_be_split_evenly_stays_whole(array: Array, samples: int):
+    (part,) = split(array, samples)
+
+    assert part is array
+
+
+def test_parts_are_views():
+    array = np.zeros((4, 2))
+
+    split(array, 2)[1][:] = 1
+
+    assert array[2:].all()
+
+
+# --- whether samples may be stacked ----------------------------------------------------------------------------------
+
+TWO = [{"x": np.array([[1, 2]], np.float32)}, {"x": np.array([[3, -4]], np.float32)}]
+
+
+def test_a_model_that_treats_samples_alone_may_be_fed_many():
+    assert can_stack(session("g (float[N,2] x) => (float[N,2] y) { y = Tanh(x) }"), TWO)
+
+
+def test_nothing_is_run_for_a_model_of_fixed_batch():
+    assert not can_stack(session("g (float[1,2] x) => (float[1,2] y) { y = Tanh(x) }"), TWO)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("h = Reshape(x, one) y = Tanh(h)", "a batch of one inside: two samples do not run"),
+        ("m = ReduceMean<keepdims = 1>(x, axis) y = Sub(x, m)", "the mean over the batch is taken off"),
+        ("s = ReduceSum<keepdims = 0>(x) y = Add(x, s)", "the sum over everything is added"),
+        ("y = Softmax<axis = 0>(x)", "the samples compete"),
+    ],
+)
+def test_a_model_with_a_fixed_batch_inside_or_mixing_its_samples_is_fed_one_at_a_time(body: str, why: str):
+    weights = {k: v for k, v in {"one": np.array([1, 2]), "axis": np.array([0])}.items() if f" {k})" in body}
+
+    assert not can_stack(session(f"g (float[N,2] x) => (float[N,2] y) {{ {body} }}", **weights), TWO), why
+
+
+def test_a_model_whose_output_has_no_batch_is_fed_one_at_a_time():
+    assert not can_stack(session("g (float[N,2] x) => (float y) { y = ReduceSum<keepdims = 0>(x) }"), TWO)
+
+
+def test_every_output_counts():
+    text = "g (float[N,2] x) => (float[N,2] y, float[N,2] z) { y = Tanh(x) z = Softmax<axis = 0>(x) }"
+
+    assert not can_stack(session(text), TWO)
+
+
+def test_every_input_must_be_free():
+    text = "g (float[N,2] x, float[1,2] b) => (float[N,2] y) { y = Add(x, b) }"
+
+    assert not can_stack(session(text), [feed | {"b": np.ones((1, 2), np.float32)} for feed in TWO])
+
+
+def test_one_sample_or_two_of_different_shape_are_not_stacked():
+    free = session("g (float[N,T] x) => (float[N,T] y) { y = Tanh(x) }")
+
+    assert not can_stack(free, TWO[:1])
+    assert not can_stack(free, feeds((1, 2), (1, 3)))
+
+
+def test_outputs_that_are_not_numbers_are_equal_to_themselves():
+    assert can_stack(session("g (float[N,2] x) => (float[N,2] y) { h = Neg(x) y = Sqrt(h) }"), TWO)
+
+
+def test_a_difference_of_a_rounding_does_not_count():
+    """1e-3 of the largest value: far above the order of float32 sums, far below a mix-up."""
+    text = "g (float[N,2] x) => (float[N,2] y) { s = ReduceSum<keepdims = 0>(x) t = Mul(s, tiny) y = Add(x, t) }"
+
+    assert can_stack(session(text, tiny=np.float32(1e-5)), TWO)
+    assert not can_stack(session(text, tiny=np.float32(1e-1)), TWO)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The numbers and the values that were read, in order."""
+
+    indices: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def merge(self, other: Seen) -> Seen:
+        return Seen(self.indices + other.indices, self.values + other.values)
+
+
+def seen(name: str, batch: BatchView) -> Seen:
+    return Seen(batch.indices, tuple(float(part.sum()) for part in batch.read(name)))
+
+
+def test_reads_are_merged_in_the_order_of_samples():
+    store = Store(feeds(*[(1, 2)] * 5), batchable=True, batch_size=2)
+    cut = Cut(store.batches, aliases={"xh": "x"})
+
+    found = cut.reduce(lambda batch: seen("xh", batch), frozenset({"xh"}))
+
+    assert found == Seen((0, 1, 2, 3, 4), (0, 2, 4, 6, 8))
+
+
+def test_a_read_may_be_computed_by_a_session():
+    store = Store(feeds((1, 2), (1, 2)), batchable=True)
+    twice = session("g (float[N,2] a) => (float[N,2] b) { b = Add(a, a) }")
+    cut = Cut(store.batches, runs={"f_xh": SiteRun(twice, {"a": "x"}, "b")})
+
+    assert cut.reduce(lambda batch: seen("f_xh", batch), frozenset({"f_xh"})).values == (0, 4)
+
+
+def test_a_read_that_is_not_offered_is_a_mistake_of_ours():
+    cut = Cut([LiveBatch((0,), {})])
+
+    with pytest.raises(AssertionError, match=r"^\['xh'\] are not all available here"):
+        cut.reduce(lambda batch: seen("xh", batch), frozenset({"xh"}))
+
+
+# --- moving on -------------------------------------------------------------------------------------------------------
+
+
+def test_advancing_runs_the_stretch_and_drops_what_no_one_needs():
+    store = Store(feeds((1, 2), (1, 2)), batchable=True)
+    half = session("g (float[N,2] a) => (float[N,2] h, float[N,2] t) { h = Add(a, a) t = Neg(a) }")
+
+    store.advance(half, ["h"], {"a": "x"})
+
+    (batch,) = store.batches
+    assert {name: array.tolist() for name, array in batch.live.items()} == {"h": [[0, 0], [2, 2]]}
+
+
+def test_a_stretch_that_computes_nothing_keeps_what_is_needed():
+    store = Store([{"x": np.zeros(1, np.float32), "z": np.ones(1, np.float32)}], batchable=False)
+
+    store.advance(None, ["z"], {})
+
+    assert list(store.batches[0].live) == ["z"]
