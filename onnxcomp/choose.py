@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from onnxcomp.errors import ModelError, UnsupportedSite
 from onnxcomp.graph.edit import Constant, Graph
 from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, matches, select
 from onnxcomp.recipe import Recipe
@@ -37,6 +38,12 @@ def choose(graph: Graph, recipe: Recipe, *, with_data: bool) -> Choice:
     offered = [site for site in every if site.kind == "layer" or recipe.products or _is_included(site, recipe)]
     chosen = select(every, recipe.include, recipe.exclude, names)
     chosen = tuple(site for site in chosen if site in offered)
+    if any(node.op in ("QuantizeLinear", "DynamicQuantizeLinear") for node in graph.nodes):
+        raise ModelError("The model is quantized already. Give the float model that it was made from.")
+    if not chosen:
+        raise UnsupportedSite(
+            "No Conv, Gemm or MatMul with a constant float32 weight is left to quantize. Check include and exclude."
+        )
     settings = {site.name: _settings(site, recipe, with_data=with_data) for site in chosen}
     chosen = tuple(s for s in chosen if s.kind == "layer" or settings[s.name].activations != "float")
     return Choice(chosen, settings, _skipped(graph, every, chosen), _notes(chosen, with_data=with_data))

@@ -92,6 +92,12 @@ class Recipe:
     compensate: tuple[Compensation, ...] = (BiasCompensation(),)
 
     def __post_init__(self) -> None:
+        # In a notebook `Recipe(bits="w4a8", exclude="/head/*")` is what one types first.
+        if isinstance(self.bits, str):
+            object.__setattr__(self, "bits", Bits.parse(self.bits))
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
         _check_choices(self.ranges, self.activations)
         if not 50 < self.percentile <= 100:
             raise RecipeError(f"percentile = {self.percentile} is outside (50, 100].")

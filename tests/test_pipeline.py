@@ -1,0 +1,283 @@
+"""quantize(): what it takes, what it gives, and that a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+from equality import parse
+from onnx import ModelProto
+
+from onnxcomp import targets
+from onnxcomp.errors import (
+    DataError,
+    ModelError,
+    OnnxcompError,
+    RecipeError,
+    UnsupportedSite,
+    UsageError,
+    VerificationError,
+)
+from onnxcomp.graph import files
+from onnxcomp.pipeline import PROOF_BATCHES, quantize
+from onnxcomp.recipe import NAMED, Recipe, dumps
+
+TINY = tiny.linear()
+DATA = np.concatenate([feed["x"] for feed in TINY.samples])
+BASE = NAMED["base"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model in it and, apart, an empty one for temporary files."""
+    scratch, here = tmp_path / "scratch", tmp_path / "here"
+    scratch.mkdir()
+    here.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    onnx.save(TINY.model, here / "net.onnx")
+    return here
+
+
+def left_behind(folder: Path) -> list[str]:
+    """Every file but the model."""
+    found = [*folder.rglob("*"), *(folder.parent / "scratch").rglob("*")]
+    return sorted(path.name for path in found if path != folder / "net.onnx")
+
+
+def vanishing() -> tuple[ModelProto, np.ndarray]:
+    """y = 1 / (x w): finite in float, infinite once a small x has the code of zero."""
+    model = parse(
+        "g (float[N,4] x) => (float[N,4] y) { [fc] h = MatMul(x, w) y = Reciprocal(h) }", {"w": np.eye(4, dtype=np.float32)}
+    )
+    return model, np.array([[1, 1, 1, 1], [200, 200, 200, 200], [-50, 1e-3, 7, 9], [3, 5, -2, 4]], np.float32)
+
+
+# --- the result ------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_written_is_the_model_returned(folder: Path):
+    output = folder / "out.onnx"
+
+    result = quantize(folder / "net.onnx", DATA, BASE, output=output)
+
+    assert output.read_bytes() == files.to_bytes(result.model)
+    assert result.report.output_bytes == output.stat().st_size
+    assert left_behind(folder) == ["out.onnx"]
+
+
+def test_without_an_output_nothing_is_written(folder: Path):
+    quantize(folder / "net.onnx", DATA, BASE)
+
+    assert left_behind(folder) == []
+
+
+def test_the_input_file_is_untouched(folder: Path):
+    net = folder / "net.onnx"
+    before, stamp = net.read_bytes(), net.stat().st_mtime_ns
+
+    quantize(net, DATA, BASE, output=folder / "out.onnx")
+
+    assert (net.read_bytes(), net.stat().st_mtime_ns) == (before, stamp)
+
+
+def test_a_path_its_bytes_and_the_model_itself_give_the_same_graph(folder: Path):
+    net = folder / "net.onnx"
+
+    graphs = [quantize(source, DATA, BASE).model.graph for source in (net, str(net), net.read_bytes(), onnx.load(net))]
+
+    assert all(graph == graphs[0] for graph in graphs)
+
+
+def test_a_recipe_its_name_and_its_file_are_the_same(folder: Path):
+    path = folder / "base.toml"
+    path.write_text(dumps(BASE), encoding="utf-8")
+
+    reports = [quantize(TINY.model, DATA, source).report.recipe for source in (BASE, "base", path)]
+
+    assert reports == [reports[0]] * 3
+
+
+def test_the_recipe_limits_the_samples(folder: Path):
+    assert quantize(TINY.model, DATA, Recipe(samples=5, compensate=())).report.samples == 5
+
+
+def test_the_account_names_the_model_the_data_and_the_target(folder: Path):
+    net = folder / "net.onnx"
+
+    report = quantize(net, DATA, BASE).report
+
+    assert (report.model_name, report.model_sha256, report.model_bytes) == ("net.onnx", files.sha256(net), net.stat().st_size)
+    assert (report.target, report.samples) == ("ort-x86", 12)
+    assert report.verification.samples == min(PROOF_BATCHES * 8, 12)
+
+
+def test_progress_begins_with_preparing_and_ends_with_verifying():
+    calls: list[tuple[str, int, int]] = []
+
+    quantize(TINY.model, DATA, BASE, progress=lambda *call: calls.append(call))
+
+    assert calls[0] == ("preparing", 0, 1)
+    assert calls[-2:] == [("verifying", 0, 1), ("verifying", 1, 1)]
+    quantizing = [(done, total) for stage, done, total in calls if stage == "quantizing"]
+    assert quantizing == [(0, 2), (1, 2), (2, 2)]  # what comes before the layer, and the layer
+
+
+def test_a_model_without_sites_is_refused():
+    model = parse("g (float[N,4] x) => (float[N,4] y) { h = Tanh(x) y = Neg(h) }")
+
+    with pytest.raises(UnsupportedSite) as caught:
+        quantize(model, None, BASE)
+
+    assert str(caught.value) == (
+        "No Conv, Gemm or MatMul with a constant float32 weight is left to quantize. Check include and exclude."
+    )
+
+
+def test_a_quantized_model_is_refused(rng: np.random.Generator):
+    model = parse("g (float[N,4] x) => (float[N,3] y) { y = MatMul(x, w) }", {"w": np.ones((4, 3), np.float32)})
+    quantized = quantize(model, None, BASE).model
+
+    with pytest.raises(ModelError) as caught:
+        quantize(quantized, None, BASE)
+
+    assert str(caught.value) == "The model is quantized already. Give the float model that it was made from."
+
+
+# --- without data ----------------------------------------------------------------------------------------------------
+
+
+def test_without_data_a_note_says_what_was_not_done():
+    notes = quantize(TINY.model).report.notes
+
+    assert notes[0] == (
+        "No data were given, so activations are quantized at run time and nothing is calibrated or compensated. "
+        "Pass --data for static ranges."
+    )
+
+
+def test_without_data_a_note_says_that_convs_keep_float_activations():
+    notes = quantize(tiny.depthwise().model).report.notes
+
+    assert notes[0] == (
+        "No data were given, so activations are quantized at run time and nothing is calibrated or compensated; "
+        "Conv activations stay float. Pass --data for static ranges."
+    )
+
+
+def test_with_data_there_is_no_such_note():
+    assert not any("No data" in note for note in quantize(TINY.model, DATA, BASE).report.notes)
+
+
+def test_without_data_the_proof_is_one_made_up_feed():
+    verification = quantize(TINY.model).report.verification
+
+    assert verification.samples == 1
+    assert verification.expected_db is None
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_output_is_kept_unless_forced(folder: Path):
+    output = folder / "out.onnx"
+    output.write_bytes(b"mine")
+
+    with pytest.raises(UsageError) as caught:
+        quantize(folder / "net.onnx", DATA, BASE, output=output)
+
+    assert str(caught.value) == f"{output} exists. Pass --force to overwrite it."
+    assert output.read_bytes() == b"mine"
+    assert left_behind(folder) == ["out.onnx"]
+
+
+def test_an_existing_output_is_replaced_when_forced(folder: Path):
+    output = folder / "out.onnx"
+    output.write_bytes(b"mine")
+
+    result = quantize(folder / "net.onnx", DATA, BASE, output=output, force=True)
+
+    assert output.read_bytes() == files.to_bytes(result.model)
+    assert left_behind(folder) == ["out.onnx"]
+
+
+def test_the_input_is_never_the_output_even_when_forced(folder: Path):
+    net = folder / "net.onnx"
+    before = net.read_bytes()
+
+    with pytest.raises(UsageError) as caught:
+        quantize(net, DATA, BASE, output=net, force=True)
+
+    assert str(caught.value) == f"{net} is the input itself, which is never changed. Choose another output."
+    assert net.read_bytes() == before
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(folder: Path):
+    calls: list[str] = []
+
+    with pytest.raises(
+        UsageError, match=r"The folder .*/nowhere does not exist\. Create it first, or choose another output\.$"
+    ):
+        quantize(
+            folder / "net.onnx",
+            DATA,
+            BASE,
+            output=folder / "nowhere" / "out.onnx",
+            progress=lambda *call: calls.append(call[0]),
+        )
+
+    assert calls == []
+
+
+FAILURES: list[tuple[type[OnnxcompError], dict[str, object], str]] = [
+    (ModelError, {"model": b"no model"}, "The bytes given: not an ONNX model, or one that is cut short."),
+    (RecipeError, {"recipe": "autoo"}, "Unknown recipe 'autoo'. Did you mean 'auto'? A file's name ends in .toml."),
+    (RecipeError, {"recipe": Recipe(target="ort-x68")}, "Unknown target 'ort-x68'. Did you mean 'ort-x86'?"),
+    (
+        RecipeError,
+        {"recipe": Recipe(target="cloud")},
+        f"Unknown target 'cloud'. The targets are: auto, {', '.join(targets.names())}.",
+    ),
+    (
+        RecipeError,
+        {"recipe": Recipe(exclude=("nothing-here",))},
+        "Pattern 'nothing-here' matches no site. `onnxcomp inspect MODEL` lists the sites.",
+    ),
+    (DataError, {"data": 5}, "data: expected a path, arrays, or an iterable of feeds, found int."),
+]
+
+
+@pytest.mark.parametrize(("kind", "wrong", "text"), FAILURES, ids=[f"{k.__name__}-{t[:20]}" for k, _, t in FAILURES])
+def test_a_failure_leaves_nothing_behind(folder: Path, kind: type[OnnxcompError], wrong: dict[str, object], text: str):
+    right: dict[str, object] = {"model": folder / "net.onnx", "data": DATA, "recipe": BASE, "output": folder / "out.onnx"}
+
+    with pytest.raises(kind) as caught:
+        quantize(**(right | wrong))  # pyright: ignore[reportArgumentType]
+
+    assert str(caught.value) == text
+    assert left_behind(folder) == []
+
+
+def test_a_file_that_fails_its_proof_is_not_written(folder: Path):
+    model, data = vanishing()
+
+    with pytest.raises(VerificationError) as caught:
+        quantize(model, data, Recipe(ranges="minmax", compensate=()), output=folder / "out.onnx")
+
+    assert str(caught.value) == "Output 'y' of the quantized model is not finite where the float one's is. Nothing was written."
+    assert left_behind(folder) == []
+
+
+def test_a_file_that_fails_its_proof_does_not_replace_one_that_held(folder: Path):
+    model, data = vanishing()
+    output = folder / "out.onnx"
+    output.write_bytes(b"held")
+
+    with pytest.raises(VerificationError):
+        quantize(model, data, Recipe(ranges="minmax", compensate=()), output=output, force=True)
+
+    assert output.read_bytes() == b"held"
+    assert left_behind(folder) == ["out.onnx"]
