@@ -72,7 +72,7 @@ def report(
         samples=0 if samples is None else len(samples),
         target=target.name,
         recipe=recipes.dumps(used),
-        requirements=target.requirements,
+        requirements=target.requirements(walk.plan),
         sites=tuple(_site_report(site, walk, by_site[site.name]) for site in walk.plan.sites),
         skipped=choice.skipped,
         decisions=tuple(walk.decisions),

@@ -147,7 +147,7 @@ def quantize(
     _show(lambda width: text.report(report, width=width, all_sites=all_sites))
     following = ["onnxcomp", "bench", model, str(destination)]
     if data is not None:
-        following = ["onnxcomp", "compare", model, str(destination), "--data", data]
+        following = ["onnxcomp", "compare", model, str(destination), "--data", "TEST_DATA"]
         following += ["--preprocess", str(recipe.preprocess)] if recipe.preprocess is not None else []
     _echo(f"\n{destination}\nNext: {shlex.join(following)}")
 

@@ -38,7 +38,7 @@ def verify(path: Path, reference: runtime.Session, feeds: Sequence[Feed], expect
     except ModelError as error:
         raise VerificationError(f"The quantized model does not run: {error} Nothing was written.") from None
     want = [reference.run(feed) for feed in feeds]
-    for outputs, target in zip(on, want, strict=True):
+    for outputs, target in zip([*on, *off], [*want, *want], strict=True):
         for name, array in target.items():
             if not np.all(np.isfinite(outputs[name][np.isfinite(array)])):
                 raise VerificationError(
@@ -101,5 +101,5 @@ def _demand(found: Sequence[Outputs], other: Sequence[Outputs], want: Sequence[O
             continue
         difference, _ = _energies(found, other, name)
         error, energy = _energies(other, want, name)
-        if difference > max(error, FLOOR * energy):
+        if not difference <= max(error, FLOOR * energy):  # so that NaN does not pass
             raise VerificationError(f"Output '{name}': the runs {text}. Nothing was written.")

@@ -47,7 +47,7 @@ def test_the_result_lies_beside_the_model_and_the_report_ends_with_what_to_do_ne
     lines = found.stdout.splitlines()
     assert lines[0] == "mlp.onnx -> w8a8 for ort-x86, 12 samples"
     assert "Kernels       2 of 2 quantized sites run as integer kernels" in lines
-    assert lines[-3:] == ["", str(output), f"Next: onnxcomp compare {net} {output} --data {data}"]
+    assert lines[-3:] == ["", str(output), f"Next: onnxcomp compare {net} {output} --data TEST_DATA"]
     assert output.is_file()
 
 

@@ -1,4 +1,4 @@
-"""The promises on real models: accuracy on the test half, kernels, size and repeatability. Skipped where the data are absent."""
+"""The promises on real models: accuracy on the test half, kernels, size, repeatability. Skipped where the data are absent."""
 
 from __future__ import annotations
 

@@ -64,12 +64,14 @@ class Target(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    requirements: ClassVar[tuple[str, ...]]
-    """What the file needs where it runs, one sentence each."""
 
     @abstractmethod
     def plan(self, graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings]) -> Plan:
         """Place the quantizers around `sites` in the float `graph`, which is only read."""
+
+    @abstractmethod
+    def requirements(self, plan: Plan) -> tuple[str, ...]:
+        """What the file needs where it runs, one sentence each."""
 
     @abstractmethod
     def lower(self, graph: Graph) -> Graph:

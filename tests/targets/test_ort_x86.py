@@ -1,0 +1,265 @@
+"""How activation quantizers are written down for ONNX Runtime on x86, and that they compute what their formulas say."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from abstract import ONES, both, dequantize, lower, matmul, measured, node, static
+from equality import ops, parse, stored
+
+from onnxcomp import runtime
+from onnxcomp.graph.convert import to_model
+from onnxcomp.graph.prepare import prepare
+from onnxcomp.graph.sites import Site, find_sites
+from onnxcomp.numerics.affine import QParams, Scheme
+from onnxcomp.targets import find
+from onnxcomp.targets.base import Plan, Settings
+from onnxcomp.targets.ort_x86 import TARGET
+
+Array = np.ndarray
+
+HALF, ZERO = np.float32(0.5), np.uint8(0)
+W8A8 = Settings(8, 8, "static", "mse", 99.99, False)
+
+
+# --- static activations ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_static_quantizer_computes_its_formula_at_every_width(rng: np.random.Generator, bits: int):
+    zero = np.uint8(2 ** (bits - 1) - 1)
+    x = (rng.normal(size=(64, 4)) * 2.0**bits / 4).astype(np.float32)
+
+    model = matmul(static("x", "y", bits), z=zero)
+
+    clip = ["Clip"] if bits < 8 else []
+    assert ops(model) == ["QuantizeLinear", *clip, "DequantizeLinear"]
+    expected = QParams(Scheme(bits), np.asarray(HALF), np.asarray(zero)).fake(x)
+    np.testing.assert_array_equal(both(model, x), expected)
+
+
+def test_the_clip_of_narrow_codes_is_one_of_integers():
+    model = matmul(static("x", "y", 4))
+
+    low, high = (stored(model)[name] for name in node(model, "Clip").input[1:])
+    assert (low.dtype, low.tolist(), high.dtype, high.tolist()) == (np.uint8, 0, np.uint8, 15)
+
+
+def test_the_bounds_of_clips_are_stored_once():
+    model = matmul(static("x", "a", 4) + static("a", "b", 4) + static("b", "y", 6))
+
+    assert sorted(stored(model)) == ["onnxcomp/max.u4", "onnxcomp/max.u6", "onnxcomp/zero.u8", "s", "z"]
+
+
+# --- activation functions that a quantizer repeats -------------------------------------------------------------------
+
+SIX = {"zero": np.float32(0), "six": np.float32(6)}
+
+
+def test_a_relu_is_absorbed_where_zero_is_the_smallest_code(rng: np.random.Generator):
+    x = rng.normal(size=(16, 4)).astype(np.float32)
+
+    model = matmul("h = Relu(x)" + static("h", "a") + "y = Neg(a)", z=ZERO)
+
+    assert ops(model) == ["QuantizeLinear", "DequantizeLinear", "Neg"]
+    expected = QParams(Scheme(8), np.asarray(HALF), np.asarray(ZERO)).fake(np.maximum(x, 0))
+    np.testing.assert_array_equal(both(model, x), -expected)
+
+
+def test_a_relu_stays_where_codes_reach_below_zero():
+    model = matmul("h = Relu(x)" + static("h", "y"), z=np.uint8(1))
+
+    assert ops(model) == ["Relu", "QuantizeLinear", "DequantizeLinear"]
+
+
+@pytest.mark.parametrize(
+    ("scale", "bits", "absorbed"),
+    [
+        (6 / 255, 8, True),  # the largest code is 6, up to the rounding of its scale
+        (5 / 255, 8, True),
+        (6.001 / 255, 8, False),
+        (6 / 255, 4, True),
+        (6 / 15, 4, True),
+        (7 / 15, 4, False),
+    ],
+)
+def test_a_clip_is_absorbed_exactly_where_no_code_exceeds_its_bound(scale: float, bits: int, absorbed: bool):
+    model = matmul("h = Clip(x, zero, six)" + static("h", "a", bits) + "y = Neg(a)", s=np.float32(scale), z=ZERO, **SIX)
+
+    assert ("Clip" in [n.op_type for n in model.graph.node if "x" in n.input]) is not absorbed
+    x = np.linspace(-8, 8, 512, dtype=np.float32).reshape(-1, 4)
+    expected = QParams(Scheme(bits), np.asarray(np.float32(scale)), np.asarray(ZERO)).fake(np.clip(x, 0, 6))
+    np.testing.assert_array_equal(both(model, x), -expected)
+
+
+@pytest.mark.parametrize(("zero", "absorbed"), [(8, True), (9, False)])
+def test_a_clip_below_zero_is_absorbed_where_the_smallest_code_is_not_below_it(zero: int, absorbed: bool):
+    body = "h = Clip(x, low, high)" + static("h", "y", 4)
+
+    model = matmul(body, low=np.float32(-4), high=np.float32(4), z=np.uint8(zero))  # -8 / 2 = -4, (15 - 8) / 2 < 4
+
+    assert ("Clip" not in [n.op_type for n in model.graph.node if "x" in n.input]) is absorbed
+
+
+def test_a_clip_to_bounds_that_are_computed_stays():
+    body = "top = ReduceMax<keepdims = 0>(x)  h = Clip(x, , top)" + static("h", "y")
+
+    assert "Clip" in ops(matmul(body, z=ZERO))
+
+
+def test_a_clip_of_one_bound_is_judged_by_that_bound():
+    assert "Clip" not in ops(matmul("h = Clip(x, zero)" + static("h", "y"), z=ZERO, **SIX))
+    assert "Clip" in ops(matmul("h = Clip(x, , six)" + static("h", "y"), z=ZERO, **SIX))  # 255 / 2 > 6
+
+
+def test_an_activation_function_that_others_read_stays():
+    model = matmul("h = Relu(x)" + static("h", "y") + "y2 = Tanh(h)", z=ZERO, y="float[N,4] y, float[N,4] y2")
+
+    assert ops(model) == ["Relu", "QuantizeLinear", "DequantizeLinear", "Tanh"]
+
+
+def test_an_activation_function_that_is_an_output_stays():
+    model = matmul("h = Relu(x)" + static("h", "y"), z=ZERO, y="float[N,4] y, float[N,4] h")
+
+    assert ops(model) == ["Relu", "QuantizeLinear", "DequantizeLinear"]
+
+
+def test_an_absorbed_tensor_goes_on_naming_its_best_approximation():
+    model = matmul("h = Relu(x)" + static("h", "a") + "y = Tanh(a)", z=ZERO)
+
+    assert [list(n.output) for n in model.graph.node] == [["h/codes"], ["h"], ["y"]]
+
+
+# --- ranges at run time ----------------------------------------------------------------------------------------------
+
+
+def fake_symmetric(x: Array, scale: Array, bits: int) -> Array:
+    middle = 2 ** (bits - 1)
+    return np.clip(np.rint(x / scale) + middle, 0, 2**bits - 1) - middle
+
+
+@pytest.mark.parametrize(("bits", "ratio"), list(itertools.product((4, 6, 8), (1.0, 0.75))))
+def test_a_range_per_token_computes_its_formula(rng: np.random.Generator, bits: int, ratio: float):
+    x = rng.normal(size=(3, 5, 4)).astype(np.float32) * np.float32(10.0) ** np.arange(5).astype(np.float32)[:, None]
+    x[1, 2] = 0
+    codes = rng.integers(-8, 8, size=(4, 4)).astype(np.int8)
+    body = measured("x", "a", "token", bits, ratio) + dequantize("W", "ws", "w") + "y = MatMul(a, w)"
+
+    model = lower(f"(float[N,5,4] x) => (float[N,5,4] y) {{ {body} }}", {"W": codes, "ws": ONES})
+
+    factor = np.float32(np.float32(ratio) / (2 ** (bits - 1) - 1))
+    scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True) * factor, np.float32(1e-12))
+    # The products are of integers, so only the last multiplication rounds.
+    expected = (fake_symmetric(x, scale, bits) @ codes.astype(np.float32)) * scale
+    found = both(model, x)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
+    assert np.all(found[1, 2] == 0)
+
+
+def test_the_scale_per_token_stands_behind_every_reader():
+    body = measured("x", "a", "token") + dequantize("W", "ws", "w") + "h = MatMul(a, w) g = MatMul(a, w) y = Add(h, g)"
+
+    model = matmul(body)
+
+    assert ops(model).count("ReduceMax") == 1
+    products = [n for n in model.graph.node if n.op_type == "MatMul"]
+    assert [list(n.output) for n in products] == [["h/unscaled"], ["g/unscaled"]]
+    assert [list(n.output) for n in model.graph.node if n.op_type == "Mul" and n.input[0].endswith("/unscaled")] == [
+        ["h"],
+        ["g"],
+    ]
+
+
+def test_a_dynamic_range_of_eight_bits_is_the_runtimes_own():
+    model = matmul(measured("x", "y", "dynamic"))
+
+    assert ops(model) == ["DynamicQuantizeLinear", "DequantizeLinear"]
+
+
+@pytest.mark.parametrize("bits", [4, 7])
+def test_a_narrow_dynamic_range_computes_its_formula(rng: np.random.Generator, bits: int):
+    x = rng.normal(size=(6, 4)).astype(np.float32)
+
+    model = matmul(measured("x", "y", "dynamic", bits))
+
+    scale = np.abs(x).max() * np.float32(1 / (2 ** (bits - 1) - 1))
+    np.testing.assert_array_equal(both(model, x), fake_symmetric(x, scale, bits) * scale)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_dynamic_range_of_zeros_gives_zeros(bits: int):
+    assert not both(matmul(measured("x", "y", "dynamic", bits)), np.zeros((2, 4), np.float32)).any()
+
+
+# --- Gemm and MatMul keep a float output behind an integer kernel ----------------------------------------------------
+
+LAYER = static("x", "a") + dequantize("W", "ws", "w")
+QUANTIZED = ["QuantizeLinear", "DequantizeLinear", "DequantizeLinear"]
+BIAS = {"b": np.array([1, 2, 3, 4], np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("y = Gemm(a, w, b)", ["MatMul", "Sum"]),
+        ("y = Gemm(a, w)", ["MatMul"]),
+        ("h = MatMul(a, w) y = Add(h, b)", ["MatMul", "Sum"]),
+        ("h = MatMul(a, w) y = Add(b, h)", ["MatMul", "Sum"]),
+        ("h = MatMul(a, w) y = Relu(h)", ["MatMul", "Sum", "Relu"]),
+        ("h = MatMul(a, w) t = Tanh(h) y = Mul(t, h)", ["MatMul", "Sum", "Tanh", "Mul"]),
+        ("h = MatMul(a, w) y = Tanh(h)", ["MatMul", "Tanh"]),
+        ("h = MatMul(a, w) g = Add(h, b) y = Relu(g)", ["MatMul", "Sum", "Relu"]),
+        ("g = MatMul(a, w) h = Sum(g, b) y = Add(h, x)", ["MatMul", "Sum", "Add"]),
+        ("y = MatMul(a, w)", ["MatMul"]),
+    ],
+)
+def test_what_would_make_a_product_float_is_kept_apart_by_a_sum(rng: np.random.Generator, body: str, expected: list[str]):
+    model = matmul(LAYER + body, **BIAS)
+
+    assert ops(model) == [*QUANTIZED, *expected]
+    assert "MatMulIntegerToFloat" in [n.op for n in runtime.optimized(model.SerializeToString())]
+    both(model, rng.integers(-4, 4, size=(3, 4)).astype(np.float32))
+
+
+def test_a_float_gemm_stays_as_it_is():
+    assert ops(matmul("y = Gemm(x, F, b)", F=np.eye(4, dtype=np.float32), **BIAS)) == ["Gemm"]
+
+
+# --- the target ------------------------------------------------------------------------------------------------------
+
+
+def test_the_target_is_found_by_its_name():
+    assert find("ort-x86") is TARGET
+
+
+@pytest.mark.parametrize(("bits", "version"), [(4, "1.23"), (5, "1.18"), (8, "1.18")])
+def test_a_file_needs_a_newer_runtime_where_it_stores_int4(bits: int, version: str):
+    site = Site("fc", "MatMul", "layer", ("x",), "y", "y", -1, weight="w")
+    plan = Plan((site, replace(site, weight=None, kind="join")), {"fc": replace(W8A8, weight_bits=bits)}, ())
+
+    assert TARGET.requirements(plan) == (
+        f"ONNX Runtime {version} or newer, with graph optimizations enabled (the default).",
+        "A CPU with VNNI for exact 8-bit products. On older AVX2 CPUs sums of two products may saturate: set the session "
+        'option session.x64quantprecision = "1" there.',
+    )
+
+
+def test_no_abstract_node_is_left():
+    model = matmul(LAYER + "h = MatMul(a, w)" + measured("h", "c", "dynamic") + static("c", "y", 4))
+
+    assert {n.domain for n in model.graph.node} == {""}
+
+
+def test_planning_leaves_the_float_graph_as_it_is():
+    model = parse("g (float[N,4] x) => (float[N,4] y) { [fc] y = MatMul(x, w) }", {"w": np.eye(4, dtype=np.float32)}, opset=21)
+    graph = prepare(model, runtime.infer_types).graph
+    before = to_model(graph, model).SerializeToString()
+
+    plan = TARGET.plan(graph, find_sites(graph), {"fc": W8A8})
+
+    assert [p.tensor for p in plan.points] == ["x"]
+    assert to_model(graph, model).SerializeToString() == before
