@@ -21,6 +21,7 @@ import numpy as np
 
 from onnxcomp import runtime
 from onnxcomp.data import Data, InputSpec, Preprocess, open_data
+from onnxcomp.methods.bias import BiasCompensation
 from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import Bits, Recipe, find
 
@@ -43,7 +44,13 @@ class Subject:
 
 W8, W4, W4A8 = ("w8a8", "auto"), ("w4a4", "auto"), ("w4a8", "auto")
 SUBJECTS = {
-    "vit": Subject("vit_tiny_patch16_224.onnx", "imagenet/calib", "imagenet/val", HALF, (W8, W4A8, ("w4a4", "base"), W4)),
+    "vit": Subject(
+        "vit_tiny_patch16_224.onnx",
+        "imagenet/calib",
+        "imagenet/val",
+        HALF,
+        (W8, W4A8, ("w4a4", "base"), ("w4a4", "base+bias"), W4),
+    ),
     "mobilenet": Subject("mobilenet_v2_1.0_224.onnx", "imagenet/calib", "imagenet/val", HALF, (W8, W4A8)),
     "resnet20": Subject("cifar10_resnet20.onnx", "cifar10_calib.npz", "cifar10_test.npz", IMAGENET, (W8, W4A8, W4)),
     "kwt1": Subject("kwt1.onnx", "kwt1_calib.npz", "kwt1_test.npz", None, (W8, W4A8, W4)),
@@ -132,9 +139,10 @@ def run(name: str, subject: Subject, folder: Path, samples: int, rounds: int) ->
         made = []
         for bits, recipe_name in subject.settings:
             output = Path(scratch) / f"{bits}.{recipe_name}.onnx"
-            recipe: Recipe = dataclasses.replace(
-                find(recipe_name), bits=Bits.parse(bits), samples=samples, preprocess=subject.preprocess
-            )
+            named = find(recipe_name.removesuffix("+bias"))
+            if recipe_name.endswith("+bias"):
+                named = dataclasses.replace(named, compensate=(BiasCompensation(),))
+            recipe: Recipe = dataclasses.replace(named, bits=Bits.parse(bits), samples=samples, preprocess=subject.preprocess)
             source = folder / subject.calibration
             start = time.perf_counter()
             result = quantize(path, stories(source) if subject.language else source, recipe, output=output)
