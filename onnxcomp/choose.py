@@ -85,7 +85,7 @@ def _skipped(graph: Graph, every: tuple[Site, ...], chosen: tuple[Site, ...]) ->
                 reason = f"weight '{weight.name}' has type {weight.dtype} and rank {len(weight.shape)}"
             skipped.append(Skipped(node.name, node.op, reason))
         elif site.kind == "product":
-            skipped.append(Skipped(node.name, node.op, "a product of two activations: set products = true"))
+            skipped.append(Skipped(node.name, node.op, "a product of two activations: quantized with --products"))
         else:
             skipped.append(Skipped(node.name, node.op, "not included by the recipe"))
     return tuple(skipped)

@@ -102,6 +102,7 @@ def main() -> None:
 @click.option("--samples", type=int, metavar="N", help="Calibrate on at most N samples; 128 by default.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only sites that match: a glob, re: or op:.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave sites that match in float.")
+@click.option("--products", is_flag=True, default=None, help="Quantize MatMuls of two activations too.")
 @click.option("--ranges", metavar="mse|percentile|minmax", help="How activation ranges are chosen.")
 @click.option("--activations", metavar="auto|static|dynamic|token|float", help="When activation ranges are measured.")
 @click.option("--preprocess", metavar='"KEY=VALUE ..."', help="From pixels to the model's input.")

@@ -18,7 +18,7 @@ from onnxcomp.runtime import infer_types
 from onnxcomp.targets.base import Settings
 
 STATIC = Recipe(activations="static")
-PRODUCT = "a product of two activations: set products = true"
+PRODUCT = "a product of two activations: quantized with --products"
 
 
 def pick(model: ModelProto, recipe: Recipe = STATIC, *, with_data: bool = True) -> Choice:

@@ -218,3 +218,17 @@ def test_a_bound_needs_classes(data: Path, tmp_path: Path) -> None:
 
     assert found.exit_code == 2
     assert found.stderr == "UsageError: --max-drop needs an output with classes, and the model has none.\n"
+
+
+def test_products_of_two_activations_are_quantized_when_asked(tmp_path: Path) -> None:
+    model, data = tmp_path / "block.onnx", tmp_path / "calib.npz"
+    transformer = tiny.models()["transformer"]
+    onnx.save(transformer.model, model)
+    feeds = transformer.samples[:4]  # of one length
+    np.savez(data, **{name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]})
+
+    plain = run("quantize", model, "--data", data, "--json")
+    asked = run("quantize", model, "--data", data, "--json", "--products", "--force")
+
+    assert "product" not in {site.kind for site in from_json(plain.stdout).sites}
+    assert "product" in {site.kind for site in from_json(asked.stdout).sites}
