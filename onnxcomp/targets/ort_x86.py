@@ -22,8 +22,9 @@ import numpy as np
 from onnxcomp.graph.convert import packed_int4
 from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node, Tensor, Variable, insert_after, insert_before, remove
 from onnxcomp.graph.sites import Site
+from onnxcomp.numerics.affine import Scheme, from_range
 from onnxcomp.targets.base import Plan, Settings, Target
-from onnxcomp.targets.regions import clip_bounds, lower_bound, plan_with_regions
+from onnxcomp.targets.regions import clip_bounds, is_operand, lower_bound, plan_with_regions
 
 TINY = np.float32(1e-12)
 """Floor of a range measured at run time, so that an all-zero tensor does not divide by zero."""
@@ -66,6 +67,8 @@ class _Lowering:
         for node in list(self.graph.nodes):
             if node.op == "Conv":
                 self._integer_bias(node)
+            if node.op in ("Add", "Mul"):
+                self._integer_operand(node)
             if node.op == "Gemm" and _weight_codes(node) is not None:
                 self._split_gemm(node)
         products = [n for n in self.graph.nodes if n.op == "MatMul" and _weight_codes(n) is not None]
@@ -216,6 +219,21 @@ class _Lowering:
         name = f"{conv.name}/bias"
         insert_before(self.graph, conv, [_node("DequantizeLinear", name, [stored, scale, zero], conv.inputs[2], axis=0)])
 
+    def _integer_operand(self, node: Node) -> None:
+        """Store the constant operand of an integer Add or Mul in 8 bits; its kernel takes no float one."""
+        constants = [i for i, t in enumerate(node.inputs) if is_operand(node, t)]
+        reader = node.outputs[0].outputs[0] if len(node.outputs[0].outputs) == 1 else None
+        if reader is not None and reader.op in ("Relu", "Clip") and len(reader.outputs[0].outputs) == 1:
+            reader = reader.outputs[0].outputs[0]
+        if len(constants) != 1 or not _is_static(node.inputs[1 - constants[0]]) or reader is None or reader.domain != DOMAIN:
+            return
+        values, name = node.inputs[constants[0]].values, f"{node.name}/operand"
+        q = from_range(values.min(), values.max(), Scheme(8))
+        stored = [Constant(f"{name}.codes", q.quantize(values)), Constant(f"{name}.scale", q.scale)]
+        node.inputs[constants[0]] = Variable(name, dtype=np.dtype(np.float32))
+        zero_point = Constant(f"{name}.zero_point", q.zero_point)
+        insert_before(self.graph, node, [_node("DequantizeLinear", name, [*stored, zero_point], node.inputs[constants[0]])])
+
     def _split_gemm(self, node: Node) -> None:
         """Write a plain Gemm as MatMul and Sum."""
         assert not node.attrs.get("transB", 0), "prepare() has transposed the weight"
@@ -271,6 +289,11 @@ def _weight_codes(node: Node) -> Node | None:
     """The abstract Dequantize that makes the node's weight."""
     makers = node.inputs[1].inputs
     return makers[0] if len(makers) == 1 and makers[0].op == "Dequantize" and makers[0].domain == DOMAIN else None
+
+
+def _is_static(tensor: Tensor) -> bool:
+    """Whether a static abstract quantizer makes `tensor`."""
+    return len(tensor.inputs) == 1 and tensor.inputs[0].attrs.get("granularity") == "static"
 
 
 def _is_quantized(tensor: Tensor) -> bool:

@@ -58,9 +58,11 @@ def _find_region(graph: Graph, static: Mapping[str, Site], results: set[str]) ->
         if node.name in static and static[node.name].op == "Conv":
             _store(region, tail(node.outputs[0], results), None)
         elif node.op in JOIN_OPS and _activations(node) and all(t.name in region.stored for t in _activations(node)):
-            if all(isinstance(t, Variable) for t in node.inputs) and tail(node.outputs[0], results).name not in results:
+            output, constants = tail(node.outputs[0], results), [t for t in node.inputs if not isinstance(t, Variable)]
+            useful = all(is_operand(node, t) for t in constants) and (not constants or _feeds_integers(output, static, region))
+            if useful and output.name not in results:
                 region.joins.append(join(node))
-                _store(region, tail(node.outputs[0], results), None)
+                _store(region, output, None)
         elif node.op in PASS_THROUGH_OPS and node.inputs and node.inputs[0].name in region.stored:
             for output in node.outputs:
                 if _feeds_integers(output, static, region):
@@ -70,6 +72,11 @@ def _find_region(graph: Graph, static: Mapping[str, Site], results: set[str]) ->
 
 def _store(region: _Region, tensor: Tensor, same_as: str | None) -> None:
     region.stored[tensor.name] = same_as
+
+
+def is_operand(node: Node, tensor: Tensor) -> bool:
+    """Whether `tensor` is a constant that `node` adds or multiplies with: it is stored in 8 bits then."""
+    return node.op in ("Add", "Mul") and isinstance(tensor, Constant) and tensor.dtype == np.float32
 
 
 def tail(tensor: Tensor, results: set[str]) -> Tensor:

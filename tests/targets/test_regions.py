@@ -13,6 +13,7 @@ from onnx import ModelProto
 from onnxcomp.graph.prepare import prepare
 from onnxcomp.graph.sites import find_sites
 from onnxcomp.numerics.affine import Scheme
+from onnxcomp.pipeline import quantize
 from onnxcomp.runtime import infer_types
 from onnxcomp.targets.base import Plan, Point, Settings
 from onnxcomp.targets.regions import STORAGE, plan_with_regions
@@ -126,7 +127,10 @@ def test_what_joins_stored_tensors_is_stored_and_a_site(op: str):
     ("text", "why"),
     [
         ("[a] h = Conv(x, w) [j] k = Add(h, x) y = Tanh(k)", "one operand is float"),
-        ("[a] h = Conv(x, w) [j] k = Mul(h, half) y = Tanh(k)", "one operand is a constant"),
+        (
+            "[a] h = Conv(x, w) [j] k = Mul(h, half) y = Tanh(k)",
+            "its constant operand would serve no integer reader",
+        ),
         ("[a] h = Conv(x, w) [b] g = Conv(x, w) [j] y = Add(h, g)", "it is an output"),
         ("[a] h = Conv(x, w) [b] g = Conv(x, w) [j] k = Add(h, g) y = Relu(k)", "its ReLU is an output"),
         ("[a] h = Conv(x, w) [b] g = Conv(x, w) [j] k = Max(h, g) y = Tanh(k)", "Max has no integer kernel"),
@@ -250,3 +254,16 @@ def test_points_are_in_the_order_in_which_they_are_fitted():
     found = plan(convs("[a] h = Conv(x, w) p = MaxPool<kernel_shape = [2, 2]>(h) [b] g = Conv(p, w) y = Tanh(g)"))
 
     assert [p.tensor for p in found.points] == ["h", "p", "g", "x"]
+
+
+def test_a_constant_that_is_added_or_multiplied_is_stored_in_8_bits(rng: np.random.Generator):
+    text = """g (float[N,3,8,8] x) => (float[N,4,6,6] y) {
+        [one] c = Conv(x, w1) [scale] s = Mul(c, k) [shift] a = Add(s, o) r = Relu(a) [two] d = Conv(r, w2) y = Relu(d)
+    }"""
+    shapes = {"w1": (4, 3, 3, 3), "k": (4, 1, 1), "o": (1, 4, 6, 6), "w2": (4, 4, 1, 1)}
+    model = parse(text, {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()})
+
+    result = quantize(model, rng.normal(size=(8, 3, 8, 8)).astype(np.float32))
+
+    kernels = {site.name: site.kernel for site in result.report.sites}
+    assert kernels == {"one": "QLinearConv", "scale": "QLinearMul", "shift": "QLinearAdd", "two": "QLinearConv"}
