@@ -104,17 +104,15 @@ class Walk:
                 self._quantize_tensor(point)
         progress("quantizing", len(steps), len(steps))
 
-    def expected(self) -> list[Mapping[str, Array]]:
-        """The outputs that the walk arrived at, per batch: what the finished file must reproduce."""
+    def expected(self, count: int) -> list[Mapping[str, Array]]:
+        """The outputs that the walk arrived at, for the first `count` batches: what the finished file must reproduce."""
         assert self.store is not None
-        found = []
-        for batch in self.store.batches:
-            outputs = dict(batch.live)
-            for name in set(outputs) & self.replaced:
-                part = extract(self.compressed, [self._entry(name)], [name])
-                outputs[name] = self._session(part).run({self._entry(name): outputs[name]})[name]
-            found.append(outputs)
-        return found
+        found = [dict(batch.live) for batch in self.store.batches[:count]]
+        for name in sorted(self.replaced & found[0].keys()):
+            session = self._session(extract(self.compressed, [self._entry(name)], [name]))
+            for outputs in found:
+                outputs.update(session.run({self._entry(name): outputs[name]}))
+        return list(found)
 
     # --- one step --------------------------------------------------------------------------------------------------
 
@@ -129,20 +127,21 @@ class Walk:
     def _quantize_tensor(self, point: Point) -> None:
         earlier = sum(p.tensor == point.tensor for p in self.done)
         tape = Tape(f"{point.tensor}/quantized" + (f"-{earlier + 1}" if earlier else ""))
-        granularity = self._granularity(point)
+        fitted = self._fit_static(point) if point.granularity in ("static", "auto") and point.same_as is None else None
+        granularity = self._granularity(point, fitted)
         if granularity != "static":
             ratio = 1.0
             if granularity == "token" and self.store is not None:
                 ratio = activations.fit_ratio(self._cut(point.tensor), point.scheme)
             new = activations.build_run_time(tape, point.tensor, point.scheme, granularity, ratio)
-        elif point.same_as is not None:
+        elif fitted is not None:
+            new = activations.build_static(tape, point.tensor, fitted)
+            self.parameters[point.tensor] = (f"{tape.prefix}.scale", f"{tape.prefix}.zero_point")
+        else:
+            assert point.same_as is not None
             scale, zero_point = self.parameters[point.same_as]
             new = activations.build_shared(tape, point.tensor, scale, zero_point, point.scheme)
             self.parameters[point.tensor] = (scale, zero_point)
-        else:
-            q = self._fit_static(point)
-            new = activations.build_static(tape, point.tensor, q)
-            self.parameters[point.tensor] = (f"{tape.prefix}.scale", f"{tape.prefix}.zero_point")
         replacement = Replacement(point.tensor, new, point.consumers)
         apply(self.compressed, Edit("quantize", tuple(tape.nodes), tape.constants, (replacement,)))
         if point.consumers is None:
@@ -153,11 +152,14 @@ class Walk:
         cut = self._cut(point.tensor)
         return activations.fit_static(cut, point.scheme, point.ranges, point.percentile, point.highest)
 
-    def _granularity(self, point: Point) -> str:
-        """The point's granularity; where it is left open, per token if that lowers the error by enough for its price."""
+    def _granularity(self, point: Point, fitted: QParams | None) -> str:
+        """The point's granularity; where it is left open, per token if that lowers the error of the `fitted` static
+        quantizer by enough for its price.
+        """
         if point.granularity != "auto":
             return point.granularity
-        gain = activations.token_gain(self._cut(point.tensor), self._fit_static(point))
+        assert fitted is not None
+        gain = activations.token_gain(self._cut(point.tensor), fitted)
         least = TOKEN_GAIN_DB * (point.scheme.bits - 3)
         adopted = gain > least
         reason = "lowers" if adopted else "does not lower"

@@ -84,7 +84,7 @@ def quantize(
     walk = Walk(prepared.graph, prepared.graph.copy(), prepared.model, plan, target, recipe.compensate, store)
     walk.run(progress)
 
-    expected = None if store is None else walk.expected()[: len(feeds)]
+    expected = None if store is None else walk.expected(len(feeds))
     lowered = target.lower(walk.compressed)
     finished = to_model(lowered, prepared.model)
     progress("verifying", 0, 1)

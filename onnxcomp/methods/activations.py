@@ -70,10 +70,7 @@ def token_gain(samples: Samples, q: QParams) -> float:
 
 def build_static(op: Tape, x: str, q: QParams) -> str:
     """Record an abstract static quantizer of `x`; return its output."""
-    scale, zero_point = op.constant("scale", q.scale), op.constant("zero_point", q.zero_point)
-    return op.abstract(
-        "FakeQuantize", x, scale, zero_point, bits=q.scheme.bits, signed=int(q.scheme.signed), granularity="static"
-    )
+    return build_shared(op, x, op.constant("scale", q.scale), op.constant("zero_point", q.zero_point), q.scheme)
 
 
 def build_shared(op: Tape, x: str, scale: str, zero_point: str, scheme: Scheme) -> str:
