@@ -21,22 +21,6 @@ from onnxcomp.graph import files
 X = {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}
 
 
-@pytest.fixture
-def model() -> ModelProto:
-    weights = {"w": np.arange(1536, dtype=np.float32).reshape(3, 512), "b": np.ones(512, np.float32)}
-    return parse("g (float[N,3] x) => (float[N,512] y) { h = MatMul(x, w) y = Add(h, b) }", weights)
-
-
-@pytest.fixture
-def external(model: ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model whose weights lie beside it."""
-    monkeypatch.setattr(files, "INLINE_LIMIT", 1000)
-    path = tmp_path / "model" / "m.onnx"
-    path.parent.mkdir()
-    files.save(model, path)
-    return path
-
-
 def entries_of(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
