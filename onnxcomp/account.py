@@ -9,12 +9,14 @@ from pathlib import Path
 from onnxcomp import __version__
 from onnxcomp import recipe as recipes
 from onnxcomp.choose import Choice
-from onnxcomp.compress import Walk
+from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data
 from onnxcomp.graph import files
 from onnxcomp.graph.edit import Constant, Graph
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.sites import Site
+from onnxcomp.graph.strip import dump_folds
+from onnxcomp.graph.tidy import Fold
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.json import to_stored
 from onnxcomp.report.model import Report, SiteReport, Verification
@@ -89,7 +91,9 @@ def _site_report(site: Site, walk: Walk, kernel: Kernel) -> SiteReport:
     elif site.weight is None:
         bits, activations = f"a{settings.activation_bits}", settings.activations
     else:
-        activations = settings.activations if settings.activations != "auto" else walk.granularity.get(site.name, "static")
+        activations = (
+            settings.activations if settings.activations != "auto" else walk.quantizers.granularity.get(site.name, "static")
+        )
         bits = f"w{settings.weight_bits}" + ("" if activations == "float" else f"a{settings.activation_bits}")
         shape = walk.reference.tensors()[site.weight].shape
         weight_bytes = _stored_bytes(tuple(int(n) for n in shape), site.weight_axis, settings.weight_bits)
@@ -116,15 +120,17 @@ def _stored_bytes(shape: tuple[int, ...], axis: int, bits: int) -> int:
     return (count + 1) // 2 * (1 if bits <= 4 else 2) + 5 * shape[axis]
 
 
-def stamp(model: ModelProto, account: Report) -> Report:
-    """Store recipe and account in the model's metadata; return the account with the file's final size.
+def stamp(model: ModelProto, account: Report, folds: Sequence[Fold]) -> Report:
+    """Store recipe, account and what was folded in the model's metadata; return the account with the file's final size.
 
     The stored account leaves its own file's size open, which `inspect` reads from the file.
     """
+    timeless = tuple(dataclasses.replace(decision, added_ms=None) for decision in account.decisions)
     values: Mapping[str, str] = {
         "onnxcomp.version": account.version,
         "onnxcomp.recipe": account.recipe,
-        "onnxcomp.report": to_stored(account),
+        "onnxcomp.report": to_stored(dataclasses.replace(account, decisions=timeless)),
+        "onnxcomp.folds": dump_folds(folds),
     }
     files.set_metadata(model, {**files.metadata(model), **values})
     return dataclasses.replace(account, output_bytes=model.ByteSize())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from onnxcomp.errors import ModelError, UnsupportedSite
+from onnxcomp.graph.blocks import Block, find_blocks
 from onnxcomp.graph.edit import Constant, Graph
 from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, matches, select
 from onnxcomp.recipe import Recipe
@@ -21,6 +24,8 @@ class Choice:
     settings: Mapping[str, Settings]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
+    blocks: tuple[Block, ...] = ()
+    """What methods on blocks and on the output are fitted to."""
 
 
 def choose(graph: Graph, recipe: Recipe, *, with_data: bool) -> Choice:
@@ -33,8 +38,13 @@ def choose(graph: Graph, recipe: Recipe, *, with_data: bool) -> Choice:
     names = [node.name for node in graph.nodes]
     for rule in recipe.site:
         check_pattern(rule.where, every, names, required=False)
+    scopes = {method.scope for method in recipe.compensate} if with_data else set()
+    blocks = find_blocks(graph, every) if "block" in scopes else ()
+    blocks += _outputs(graph, every) if "output" in scopes else ()
     for method in recipe.compensate:
-        check_pattern(method.where, every, names, required=False)
+        places = [b for b in blocks if b.kind == method.scope] if method.scope in ("block", "output") else every
+        if places:
+            check_pattern(method.where, places, names, required=False)
     offered = [site for site in every if site.kind == "layer" or recipe.products or _is_included(site, recipe)]
     chosen = select(every, recipe.include, recipe.exclude, names)
     chosen = tuple(site for site in chosen if site in offered)
@@ -46,7 +56,19 @@ def choose(graph: Graph, recipe: Recipe, *, with_data: bool) -> Choice:
         )
     settings = {site.name: _settings(site, recipe, with_data=with_data) for site in chosen}
     chosen = tuple(s for s in chosen if s.kind == "layer" or settings[s.name].activations != "float")
-    return Choice(chosen, settings, _skipped(graph, every, chosen), _notes(chosen, with_data=with_data))
+    return Choice(chosen, settings, _skipped(graph, every, chosen), _notes(chosen, with_data=with_data), blocks)
+
+
+def _outputs(graph: Graph, sites: Sequence[Site]) -> tuple[Block, ...]:
+    """The whole model as one block, for each float output."""
+    inputs, by_output = tuple(t.name for t in graph.inputs), {site.y: site for site in sites if site.kind == "layer"}
+    found = []
+    for tensor in graph.outputs:
+        if tensor.dtype == np.float32 and tensor.shape and not tensor.outputs:
+            rank, last = len(tensor.shape), by_output.get(tensor.name)
+            axis = -1 if last is None else last.channel_axis
+            found.append(Block(tensor.name, inputs, tensor.name, axis, rank, last=last, kind="output", op="output"))
+    return tuple(found)
 
 
 def _is_included(site: Site, recipe: Recipe) -> bool:
@@ -68,7 +90,10 @@ def _settings(site: Site, recipe: Recipe, *, with_data: bool) -> Settings:
         activations = "static"
     if activations in ("static", "auto") and not with_data:
         activations = "float" if site.op == "Conv" or site.kind == "product" else "dynamic"
-    return Settings(bits.weights, bits.activations, activations, ranges, recipe.percentile, symmetric)
+    rounding = recipe.rounding
+    if rounding == "auto":  # at 8 bits rounding to nearest loses nothing that can be measured
+        rounding = "gptq" if with_data and bits.weights < 8 else "nearest"
+    return Settings(bits.weights, bits.activations, activations, ranges, recipe.percentile, symmetric, rounding)
 
 
 def _skipped(graph: Graph, every: tuple[Site, ...], chosen: tuple[Site, ...]) -> tuple[Skipped, ...]:

@@ -219,6 +219,22 @@ def inspect(model: str, *, all_sites: bool, as_json: bool) -> None:
     _answer(found, as_json, lambda width: tables.inspection(found, width=width, all_sites=all_sites))
 
 
+@main.command(examples=["onnxcomp strip vit.w4a4.onnx --method nbc -o plain.onnx"])
+@click.argument("model", type=click.Path())
+@click.option("--method", "methods", multiple=True, required=True, metavar="NAME", help="The method to take out.")
+@click.option("-o", "--output", type=click.Path(), help="Where the file goes; MODEL.stripped.onnx by default.")
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+def strip(model: str, methods: tuple[str, ...], output: str | None, *, force: bool, as_json: bool) -> None:
+    """Take a method's compensations out of a quantized model again."""
+    from onnxcomp.report import tables
+    from onnxcomp.strip import strip as strip_file
+
+    destination = Path(output) if output is not None else Path(model).with_suffix(".stripped.onnx")
+    places = strip_file(model, methods, output=destination, force=force).places
+    found = {"path": str(destination), "stripped": list(places)}
+    _answer(found, as_json, lambda width: tables.summaries([("Stripped", ", ".join(places)), ("File", str(destination))]))
+
+
 @main.command(examples=["onnxcomp methods", "onnxcomp methods bias"])
 @click.argument("name", required=False)
 def methods(name: str | None, *, as_json: bool) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 
 from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
-from onnxcomp.calibrate.samples import Feed, Store, can_stack
+from onnxcomp.calibrate.samples import Feed, Store, can_stack, confirm_tokens
 from onnxcomp.choose import choose
-from onnxcomp.compress import Progress, Walk, confirm_tokens
+from onnxcomp.compress.quantizers import Progress
+from onnxcomp.compress.walk import Walk
 from onnxcomp.data import InputSpec, open_data
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
@@ -76,12 +77,16 @@ def quantize(
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable = can_stack(reference, samples.samples)
-        sites = confirm_tokens(prepared.graph, prepared.model, choice.sites, samples.samples, stackable=stackable)
-        choice, store = dataclasses.replace(choice, sites=sites), Store(samples.samples, batchable=stackable)
+        sites, blocks = (
+            confirm_tokens(prepared.graph, prepared.model, places, samples.samples, stackable=stackable)
+            for places in (choice.sites, choice.blocks)
+        )
+        choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
+        store = Store(samples.samples, batchable=stackable)
     plan = target.plan(prepared.graph, choice.sites, choice.settings)
     feeds = _proof_feeds(store, reference)
 
-    walk = Walk(prepared.graph, prepared.graph.copy(), prepared.model, plan, target, recipe.compensate, store)
+    walk = Walk(prepared.graph, prepared.graph.copy(), prepared.model, plan, target, recipe.compensate, store, choice.blocks)
     walk.run(progress)
 
     expected = None if store is None else walk.expected(len(feeds))
@@ -92,7 +97,7 @@ def quantize(
         verification = verify(proof.path, reference, feeds, expected)
         kernels = audit(proof.path, account.audit_sites(lowered, plan))
     report = account.report(source, model, samples, recipe, target, choice, walk, prepared.notes, kernels, verification)
-    report = account.stamp(finished, report)
+    report = account.stamp(finished, report, walk.folds)
     if output is not None:
         with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
             runtime.Session(pending.path).run(feeds[0])

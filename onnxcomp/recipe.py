@@ -80,6 +80,8 @@ class Recipe:
     activations: str = "auto"
     symmetric: bool = False
     """Symmetric activations (zero point in the middle) instead of asymmetric ones."""
+    rounding: str = "auto"
+    """How weights are rounded: nearest, gptq, or auto: gptq below 8 bits where there are data."""
     products: bool = False
     """Quantize MatMuls of two activations too."""
     include: tuple[str, ...] = ()
@@ -99,6 +101,8 @@ class Recipe:
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
         _check_choices(self.ranges, self.activations)
+        if self.rounding not in ("auto", "nearest", "gptq"):
+            raise RecipeError(f"rounding = '{self.rounding}' is unknown. Use one of: auto, nearest, gptq.")
         if not 50 < self.percentile <= 100:
             raise RecipeError(f"percentile = {self.percentile} is outside (50, 100].")
         if self.samples < 1:
@@ -281,12 +285,14 @@ NAMED: dict[str, Recipe] = {
         name="base",
         description="Static MSE ranges alone: nothing is compensated.",
         activations="static",
+        rounding="nearest",
         compensate=(),
     ),
     "bc": Recipe(
         name="bc",
         description="Bias Compensation (arXiv:2404.01892) on MSE ranges, kept everywhere as the paper does.",
         activations="static",
+        rounding="nearest",
         compensate=(BiasCompensation(keep="always", trim=0.0),),
     ),
 }

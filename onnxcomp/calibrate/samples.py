@@ -8,16 +8,23 @@ threads or workers run them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
 from onnxcomp.errors import DataError, ModelError
+from onnxcomp.graph.blocks import Block
+from onnxcomp.graph.convert import to_model
+from onnxcomp.graph.edit import Graph, extract
+from onnxcomp.graph.files import ModelProto, to_bytes
+from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, S
 from onnxcomp.runtime import Session
 
 Feed = Mapping[str, Array]
+P = TypeVar("P", Site, Block)
 
 
 @dataclass
@@ -40,9 +47,7 @@ class BatchView:
         """The named read, one array per sample where the leading axis can be split evenly over the samples."""
         if name not in self.runs:
             return split(self.live[name], len(self.indices))
-        run = self.runs[name]
-        feeds = {k: self.live[v] for k, v in run.feeds.items()}
-        return split(run.session.run(feeds, [run.output])[run.output], len(self.indices))
+        return split(self.runs[name].compute(self.live), len(self.indices))
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class SiteRun:
     session: Session
     feeds: Mapping[str, str]
     output: str
+
+    def compute(self, live: Mapping[str, Array]) -> Array:
+        """The tensor, of one batch."""
+        return self.session.run({k: live[v] for k, v in self.feeds.items()}, [self.output])[self.output]
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Store:
         if not self.batches:
             raise DataError("The data hold no samples. Give at least one.")
 
-    def advance(self, session: Session | None, needed: Sequence[str], feeds: Mapping[str, str]) -> None:
+    def advance(self, session: Session | None, needed: Collection[str], feeds: Mapping[str, str]) -> None:
         """Run one stretch on every batch and keep only the tensors in `needed`.
 
         `feeds` maps the session's inputs to live names. `session` is None for a stretch that computes nothing.
@@ -91,7 +100,16 @@ class Store:
         for batch in self.batches:
             if session is not None:
                 batch.live.update(session.run({k: batch.live[v] for k, v in feeds.items()}))
-            batch.live = {name: batch.live[name] for name in needed}
+            batch.live = {name: array for name, array in batch.live.items() if name in needed}
+
+    def beside(self, name: str, run: SiteRun) -> list[LiveBatch]:
+        """The batches with one more tensor beside the live ones, computed once for every sample."""
+        return [LiveBatch(b.indices, {**b.live, name: run.compute(b.live)}) for b in self.batches]
+
+    def update(self, name: str, run: SiteRun, also: Sequence[LiveBatch]) -> None:
+        """Compute one live tensor anew, here and in the batches that lie beside these."""
+        for batch, other in zip(self.batches, also, strict=True):
+            batch.live[name] = other.live[name] = run.compute(batch.live)
 
 
 def can_stack(session: Session, feeds: Sequence[Feed]) -> bool:
@@ -109,6 +127,25 @@ def can_stack(session: Session, feeds: Sequence[Feed]) -> bool:
     except ModelError:
         return False
     return all(_agree(split(together[name], 2), [outputs[name] for outputs in alone]) for name in together)
+
+
+def confirm_tokens(
+    graph: Graph, like: ModelProto, sites: Sequence[P], feeds: Sequence[Feed], *, stackable: bool
+) -> tuple[P, ...]:
+    """`sites`, with `fixed_tokens` only where running one sample and then two shows that y is [N, T, C] with the samples
+    along the first axis: inferred shapes cannot tell [N, T, C] from [T, N, C].
+    """
+    asked = [site for site in sites if site.fixed_tokens]
+    if not asked or all(isinstance(t.shape[0], int) for t in graph.inputs):
+        return tuple(sites)
+    kept: set[str] = set()
+    if stackable:
+        names = list(dict.fromkeys(site.y for site in asked))
+        part = extract(graph, [t.name for t in graph.inputs], names)
+        session = Session(to_bytes(to_model(part, like)))
+        one, two = session.run(feeds[0]), session.run({k: np.concatenate([feeds[0][k], feeds[1][k]]) for k in feeds[0]})
+        kept = {n for n in names if two[n].shape == (2 * one[n].shape[0], *one[n].shape[1:])}
+    return tuple(replace(site, fixed_tokens=site.fixed_tokens and site.y in kept) for site in sites)
 
 
 def _agree(parts: Sequence[Array], alone: Sequence[Array]) -> bool:

@@ -12,6 +12,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -142,7 +143,17 @@ def _bias_add(raw: gs.Tensor, width: int) -> gs.Node | None:
     return add
 
 
-def matches(pattern: str, site: Site) -> bool:
+class Named(Protocol):
+    """Anything that a pattern can name."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def op(self) -> str: ...
+
+
+def matches(pattern: str, site: Named) -> bool:
     """Whether `pattern` names the site: a glob over names, `re:` and a regular expression, or `op:` and a type."""
     if pattern.startswith("re:"):
         return re.search(pattern[3:], site.name) is not None
@@ -167,7 +178,7 @@ def select(sites: Sequence[Site], include: Iterable[str], exclude: Iterable[str]
     return tuple(s for s in wanted if not any(matches(p, s) for p in exclude))
 
 
-def check_pattern(pattern: str, sites: Sequence[Site], names: Sequence[str], *, required: bool) -> None:
+def check_pattern(pattern: str, sites: Sequence[Named], names: Sequence[str], *, required: bool) -> None:
     """Raise unless `pattern` matches a site, with the nearest name as a suggestion."""
     if pattern.startswith("re:"):
         try:

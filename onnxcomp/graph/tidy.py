@@ -1,12 +1,15 @@
 """Tidying: constant Adds that methods put behind a layer are folded into the layer's own bias.
 
     Conv(x, W, B) + b = Conv(x, W, B + b)        Gemm(x, W, C) + b = Gemm(x, W, C + b)        (y + B) + b = y + (B + b)
-    (y + B) + U V = y + U V'   where the last column of U is 1 and the last row of V' that of V plus B
+    (y + B) + U V = y + (B + U V)   where the runtime computes the bracket once, when it loads the file
 
-Sums are taken in float64 and rounded once. A bias that others read is copied, never changed.
+Sums are taken in float64 and rounded once. A bias that others read is copied, never changed. What was folded is handed
+back, so that it can be taken out again exactly.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -14,49 +17,74 @@ import onnx_graphsurgeon as gs
 from onnxcomp.graph.sites import Site
 
 
-def fold_bias(graph: gs.Graph, site: Site, add_name: str) -> bool:
-    """Fold the Add called `add_name` behind `site` into the site's bias; False where there is nothing to fold into."""
+@dataclass(frozen=True)
+class Fold:
+    """One constant that took in another: input `index` of the node called `node`."""
+
+    node: str
+    index: int
+    method: str
+    """The method whose Add was folded."""
+    name: str
+    """The constant's name before; empty where the node had none."""
+    before: np.ndarray | None
+    """Its values before."""
+    added: np.ndarray
+    """What was added to it."""
+
+
+def fold_bias(graph: gs.Graph, site: Site, add_name: str, method: str) -> Fold | None:
+    """Fold the Add called `add_name` behind `site` into the site's bias; None where nothing could be folded into a
+    constant (a table is put beside it).
+    """
     nodes = {node.name: node for node in graph.nodes if node.name in (site.name, site.bias_node, add_name)}
     add, layer = nodes[add_name], nodes[site.name]
-    y, operand = add.outputs[0], next(t for t in add.inputs if isinstance(t, gs.Constant) or _is_table(t))
+    y, operand = add.outputs[0], next(t for t in add.inputs if is_load_time(t))
     before = next(t for t in add.inputs if t is not operand)
     if site.bias_node is not None:
         home = nodes[site.bias_node]
-        index = next(i for i, t in enumerate(home.inputs) if isinstance(t, gs.Constant) or _is_table(t))
+        index = next(i for i, t in enumerate(home.inputs) if is_load_time(t))
     elif site.op in ("Conv", "Gemm") and isinstance(operand, gs.Constant):
         home, index = layer, 2
     else:
-        return False
+        return None
     old = home.inputs[index] if len(home.inputs) > index else None
-    if before.inputs[0] is not home or len(before.outputs) != 1 or (old is not None and not isinstance(old, gs.Constant)):
-        return False
-    if isinstance(operand, gs.Constant):
-        bias: gs.Tensor = gs.Constant(operand.name, _total(old, operand.values, site))
+    if before.inputs[0] is not home or len(before.outputs) != 1:
+        return None
+    fold = None
+    if isinstance(operand, gs.Constant) and (old is None or isinstance(old, gs.Constant)):
+        b = operand.values.astype(np.float64)
+        b = b.reshape(-1) if site.op == "Conv" else b  # behind a Conv b has trailing axes of length 1
+        total = b if old is None else old.values.astype(np.float64) + b
+        shared = old is not None and len(old.outputs) > 1
+        name = operand.name if old is None or shared else old.name
+        fold = Fold(home.name, index, method, "" if old is None else old.name, None if old is None else old.values, b)
+        bias: gs.Tensor = gs.Constant(name, total.astype(np.float32))
+    elif old is None or not is_load_time(old):
+        return None
     else:
-        bias = operand
-        table = operand.inputs[0]
-        v = table.inputs[1].values.astype(np.float64)
-        v[-1] += 0.0 if old is None else old.values.astype(np.float64).reshape(-1)
-        table.inputs[1] = gs.Constant(table.inputs[1].name, v.astype(np.float32))
-        graph.nodes.remove(table)
-        graph.nodes.insert(next(i for i, n in enumerate(graph.nodes) if n is home), table)
+        makers = [node for node in graph.nodes if node is not add and node.name.startswith(add_name.rpartition("/")[0] + "/")]
+        for node in [*makers, add]:
+            graph.nodes.remove(node)
+        at = next(i for i, node in enumerate(graph.nodes) if node is home)
+        graph.nodes[at:at] = [*makers, add]
+        bias = gs.Variable(f"{add_name}/total", dtype=np.dtype(np.float32))
+        add.inputs[add.inputs.index(before)] = old
+        add.outputs[0] = bias
     if old is None:
         home.inputs.append(bias)
     else:
         home.inputs[index] = bias
-    add.inputs.clear()
-    add.outputs.clear()
-    graph.nodes.remove(add)
+    if fold is not None:
+        add.inputs.clear()
+        add.outputs.clear()
+        graph.nodes.remove(add)
     home.outputs[0] = y
-    return True
+    return fold
 
 
-def _is_table(tensor: gs.Tensor) -> bool:
-    """Whether `tensor` is a product of constants, which the runtime computes when it loads the file."""
-    return len(tensor.inputs) == 1 and all(isinstance(t, gs.Constant) for t in tensor.inputs[0].inputs)
-
-
-def _total(old: gs.Constant | None, b: np.ndarray, site: Site) -> np.ndarray:
-    """The old bias plus b; behind a Conv b has trailing axes of length 1, which its bias has not."""
-    b = b.astype(np.float64).reshape(-1) if site.op == "Conv" else b.astype(np.float64)
-    return (b if old is None else old.values.astype(np.float64) + b).astype(np.float32)
+def is_load_time(tensor: gs.Tensor) -> bool:
+    """Whether `tensor` is made of constants alone, so that the runtime computes it when it loads the file."""
+    if isinstance(tensor, gs.Constant):
+        return True
+    return len(tensor.inputs) == 1 and all(is_load_time(t) for t in tensor.inputs[0].inputs)

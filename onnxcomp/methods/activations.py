@@ -68,6 +68,16 @@ def token_gain(samples: Samples, q: QParams) -> float:
     return float(10 * np.log10(max(errors[0], 1e-30) / max(errors[1], 1e-30)))
 
 
+def fake(x: Array, scheme: Scheme, granularity: str, q: QParams | None, ratio: float) -> Array:
+    """What the quantizer makes of one sample's x, as the graph computes it up to rounding."""
+    if q is not None and granularity == "static":
+        return q.fake(x)
+    top = 2 ** (scheme.bits - 1) - 1
+    largest = np.abs(x).max(axis=-1, keepdims=True) if granularity == "token" else np.abs(x).max(initial=0.0)
+    scale = np.maximum(largest * np.float32(ratio / top), np.float32(1e-12))
+    return np.clip(np.rint(x / scale), -top - 1, top).astype(np.float32) * scale
+
+
 def build_static(op: Tape, x: str, q: QParams) -> str:
     """Record an abstract static quantizer of `x`; return its output."""
     return build_shared(op, x, op.constant("scale", q.scale), op.constant("zero_point", q.zero_point), q.scheme)

@@ -2,6 +2,7 @@
 
 A method is a frozen dataclass in a module of its own; its fields are its options (= TOML keys = help text) and its
 module's name is its name. It reads samples only through `samples.reduce`, never touches a graph, and returns an edit.
+It is fitted to a place: a quantized tensor (`Input`), one operator (`Site`), or a stretch of the model (`Block`).
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
 from onnxcomp.errors import RecipeError
+from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Tape
 from onnxcomp.graph.sites import Site
+from onnxcomp.numerics.affine import QParams
 
 Array = np.ndarray
+HOLD_OUT = 4
+"""Every fourth sample is held out."""
 Fit = Mapping[str, Array]
 """Arrays by name; they become initializers `{site}/{method}.{key}`."""
 
@@ -72,26 +77,70 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Input:
+    """One activation quantizer that layers read, and the layers: where a method may change what is quantized."""
+
+    x: str
+    """The tensor in front of the quantizer."""
+    q: QParams | None
+    """The static quantizer; None where the range is measured at run time."""
+    sites: tuple[Site, ...]
+    weights: tuple[Array, ...]
+    """The float weight of each site."""
+
+    @property
+    def name(self) -> str:
+        """The name of the first layer."""
+        return self.sites[0].name
+
+
+Place = Site | Block | Input
+
+
+@dataclass(frozen=True)
 class Compensation(ABC):
-    """A site method: fitted on what the compressed model computes, adopted when held-out samples agree."""
+    """Fitted on what the compressed model computes, adopted when held-out samples agree."""
 
     where: str = "*"
-    """Which sites: a glob over names, `re:` and a regular expression, or `op:` and an operator type."""
+    """Which sites or blocks: a glob over names, `re:` and a regular expression, or `op:` and an operator type."""
     keep: str = "if-better"
     """`if-better`: adopted where held-out samples improve; `always`: adopted everywhere, as a paper does."""
     reads: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def scope(self) -> str:
+        """Where it is fitted: `input`, `terms` (a site, before its bias), `layer`, `block` or `output` (the whole model)."""
+        return "layer"
 
     def __post_init__(self) -> None:
         if self.keep not in ("if-better", "always"):
             raise RecipeError(f"keep = '{self.keep}' is unknown. Use 'if-better' or 'always'.")
 
     @abstractmethod
-    def fit(self, site: Site, samples: Samples) -> Outcome:
-        """Fit the method to one site. Numbers only: no graph."""
+    def fit(self, place: Any, samples: Samples) -> Outcome:
+        """Fit the method to one place, of the kind that its scope says. Numbers only: no graph."""
 
     @abstractmethod
-    def build(self, op: Tape, site: Site, fit: Fit) -> dict[str, str]:
+    def build(self, op: Tape, place: Any, fit: Fit) -> dict[str, str]:
         """Record the nodes that apply the fit; return {old value: new value}. Graph only: no data."""
+
+
+class InputMethod(Compensation):
+    """A compensation that changes what is quantized, and takes out exactly what it added behind every layer."""
+
+    @property
+    def scope(self) -> str:
+        return "input"
+
+    @abstractmethod
+    def correction(self, fit: Fit, weight: Array, site: Site) -> Array:
+        """What to add to the site's output [C_out], given its rounded weight."""
+
+
+def add_bias(op: Tape, place: Site | Block, b: Array) -> dict[str, str]:
+    """Record the Add of b [C_out] behind `place`; return {old value: new value}."""
+    b = b if place.channel_axis == -1 else b.reshape(-1, *[1] * (place.rank - 2))
+    return {place.y: op("Add", place.y, op.constant("b", b.astype(np.float32)))}
 
 
 def names() -> tuple[str, ...]:

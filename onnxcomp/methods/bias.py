@@ -23,13 +23,14 @@ from typing import ClassVar, final
 import numpy as np
 
 from onnxcomp.errors import RecipeError
+from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Tape
 from onnxcomp.graph.sites import Site
-from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, Samples
+from onnxcomp.methods.base import HOLD_OUT, Array, Batch, Compensation, Fit, Outcome, Samples, add_bias
 
 TRIM = 0.05
-HOLD_OUT = 4
-"""Every fourth sample is held out."""
+FLOAT32 = 1
+"""ONNX's number of the element type."""
 TABLE_GAIN_DB = 0.02
 """What a table must gain over one number per channel, and a rank over a lower one."""
 
@@ -101,6 +102,8 @@ class BiasCompensation(Compensation):
     outliers (attention sinks, clipped activations) would otherwise move all the others. 0 is the paper's plain mean."""
     tokens: bool = True
     """Allow one bias per token where their number is fixed."""
+    level: str = "layer"
+    """What is fitted: every `layer`, every `block` of the residual stream, or the model's `output`."""
     rank: int = 4
     """Largest rank of a table per token; 0 stores the full table, T C numbers per layer, as the paper does."""
     reads: ClassVar[frozenset[str]] = frozenset({"f_xh", "g_xh"})
@@ -109,11 +112,17 @@ class BiasCompensation(Compensation):
         super().__post_init__()
         if self.significance < 0 or self.rank < 0 or not 0 <= self.trim < 1:
             raise RecipeError("significance and rank must not be negative, and trim must lie in [0, 1).")
+        if self.level not in ("layer", "block", "output"):
+            raise RecipeError(f"level = '{self.level}' is unknown. Use 'layer', 'block' or 'output'.")
 
-    def fit(self, site: Site, samples: Samples) -> Outcome:
-        per_token = self.tokens and site.fixed_tokens
+    @property
+    def scope(self) -> str:
+        return self.level
+
+    def fit(self, place: Site | Block, samples: Samples) -> Outcome:
+        per_token = self.tokens and place.fixed_tokens
         errors = samples.reduce(
-            lambda batch: SampleErrors.of(batch, site.channel_axis, self.trim, per_token=per_token), self.reads
+            lambda batch: SampleErrors.of(batch, place.channel_axis, self.trim, per_token=per_token), self.reads
         )
         tokens = errors.total.shape[1]
         held_out = errors.index % HOLD_OUT == HOLD_OUT - 1
@@ -170,19 +179,19 @@ class BiasCompensation(Compensation):
         plain = min(loss(b[None]), 1.0)
         best = (np.zeros((0, 0)), np.zeros((0, 0)), plain)
         for r in (r for r in (1, 2, 4, 8, 16, 32, 64, 128, len(table)) if r <= left.shape[1]):
-            u = np.concatenate([left[:, :r], np.ones((len(table), 1))], axis=1).astype(np.float32)
-            v = np.concatenate([right[:r], centre[None]]).astype(np.float32)
-            found = loss(u.astype(np.float64) @ v)
+            u = np.concatenate([left[:, :r], np.ones((len(table), 1))], axis=1).astype(np.float16)
+            v = np.concatenate([right[:r], centre[None]]).astype(np.float16)
+            found = loss(u.astype(np.float64) @ v.astype(np.float64))
             if 10.0 * np.log10(best[2] / found) > TABLE_GAIN_DB:
                 best = (u, v, found)
         return best[0], best[1], float(-10.0 * np.log10(best[2])) if best[2] < plain else 0.0
 
-    def build(self, op: Tape, site: Site, fit: Fit) -> dict[str, str]:
-        if "u" in fit:
-            table = op("MatMul", op.constant("u", fit["u"]), op.constant("v", fit["v"]))
-            return {site.y: op("Add", site.y, table)}
-        b = fit["b"] if site.channel_axis == -1 else fit["b"].reshape(-1, *[1] * (site.rank - 2))
-        return {site.y: op("Add", site.y, op.constant("b", b))}
+    def build(self, op: Tape, place: Site | Block, fit: Fit) -> dict[str, str]:
+        home = place if isinstance(place, Site) or place.last is None else place.last
+        if "u" not in fit:
+            return add_bias(op, home, fit["b"])
+        u, v = (op("Cast", op.constant(key, fit[key]), to=FLOAT32) for key in ("u", "v"))
+        return {home.y: op("Add", home.y, op("MatMul", u, v))}
 
 
 def decibel(energy: Array, error: Array) -> float:

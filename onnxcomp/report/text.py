@@ -187,8 +187,9 @@ def _decisions(decisions: Sequence[Decision]) -> list[str]:
         gains = [d.gain_db for d in kept if d.gain_db is not None]
         gain = f", median {statistics.median(gains):+.2f} dB" if gains else ""
         added = sum(d.added_bytes for d in kept)
-        price = f", {size(added)} added" if added else ""
-        lines.append(f"{method} kept at {len(kept)} of {plural(len(asked), 'site')}{gain}{price}")
+        milliseconds = sum(d.added_ms or 0.0 for d in kept)
+        price = (f", {size(added)} added" if added else "") + (f", {milliseconds:.3g} ms added" if milliseconds else "")
+        lines.append(f"{method} kept at {len(kept)} of {plural(len(asked), 'place')}{gain}{price}")
         declined: dict[str, list[str]] = {}
         for d in asked:
             if not d.adopted:

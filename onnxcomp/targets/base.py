@@ -27,6 +27,8 @@ class Settings:
     ranges: str
     percentile: float
     symmetric: bool
+    rounding: str = "nearest"
+    """How weights are rounded: `nearest` or `gptq`."""
 
 
 @dataclass(frozen=True)

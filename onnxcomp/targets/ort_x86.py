@@ -212,11 +212,11 @@ class _Lowering:
         _widen_dead_channels(weight, np.abs(bias) / (input_scale * 2.0**30))
         step = (input_scale * weight.inputs[1].values.astype(np.float64)).astype(np.float32)
         codes = np.rint(bias / step)
-        stored = Constant(f"{conv.name}/bias.i32", codes.astype(np.int32))
-        scale = Constant(f"{conv.name}/bias.scale", step)
-        zero = Constant(f"{conv.name}/bias.zero_point", np.zeros(step.shape, np.int32))
-        conv.inputs[2] = Variable(f"{conv.name}/bias", dtype=np.dtype(np.float32))
-        name = f"{conv.name}/bias"
+        stored = Constant(f"{conv.name}/int32-bias.i32", codes.astype(np.int32))
+        scale = Constant(f"{conv.name}/int32-bias.scale", step)
+        zero = Constant(f"{conv.name}/int32-bias.zero_point", np.zeros(step.shape, np.int32))
+        conv.inputs[2] = Variable(f"{conv.name}/int32-bias", dtype=np.dtype(np.float32))
+        name = f"{conv.name}/int32-bias"
         insert_before(self.graph, conv, [_node("DequantizeLinear", name, [stored, scale, zero], conv.inputs[2], axis=0)])
 
     def _integer_operand(self, node: Node) -> None:

@@ -139,7 +139,9 @@ def _storage_point(
         return point
     first = layers[0]
     point = replace(point, ranges=first.ranges, percentile=first.percentile)
-    agree = len(layers) == len(readers) and all(replace(r, weight_bits=0) == replace(first, weight_bits=0) for r in layers)
+    agree = len(layers) == len(readers) and all(
+        replace(r, weight_bits=0, rounding="") == replace(first, weight_bits=0, rounding="") for r in layers
+    )
     return replace(point, scheme=activation_scheme(first)) if agree else point
 
 
@@ -176,7 +178,7 @@ def _input_points(
             stored = direct.get(tensor)
             if stored is not None and stored.scheme == activation_scheme(wanted) and wanted.activations in ("static", "auto"):
                 continue
-            key = (tensor, replace(wanted, weight_bits=0))
+            key = (tensor, replace(wanted, weight_bits=0, rounding=""))
             shared.setdefault(key, []).append(site.name)
     return [
         Point(tensor, activation_scheme(wanted), wanted.activations, wanted.ranges, wanted.percentile, tuple(readers))

@@ -13,7 +13,7 @@ from onnx import ModelProto, checker
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.edit import Edit, Replacement, Tape, apply
 from onnxcomp.graph.sites import Site, find_sites
-from onnxcomp.graph.tidy import fold_bias
+from onnxcomp.graph.tidy import Fold, fold_bias
 
 F = np.float32
 W = np.arange(12, dtype=F).reshape(4, 3) / 4
@@ -36,12 +36,12 @@ def shifted(model: ModelProto, table: bool = False) -> tuple[gs.Graph, Site, str
     return graph, site, tape.nodes[-1].name
 
 
-def fold(model: ModelProto, table: bool = False) -> tuple[bool, ModelProto]:
-    """Whether it was folded, and the model, checked and equal to the unfolded one; all numbers are exact in float32."""
+def fold(model: ModelProto, table: bool = False) -> tuple[Fold | None, ModelProto]:
+    """What was folded, and the model, checked and equal to the unfolded one; all numbers are exact in float32."""
     graph, site, add = shifted(model, table)
     before = to_model(graph, model)
 
-    done = fold_bias(graph, site, add)
+    done = fold_bias(graph, site, add, "bias")
 
     after = to_model(graph, model)
     checker.check_model(after, full_check=True)
@@ -67,28 +67,39 @@ def conv(body: str) -> ModelProto:
 def test_a_bias_is_folded_into_the_add_behind_a_matmul(operands: str):
     done, model = fold(matmul(f"[fc] h = MatMul(x, w) [add] y = Add({operands})"))
 
-    assert done
+    assert done is not None
     assert ops(model) == ["MatMul", "Add"]
-    assert stored(model)["site/bias.b"].tolist() == (B + SHIFT).tolist()
-    assert "b" not in stored(model)
+    assert stored(model)["b"].tolist() == (B + SHIFT).tolist()
 
 
-@pytest.mark.parametrize(("body", "total"), [("Gemm(x, w, b)", B + SHIFT), ("Gemm(x, w)", SHIFT)])
-def test_a_bias_is_folded_into_a_gemm(body: str, total: np.ndarray):
+def test_what_was_folded_is_handed_back():
+    done, _ = fold(matmul("[fc] h = MatMul(x, w) [add] y = Add(b, h)"))
+
+    assert done is not None
+    assert (done.node, done.index, done.method, done.name) == ("add", 0, "bias", "b")
+    assert done.before is not None
+    assert done.before.tolist() == B.tolist()
+    assert done.added.tolist() == SHIFT.tolist()
+
+
+@pytest.mark.parametrize(("body", "total"), [("Gemm(x, w, b)", ("b", B + SHIFT)), ("Gemm(x, w)", ("site/bias.b", SHIFT))])
+def test_a_bias_is_folded_into_a_gemm(body: str, total: tuple[str, np.ndarray]):
     done, model = fold(matmul(f"[fc] y = {body}"))
 
-    assert done
+    assert done is not None
     assert ops(model) == ["Gemm"]
-    assert stored(model)["site/bias.b"].tolist() == total.tolist()
+    name, values = total
+    assert stored(model)[name].tolist() == values.tolist()
 
 
-@pytest.mark.parametrize(("body", "total"), [("Conv(x, k, b)", B + SHIFT), ("Conv(x, k)", SHIFT)])
-def test_a_bias_is_folded_into_a_conv_without_its_trailing_axes(body: str, total: np.ndarray):
+@pytest.mark.parametrize(("body", "total"), [("Conv(x, k, b)", ("b", B + SHIFT)), ("Conv(x, k)", ("site/bias.b", SHIFT))])
+def test_a_bias_is_folded_into_a_conv_without_its_trailing_axes(body: str, total: tuple[str, np.ndarray]):
     done, model = fold(conv(f"[c] y = {body}"))
 
-    assert done
+    assert done is not None
     assert ops(model) == ["Conv"]
-    assert stored(model)["site/bias.b"].tolist() == total.tolist()
+    name, values = total
+    assert stored(model)[name].tolist() == values.tolist()
 
 
 def test_the_layer_then_makes_the_tensor_of_the_sites_name():
@@ -100,7 +111,7 @@ def test_the_layer_then_makes_the_tensor_of_the_sites_name():
 def test_a_bias_that_others_read_is_copied():
     done, model = fold(matmul("[fc] h = MatMul(x, w) [add] t = Add(h, b) y = Mul(t, b)"))
 
-    assert done
+    assert done is not None
     assert stored(model)["b"].tolist() == B.tolist()
     assert stored(model)["site/bias.b"].tolist() == (B + SHIFT).tolist()
 
@@ -108,7 +119,7 @@ def test_a_bias_that_others_read_is_copied():
 def test_a_matmul_without_a_bias_keeps_the_add():
     done, model = fold(matmul("[fc] y = MatMul(x, w)"))
 
-    assert not done
+    assert done is None
     assert ops(model) == ["MatMul", "Add"]
 
 
@@ -117,7 +128,7 @@ def test_what_something_else_reads_before_the_shift_is_not_folded():
     before = graph.tensors()["y/before-bias"]
     graph.nodes.append(gs.Node("Tanh", "reader", inputs=[before], outputs=[gs.Variable("t", np.float32)]))
 
-    assert fold_bias(graph, site, add) is False
+    assert fold_bias(graph, site, add, "bias") is None
     assert [n.op for n in graph.nodes] == ["MatMul", "Add", "Add", "Tanh"]
 
 
@@ -127,7 +138,7 @@ def test_a_bias_that_is_computed_is_not_folded_into():
     )
     graph, site, add = shifted(model)
 
-    assert fold_bias(graph, site, add) is False
+    assert fold_bias(graph, site, add, "bias") is None
     assert [n.op for n in graph.nodes] == ["Conv", "Add"]
 
 
@@ -140,10 +151,10 @@ def test_sums_are_taken_in_float64_and_rounded_once():
     new = tape("Add", "y", tape.constant("b", tiny))
     apply(graph, Edit("bias", tuple(tape.nodes), tape.constants, (Replacement("y", new),)))
 
-    fold_bias(graph, site, tape.nodes[-1].name)
+    fold_bias(graph, site, tape.nodes[-1].name, "bias")
 
     # 1 + 2^-24 + 2^-26 lies above the middle between 1 and its neighbour 1 + 2^-23.
-    assert stored(to_model(graph, model))["site/bias.b"].tolist() == [1 + 2.0**-23] * 3
+    assert stored(to_model(graph, model))["b"].tolist() == [1 + 2.0**-23] * 3
 
 
 # --- tables per token ------------------------------------------------------------------------------------------------
@@ -151,26 +162,26 @@ def test_sums_are_taken_in_float64_and_rounded_once():
 TOKENS = {"shape": "N,2,4", "y": "N,2,3"}
 
 
-def test_the_bias_becomes_part_of_a_table_per_token():
+def test_a_table_and_the_bias_are_added_when_the_file_is_loaded():
     done, model = fold(matmul("[fc] h = MatMul(x, w) [add] y = Add(h, b)", **TOKENS), table=True)
 
-    assert done
-    assert ops(model) == ["MatMul", "MatMul", "Add"]
-    assert stored(model)["site/bias.u"].tolist() == U.tolist()
-    assert stored(model)["site/bias.v"].tolist() == [V[0].tolist(), (V[1] + B).tolist()]
-    assert "b" not in stored(model)
+    assert done is None
+    assert ops(model) == ["MatMul", "MatMul", "Add", "Add"]
+    bracket, total = model.graph.node[2:]
+    assert bracket.input[0] == "b"
+    assert total.input[1] == bracket.output[0]
 
 
 def test_a_table_stands_behind_a_matmul_without_bias():
     done, model = fold(matmul("[fc] y = MatMul(x, w)", **TOKENS), table=True)
 
-    assert not done
+    assert done is None
     assert ops(model) == ["MatMul", "MatMul", "Add"]
 
 
 def test_a_table_is_computed_in_front_of_the_add_that_reads_it():
     graph, site, add = shifted(matmul("[fc] h = MatMul(x, w) [add] t = Add(h, b) y = Neg(t)", **TOKENS), table=True)
 
-    fold_bias(graph, site, add)
+    fold_bias(graph, site, add, "bias")
 
-    assert [n.name for n in graph.nodes] == ["fc", "site/bias/matmul", "add", graph.nodes[-1].name]
+    assert [n.name for n in graph.nodes] == ["fc", "site/bias/matmul", add, "add", graph.nodes[-1].name]

@@ -120,7 +120,7 @@ def test_a_dead_channel_keeps_its_bias(bias: float):
     model = conv({"W": dead, "ws": np.array([0.25, 1e-12], np.float32), "b": b, "t": np.float32(1e4)})
 
     name = node(model, "Conv").name
-    codes, scale = stored(model)[f"{name}/bias.i32"], stored(model)[f"{name}/bias.scale"]
+    codes, scale = stored(model)[f"{name}/int32-bias.i32"], stored(model)[f"{name}/int32-bias.scale"]
     assert abs(int(codes[1])) <= 2**30
     # A float32 scale makes the code half a step and the product three float32 roundings away from the bias.
     assert abs(codes[1] * np.float64(scale[1]) - bias) <= 4 * 2.0**-24 * abs(bias)
@@ -136,7 +136,7 @@ def test_weights_too_small_for_their_bias_shrink_with_their_scale_raised():
     model = conv({"W": kernel, "ws": ws, "b": b})
 
     name = node(model, "Conv").name
-    assert stored(model)[f"{name}/bias.i32"].tolist() == [0, 2**30]
+    assert stored(model)[f"{name}/int32-bias.i32"].tolist() == [0, 2**30]
     assert stored(model)["ws"].tolist() == [1, 2.0**-21]
     assert stored(model)["W"].reshape(2, 2).tolist() == [[127, 127], [0, 0]]  # rint(127 / 256) = 0
 

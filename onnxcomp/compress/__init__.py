@@ -1,0 +1,1 @@
+"""The walk over a model, and the activation quantizers and compensations that it puts in."""

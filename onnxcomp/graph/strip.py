@@ -1,0 +1,110 @@
+"""Taking a method out of a finished graph again: its nodes by their names, what it folded into constants by the record.
+
+A node that belongs to a method carries the prefix `{place}/{method}/`. Such nodes make, from one value of the rest of the
+graph, the value that takes its place; without them the first stands there again, under its own name.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import zlib
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcomp.graph.tidy import Fold, is_load_time
+
+
+def dump_folds(folds: Sequence[Fold]) -> str:
+    """The record as text. What was added is stored only where a constant took in more than one thing."""
+    places = [(f.node, f.index) for f in folds]
+    arrays = {"folds": np.array(json.dumps([[f.node, f.index, f.method, f.name] for f in folds]))}
+    for number, fold in enumerate(folds):
+        if fold.before is not None:
+            arrays[f"before{number}"] = fold.before
+        if places.count((fold.node, fold.index)) > 1:
+            arrays[f"added{number}"] = fold.added
+    stream = io.BytesIO()
+    np.savez(stream, allow_pickle=False, **arrays)
+    return base64.b64encode(zlib.compress(stream.getvalue(), 9)).decode("ascii")
+
+
+def load_folds(text: str) -> list[Fold]:
+    """The record that `dump_folds` wrote."""
+    arrays = np.load(io.BytesIO(zlib.decompress(base64.b64decode(text))), allow_pickle=False)
+    heads = json.loads(str(arrays["folds"]))
+    return [
+        Fold(*head, before=arrays.get(f"before{number}"), added=arrays.get(f"added{number}", np.zeros(0)))
+        for number, head in enumerate(heads)
+    ]
+
+
+def strip(graph: gs.Graph, prefixes: Collection[str], folds: Sequence[Fold], methods: Collection[str]) -> list[Fold]:
+    """Take the nodes with one of `prefixes`, and what `methods` folded, out of `graph`, in place; the folds that stay."""
+    for prefix in prefixes:
+        _bypass(graph, prefix)
+    for key in dict.fromkeys((f.node, f.index) for f in folds if f.method in methods):
+        _unfold(graph, [f for f in folds if (f.node, f.index) == key], methods)
+    graph.cleanup(remove_unused_node_outputs=False)
+    return [f for f in folds if f.method not in methods]
+
+
+def _bypass(graph: gs.Graph, prefix: str) -> None:
+    """Let what reads the nodes under `prefix` read the one value that they start from."""
+    mine = [node for node in graph.nodes if node.name.startswith(prefix)]
+    inside = {id(node) for node in mine}
+    results = {id(t) for t in graph.outputs}
+    for node in mine:
+        y = node.outputs[0]
+        if not any(id(reader) not in inside for reader in y.outputs) and id(y) not in results:
+            continue
+        source = next(t for t in node.inputs if id(t.inputs[0] if t.inputs else None) not in inside and not _is_own(t, prefix))
+        for reader in list(y.outputs):
+            if id(reader) not in inside:
+                reader.inputs[reader.inputs.index(y)] = source
+        label = prefix.rstrip("/").rpartition("/")[2]
+        if source.name.startswith(f"{y.name}/before-{label}"):
+            y.name, source.name = f"{prefix}removed", y.name
+        graph.outputs[:] = [source if t is y else t for t in graph.outputs]
+
+
+def _is_own(tensor: gs.Tensor, prefix: str) -> bool:
+    """Whether `tensor` is a constant of the method, `{place}/{method}.{key}`, or made of such."""
+    return is_load_time(tensor) and (isinstance(tensor, gs.Variable) or tensor.name.startswith(f"{prefix.rstrip('/')}."))
+
+
+def _unfold(graph: gs.Graph, folds: Sequence[Fold], methods: Collection[str]) -> None:
+    """Give one constant the values that it has without `methods`, in whatever form the target wrote it down."""
+    first = folds[0]
+    kept = [f for f in folds if f.method not in methods]
+    values = None if first.before is None else first.before.astype(np.float64)
+    for fold in kept:
+        values = (fold.added if values is None else values + fold.added).astype(np.float32).astype(np.float64)
+    node, index = _home(graph, first)
+    tensor = node.inputs[index]
+    if values is not None and isinstance(tensor, gs.Constant):
+        node.inputs[index] = gs.Constant(first.name or tensor.name, values.astype(np.float32))
+    elif values is not None:
+        codes, step = tensor.inputs[0].inputs[:2]
+        tensor.inputs[0].inputs[0] = gs.Constant(codes.name, np.rint(values / step.values).astype(np.int32))
+    elif node.name == first.node:
+        del node.inputs[index]
+    else:  # an operator that was put there for the bias alone
+        y, source = node.outputs[0], node.inputs[1 - index]
+        source.name, y.name = y.name, f"{y.name}/removed"
+        for reader in list(y.outputs):
+            reader.inputs[reader.inputs.index(y)] = source
+        graph.outputs[:] = [source if t is y else t for t in graph.outputs]
+
+
+def _home(graph: gs.Graph, fold: Fold) -> tuple[gs.Node, int]:
+    """The node that adds the constant, and which input it is: a target may have split the bias off a Gemm."""
+    node = next(n for n in graph.nodes if n.name == fold.node)
+    if len(node.inputs) > fold.index:
+        return node, fold.index
+    while node.op != "Sum":
+        node = node.outputs[0].outputs[0]
+    return node, 1

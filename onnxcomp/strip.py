@@ -1,0 +1,71 @@
+"""Strip: take the compensations of one method out of a file that onnxcomp wrote; what is left is proven to run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxcomp import account, runtime
+from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.graph import files
+from onnxcomp.graph.convert import to_graph, to_model
+from onnxcomp.graph.strip import load_folds
+from onnxcomp.graph.strip import strip as strip_graph
+from onnxcomp.methods.base import names
+from onnxcomp.report.json import from_json
+from onnxcomp.verify import made_up_feed
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class Stripped:
+    """The model without the methods, and the places that they were taken out of."""
+
+    model: onnx.ModelProto
+    places: tuple[str, ...]
+
+
+def strip(
+    model: str | Path | bytes | onnx.ModelProto,
+    methods: Collection[str],
+    *,
+    output: str | Path | None = None,
+    force: bool = False,
+) -> Stripped:
+    """The model without what `methods` (names, such as "nbc") put into it, bit for bit as it was before them; written to
+    `output` where that is given, once it has run.
+
+    Later layers keep the ranges that were fitted while the method was there. Raises UsageError for an unknown method,
+    ModelError for a file that onnxcomp did not write or in which none of the methods was adopted.
+    """
+    for method in methods:
+        if method not in names():
+            raise UsageError(f"Unknown method '{method}'. The methods are: {', '.join(names())}.")
+    source = files.load(model)
+    files.check_output(output, model, force=force)
+    stored = files.metadata(source)
+    if "onnxcomp.report" not in stored or "onnxcomp.folds" not in stored:
+        raise ModelError("The file holds no record of compensations. Give a file that this version of onnxcomp wrote.")
+    report = from_json(stored["onnxcomp.report"])
+    adopted = [d for d in report.decisions if d.adopted and d.method in methods]
+    if not adopted:
+        raise ModelError(f"No compensation of {', '.join(methods)} is in the file. `onnxcomp inspect` lists what is.")
+    graph = to_graph(source)
+    places = dict.fromkeys([*(s.name for s in report.sites), *(d.site for d in adopted)])
+    prefixes = [f"{place}/{method}/" for place in places for method in methods]
+    folds = strip_graph(graph, prefixes, load_folds(stored["onnxcomp.folds"]), methods)
+    stripped = to_model(graph, source)
+    decisions = tuple(
+        dataclasses.replace(d, adopted=False, reason="stripped", added_bytes=0) if d in adopted else d for d in report.decisions
+    )
+    account.stamp(stripped, dataclasses.replace(report, decisions=decisions), folds)
+    session = runtime.Session(files.to_bytes(stripped))
+    session.run(made_up_feed(session))
+    if output is not None:
+        files.save(stripped, output, force=force, source=account.path_of(model))
+    return Stripped(stripped, tuple(dict.fromkeys(d.site for d in adopted)))
