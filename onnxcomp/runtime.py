@@ -32,19 +32,8 @@ from onnxcomp.graph.types import TensorType
 Model = bytes | str | Path
 Feed = Mapping[str, np.ndarray]
 
-_FAILURES = (
-    native.EPFail,
-    native.Fail,
-    native.InvalidArgument,
-    native.InvalidGraph,
-    native.InvalidProtobuf,
-    native.NoModel,
-    native.NoSuchFile,
-    native.NotImplemented,
-    native.RuntimeException,
-    RuntimeError,
-    ValueError,
-)
+_KINDS = [kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+_FAILURES = (*_KINDS, RuntimeError, ValueError)
 _FATAL = 4
 _ROUND_SECONDS = 0.02
 _PROFILED_RUNS = 10
@@ -219,12 +208,10 @@ def _run(session: ort.InferenceSession, names: list[str] | None, feeds: Feed) ->
 
 
 def _ports(nodes: Sequence[ort.NodeArg]) -> tuple[tuple[str, TensorType], ...]:
-    return tuple((node.name, _type(node)) for node in nodes)
-
-
-def _type(node: ort.NodeArg) -> TensorType:
-    dtype = kernels.element_type(node.type)
-    return TensorType(dtype, None if node.shape is None else tuple(node.shape))
+    return tuple(
+        (node.name, TensorType(kernels.element_type(node.type), None if node.shape is None else tuple(node.shape)))
+        for node in nodes
+    )
 
 
 def _sentence(error: BaseException) -> str:

@@ -192,7 +192,7 @@ def test_an_optimized_model_shows_what_is_executed(capfd: pytest.CaptureFixture[
 
     (node,) = runtime.optimized(model.SerializeToString())
 
-    assert (node.op, node.domain, node.inputs, node.outputs) == ("Gemm", "", ("x", "w", "b"), ("y",))
+    assert (node.op_type, node.domain, node.input, node.output) == ("Gemm", "", ["x", "w", "b"], ["y"])
     assert capfd.readouterr() == ("", "")
 
 
@@ -202,7 +202,7 @@ def test_an_optimized_model_is_read_from_a_file_with_its_weights_beside_it(tmp_p
 
     nodes = runtime.optimized(path)
 
-    assert [node.op for node in nodes] == ["MatMul"]
+    assert [node.op_type for node in nodes] == ["MatMul"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "weights"]
 
 

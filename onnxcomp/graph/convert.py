@@ -1,8 +1,8 @@
 """Between ONNX models and the graphs of onnx-graphsurgeon that everything here works on.
 
-graphsurgeon keeps names, nodes, constants and bodies; it loses metadata, doc strings, a few rare kinds of attributes
-and empty lists. `to_model` brings these back from `like`, the model that the graph came from, for every node that still
-has its operator and its name (or, for nodes without a name, its first output).
+graphsurgeon keeps names, nodes, constants and bodies; it loses metadata, doc strings and a few rare kinds of
+attributes, and cannot write empty lists. `to_model` brings these back from `like`, the model that the graph came from,
+for every node that still has its operator and its name (or, for nodes without a name, its first output).
 
 Limits: doc strings of values and quantization annotations are not brought back.
 """
@@ -10,37 +10,37 @@ Limits: doc strings of values and quantization annotations are not brought back.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from typing import TypeVar
 
+import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 from google.protobuf.message import Message
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from onnxcomp.graph.weights import node_bodies, walk_nodes
+from onnxcomp.graph.weights import remove_if, walk_graphs, walk_nodes
 
+M = TypeVar("M", bound=Message)
 STANDARD = ("", "ai.onnx")
-_MODEL_FIELDS = ("ir_version", "producer_name", "producer_version", "domain", "model_version", "doc_string")
-_KEPT_ATTRIBUTES = {
-    AttributeProto.FLOAT,
-    AttributeProto.INT,
-    AttributeProto.STRING,
-    AttributeProto.TENSOR,
-    AttributeProto.GRAPH,
-}
+_MODEL_FIELDS = ("producer_name", "producer_version", "domain", "model_version", "doc_string", "functions", "metadata_props")
+_KEPT_KINDS = ("FLOAT", "INT", "STRING", "TENSOR", "GRAPH", "FLOATS", "INTS", "STRINGS")
+"""Kinds of attributes that graphsurgeon reads; it loses the others, and empty lists of these."""
 
 
 def to_graph(model: ModelProto) -> gs.Graph:
-    """The model's graph, on a copy of its weights."""
+    """The model's graph, on a copy of its weights. Empty lists among the attributes are left to `to_model`."""
     copy = ModelProto()
     copy.CopyFrom(model)
-    with _silence():
+    with G_LOGGER.suppress(G_LOGGER.ERROR):
         graph = gs.import_onnx(copy)
     graph.import_domains = None
     graph.functions.clear()
+    for part in (graph, *graph.subgraphs(recursive=True)):
+        for node in part.nodes:
+            node.attrs = {key: value for key, value in node.attrs.items() if not _is_empty_list(value)}
     return graph
 
 
@@ -51,13 +51,11 @@ def to_model(graph: gs.Graph, like: ModelProto) -> ModelProto:
     that no node uses are left out. The same graph gives the same bytes.
     """
     versions = {o.domain: o.version for o in like.opset_import if o.domain not in STANDARD}
-    with _silence(), _without_empty_lists(graph):
+    with G_LOGGER.suppress(G_LOGGER.ERROR):
         model = gs.export_onnx(graph, do_type_check=False, opset_imports=[helper.make_opsetid("", graph.opset)])
     _restore(model.graph, like.graph)
     _share_constants(model.graph, like.graph)
     copy_fields(like, model, _MODEL_FIELDS)
-    model.functions.extend(like.functions)
-    model.metadata_props.extend(like.metadata_props)
     nodes = (*walk_nodes(model.graph), *(node for function in like.functions for node in function.node))
     used = {node.domain for node in nodes}
     for domain in sorted(used - set(STANDARD)):
@@ -77,62 +75,28 @@ def matching_nodes(body: GraphProto, like: GraphProto) -> Iterator[tuple[NodePro
             yield node, original
 
 
-def copy_fields(origin: Message, copy: Message, names: Iterable[str]) -> None:
-    """Set these plain fields of `copy` as in `origin`, also to being absent."""
+def copy_fields(origin: M, copy: M, names: Collection[str]) -> None:
+    """Set these fields of `copy` as in `origin`, also to being absent."""
     for name in names:
         copy.ClearField(name)
-        if origin.HasField(name):
-            setattr(copy, name, getattr(origin, name))
+    copy.MergeFrom(type(origin)(**{field.name: value for field, value in origin.ListFields() if field.name in names}))
 
 
 def copy_notes(original: NodeProto, node: NodeProto) -> None:
-    """Copy what does not change a node's meaning: its doc string and metadata."""
-    copy_fields(original, node, ("doc_string",))
-    del node.metadata_props[:]
-    node.metadata_props.extend(original.metadata_props)
+    """Copy what no converter keeps of a node: its doc string, metadata and overload."""
+    copy_fields(original, node, ("doc_string", "metadata_props", "overload"))
 
 
 def packed_int4(name: str, codes: np.ndarray) -> gs.Constant:
     """A constant of type INT4 and the shape of `codes` (integers in -8..7), stored two to a byte, low half first."""
     assert -8 <= codes.min(initial=0) <= codes.max(initial=0) <= 7, name
-    flat = np.zeros(codes.size + codes.size % 2, np.uint8)
-    flat[: codes.size] = codes.astype(np.int8).ravel().view(np.uint8) & 0x0F
-    packed = (flat[0::2] | (flat[1::2] << 4)).tobytes()
-    tensor = helper.make_tensor(name, TensorProto.INT4, codes.shape, packed, raw=True)
-    return gs.Constant(name, LazyValues(tensor))
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    severity = G_LOGGER.severity
-    G_LOGGER.severity = G_LOGGER.ERROR
-    try:
-        yield
-    finally:
-        G_LOGGER.severity = severity
-
-
-@contextmanager
-def _without_empty_lists(graph: gs.Graph) -> Iterator[None]:
-    """Take empty list attributes off while the graph is exported, where their type could not be told."""
-    taken: list[tuple[gs.Node, dict[str, object]]] = []
-    for part in (graph, *graph.subgraphs(recursive=True)):
-        for node in part.nodes:
-            if any(isinstance(value, list) and not value for value in node.attrs.values()):
-                taken.append((node, node.attrs))
-                node.attrs = {k: v for k, v in node.attrs.items() if not (isinstance(v, list) and not v)}
-    try:
-        yield
-    finally:
-        for node, attrs in taken:
-            node.attrs = attrs
+    return gs.Constant(name, LazyValues(numpy_helper.from_array(codes.astype(ml_dtypes.int4), name)))
 
 
 def _restore(body: GraphProto, like: GraphProto) -> None:
     """Bring back what graphsurgeon dropped from the nodes, here and in their bodies."""
     for node, original in matching_nodes(body, like):
         copy_notes(original, node)
-        copy_fields(original, node, ("overload",))
         present = {attribute.name: attribute for attribute in node.attribute}
         for attribute in original.attribute:
             if attribute.name not in present and _is_dropped(attribute):
@@ -143,28 +107,24 @@ def _restore(body: GraphProto, like: GraphProto) -> None:
 
 def _share_constants(graph: GraphProto, like: GraphProto) -> None:
     """Store the graph's constants in the graph alone: graphsurgeon repeats them in every body that reads them."""
-    local = {tensor.name for body in _bodies(like) for tensor in body.initializer}
+    _, *bodies = walk_graphs(graph)
+    _, *original_bodies = walk_graphs(like)
+    local = {tensor.name for body in original_bodies for tensor in body.initializer}
     stored = {tensor.name for tensor in graph.initializer}
-    for body in _bodies(graph):
-        for i in reversed(range(len(body.initializer))):
-            name = body.initializer[i].name
-            if name in local:
-                continue
-            if name not in stored:
-                graph.initializer.append(body.initializer[i])
-                stored.add(name)
-            del body.initializer[i]
+    for body in bodies:
+        for tensor in reversed(remove_if(body.initializer, lambda tensor: tensor.name not in local)):
+            if tensor.name not in stored:
+                graph.initializer.append(tensor)
+                stored.add(tensor.name)
 
 
-def _bodies(graph: GraphProto) -> list[GraphProto]:
-    return [body for node in walk_nodes(graph) for body in node_bodies(node)]
+def _is_empty_list(value: object) -> bool:
+    return isinstance(value, list) and not value
 
 
 def _is_dropped(attribute: AttributeProto) -> bool:
-    lists = (attribute.floats, attribute.ints, attribute.strings, attribute.tensors, attribute.graphs)
-    return attribute.type not in _KEPT_ATTRIBUTES and (
-        attribute.type not in (AttributeProto.FLOATS, AttributeProto.INTS, AttributeProto.STRINGS) or not any(lists)
-    )
+    kind = AttributeProto.AttributeType.Name(attribute.type)
+    return kind not in _KEPT_KINDS or _is_empty_list(helper.get_attribute_value(attribute))
 
 
 def _key(node: NodeProto) -> tuple[str, str, str]:

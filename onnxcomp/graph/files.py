@@ -15,21 +15,23 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import ModelProto, TensorProto, checker, numpy_helper, shape_inference
+from onnx import ModelProto, checker, helper, numpy_helper, shape_inference
+from onnx.external_data_helper import set_external_data
 
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph.edit import DOMAIN
 from onnxcomp.graph.weights import (
     external_file,
-    is_external,
+    external_tensors,
     read_external,
+    reading,
     reason,
     split_weights,
     tensor_bytes,
@@ -38,7 +40,6 @@ from onnxcomp.graph.weights import (
 )
 
 INLINE_LIMIT = 1_900_000_000
-_EXTERNAL_MINIMUM = 1024
 _ALIGNMENT = 4096
 _CHUNK = 1 << 20
 
@@ -51,15 +52,14 @@ def load(source: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
     """
     if isinstance(source, ModelProto | bytes):
         model = source if isinstance(source, ModelProto) else _parse(source, "The bytes given")
-        outside = next((tensor for tensor in walk_tensors(model.graph) if is_external(tensor)), None)
+        outside = next(external_tensors(model.graph), None)
         if outside is not None:
             raise ModelError(f"The weight '{outside.name}' lies in a file beside the model. Give the model's path.")
         return model
     path = Path(source)
     model = _read_structure(path)
-    for tensor in walk_tensors(model.graph):
-        if is_external(tensor):
-            read_external(tensor, path)
+    for tensor in external_tensors(model.graph):
+        read_external(tensor, path)
     return model
 
 
@@ -71,31 +71,25 @@ def metadata(model: ModelProto) -> dict[str, str]:
 def set_metadata(model: ModelProto, values: Mapping[str, str]) -> None:
     """Set these keys of the model's metadata, in place; other keys stay, and all are stored sorted."""
     merged = metadata(model) | dict(values)
-    del model.metadata_props[:]
-    for key in sorted(merged):
-        model.metadata_props.add(key=key, value=merged[key])
+    helper.set_model_props(model, dict(sorted(merged.items())))
 
 
 def weight_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
     """The files beside a model that hold its weights, sorted; none where the model holds them itself."""
     path = Path(path)
-    tensors = walk_tensors(_read_structure(path).graph)
-    return tuple(sorted({external_file(tensor, path) for tensor in tensors if is_external(tensor)}))
+    return tuple(sorted({external_file(tensor, path) for tensor in external_tensors(_read_structure(path).graph)}))
 
 
 def size(path: str | os.PathLike[str]) -> int:
     """The bytes of a model and its weight files."""
-    return sum(file.stat().st_size for file in (Path(path), *weight_files(path)))
+    return sum(file.stat().st_size for file in _files_of(path))
 
 
 def sha256(source: str | os.PathLike[str] | bytes) -> str:
     """Hex digest of a model: of its bytes, then of those of its weight files in the order of their names."""
-    digest = hashlib.sha256()
-    if isinstance(source, bytes):
-        digest.update(source)
-        return digest.hexdigest()
-    for file in (Path(source), *weight_files(source)):
-        with _open(file) as stream:
+    digest = hashlib.sha256(source if isinstance(source, bytes) else b"")
+    for file in _files_of(source):
+        with reading(file) as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
@@ -130,7 +124,7 @@ def check_output(output: str | os.PathLike[str] | None, source: object = None, *
         raise UsageError(f"The folder {output.parent} does not exist. Create it first, or choose another output.")
     if output.is_dir():
         raise UsageError(f"{output} is a folder. Give the name of the file to write.")
-    _check_target(output, _files_of(source), force=force)
+    _check_free([output], _files_of(source), force=force)
 
 
 def save(
@@ -163,51 +157,39 @@ class PendingFile:
     ) -> None:
         domains = {o.domain for o in model.opset_import} | {node.domain for node in walk_nodes(model.graph)}
         assert DOMAIN not in domains, "abstract nodes were not lowered"
-        self.destination = Path(path)
-        self._force = force
-        self._inputs = _files_of(source)
         check_output(path, source, force=force)
+        self.destination = Path(path)
+        self._inputs, self._force = _files_of(source), force
         is_large = sum(tensor_bytes(tensor) for tensor in walk_tensors(model.graph)) > INLINE_LIMIT
         weights = [self.destination.with_name(f"{self.destination.name}.data")] if is_large else []
         self._targets = [*weights, self.destination]
         self._check_targets()
-        try:
+        with _writing(self.destination):
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self.destination.name}.", dir=self.destination.parent))
-        except OSError as error:
-            raise self._failure(error) from error
-        self.path = self._folder / self.destination.name
-        try:
-            structure = _write_weights(model, self._folder / weights[0].name) if weights else model
-            with self.path.open("wb") as stream:
-                stream.write(to_bytes(structure))
-                _settle(stream)
-        except OSError as error:
-            self.discard()
-            raise self._failure(error) from error
-        except BaseException:
-            self.discard()
-            raise
+            self.path = self._folder / self.destination.name
+            try:
+                structure = _write_weights(model, self._folder / weights[0].name) if weights else model
+                with self.path.open("wb") as stream:
+                    stream.write(to_bytes(structure))
+                    _settle(stream)
+            except BaseException:
+                self.discard()
+                raise
 
     def commit(self) -> None:
         """Move the file into place. Where that fails, the destination is left as it was."""
         self._check_targets()
-        moved: list[tuple[Path, Path]] = []
-        try:
+        with _writing(self.destination), self, ExitStack() as undo:
             for target in self._targets:
                 backup = self._folder / f"{target.name}.before"
-                if target.exists() and target is not self._targets[-1]:
+                if target.exists() and target != self.destination:
                     os.link(target, backup)
                 (self._folder / target.name).replace(target)
-                moved.append((target, backup))
-        except OSError as error:
-            for target, backup in moved:
                 if backup.exists():
-                    backup.replace(target)
+                    undo.callback(backup.replace, target)
                 else:
-                    target.unlink()
-            raise self._failure(error) from error
-        finally:
-            self.discard()
+                    undo.callback(target.unlink)
+            undo.pop_all()
 
     def discard(self) -> None:
         """Remove what was written and not committed."""
@@ -216,52 +198,48 @@ class PendingFile:
     def __enter__(self) -> PendingFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.discard()
 
     def _check_targets(self) -> None:
-        for target in self._targets:
-            _check_target(target, self._inputs, force=self._force)
-
-    def _failure(self, error: OSError) -> ModelError:
-        return ModelError(f"{self.destination} cannot be written: {reason(error)}.")
+        _check_free(self._targets, self._inputs, force=self._force)
 
 
-def _check_target(target: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
-    if not target.exists():
-        return
-    if any(target.samefile(file) for file in inputs):
-        raise UsageError(f"{target} is the input itself, which is never changed. Choose another output.")
-    if not force:
-        raise UsageError(f"{target} exists. Pass --force to overwrite it.")
+@contextmanager
+def _writing(destination: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{destination} cannot be written: {reason(error)}.") from error
+
+
+def _check_free(targets: Sequence[Path], inputs: tuple[Path, ...], *, force: bool) -> None:
+    for target in targets:
+        if not target.exists():
+            continue
+        if any(target.samefile(file) for file in inputs):
+            raise UsageError(f"{target} is the input itself, which is never changed. Choose another output.")
+        if not force:
+            raise UsageError(f"{target} exists. Pass --force to overwrite it.")
 
 
 def _files_of(source: object) -> tuple[Path, ...]:
+    """A model's file and its weight files; none for a model in memory."""
     return (Path(source), *weight_files(source)) if isinstance(source, str | os.PathLike) else ()
 
 
 def _read_structure(path: Path) -> ModelProto:
     if path.is_dir():
         raise ModelError(f"{path} is a folder. Give the path of the .onnx file in it.")
-    with _open(path) as stream:
+    with reading(path) as stream:
         return _parse(stream.read(), str(path))
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist.") from error
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {reason(error)}.") from error
-
-
 def _parse(data: bytes, what: str) -> ModelProto:
-    model = ModelProto()
     try:
-        model.ParseFromString(data)
-    except DecodeError as error:
-        raise ModelError(f"{what}: not an ONNX model, or one that is cut short.") from error
+        model = ModelProto.FromString(data)
+    except DecodeError:
+        model = ModelProto()
     if not model.graph.output:
         raise ModelError(f"{what}: not an ONNX model, or one that is cut short.")
     return model
@@ -269,16 +247,15 @@ def _parse(data: bytes, what: str) -> ModelProto:
 
 def _write_weights(model: ModelProto, file: Path) -> ModelProto:
     """Write the large initializers to `file`; the model returned refers to them there."""
-    skeleton, weights = split_weights(model, _EXTERNAL_MINIMUM)
+    skeleton, weights = split_weights(model)
     with file.open("wb") as stream:
         for name, tensor in weights.items():
             stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
-            stub = skeleton.graph.initializer.add(name=name, data_type=tensor.data_type, dims=tensor.dims)
-            stub.doc_string = tensor.doc_string
-            stub.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", file.name), ("offset", stream.tell()), ("length", tensor_bytes(tensor))):
-                stub.external_data.add(key=key, value=str(value))
             packed = tensor if tensor.HasField("raw_data") else numpy_helper.from_array(numpy_helper.to_array(tensor))
+            stub = skeleton.graph.initializer.add(name=name, data_type=tensor.data_type, dims=tensor.dims, raw_data=b"")
+            stub.doc_string = tensor.doc_string
+            set_external_data(stub, file.name, stream.tell(), tensor_bytes(tensor))
+            stub.ClearField("raw_data")
             stream.write(packed.raw_data)
         _settle(stream)
     return skeleton

@@ -37,7 +37,17 @@ def input_at(node: gs.Node, index: int) -> Tensor | None:
 
 def names_leaving(graph: gs.Graph) -> set[str]:
     """Names of the outputs of the graph and of all its bodies: tensors that must keep their names."""
-    return set().union(*(_output_names(part) for part in (graph, *graph.subgraphs(recursive=True))))
+    return {tensor.name for part in (graph, *graph.subgraphs(recursive=True)) for tensor in part.outputs}
+
+
+def fresh_name(stem: str, taken: set[str]) -> str:
+    """The stem, or the first of stem_2, stem_3 ... that is not taken; it is taken then."""
+    number, name = 1, stem
+    while name in taken:
+        number += 1
+        name = f"{stem}_{number}"
+    taken.add(name)
+    return name
 
 
 def detach(node: gs.Node) -> None:
@@ -53,8 +63,7 @@ def sweep(graph: gs.Graph) -> None:
 
 def evaluate(nodes: list[NodeProto], output: str, feeds: dict[str, np.ndarray], opset: int) -> np.ndarray:
     """The value of one tensor by onnx's reference implementation; `nodes` in order, `feeds` their free inputs."""
-    types = {name: helper.np_dtype_to_tensor_dtype(value.dtype) for name, value in feeds.items()}
-    inputs = [helper.make_tensor_value_info(name, types[name], value.shape) for name, value in feeds.items()]
+    inputs = [helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in feeds.items()]
     body = helper.make_graph(nodes, "evaluate", inputs, [onnx.ValueInfoProto(name=output)])
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", opset)])
     (value,) = ReferenceEvaluator(model).run(None, dict(feeds))
@@ -64,22 +73,7 @@ def evaluate(nodes: list[NodeProto], output: str, feeds: dict[str, np.ndarray], 
 def fold_constants(graph: gs.Graph) -> int:
     """Compute the nodes whose inputs are all constant; returns how many."""
     leaving = names_leaving(graph)
-    count = 0
-    for node in graph.nodes:
-        constants = [t for t in node.inputs if isinstance(t, gs.Constant)]
-        if not is_op(node, *_FOLDABLE) or len(node.outputs) != 1 or node.outputs[0].name in leaving or not constants:
-            continue
-        if len(constants) < sum(not t.is_empty() for t in node.inputs) or any(t.dtype not in _PLAIN for t in constants):
-            continue
-        output = node.outputs[0]
-        feeds = {t.name: t.values for t in constants}
-        value = evaluate([OnnxExporter.export_node(node)], output.name, feeds, graph.opset)
-        limit = max(_GROWTH * sum(v.nbytes for v in feeds.values()), _SMALL_BYTES)
-        if value.dtype not in _PLAIN or value.nbytes > limit:
-            continue
-        detach(node)
-        output.to_constant(np.array(value, order="C"))
-        count += 1
+    count = sum(_fold(node, leaving, graph.opset) for node in graph.nodes)
     sweep(graph)
     return count
 
@@ -87,41 +81,52 @@ def fold_constants(graph: gs.Graph) -> int:
 def drop_pass_through(graph: gs.Graph) -> int:
     """Remove Identity nodes and inference Dropouts where every output of the graph and its bodies keeps its name."""
     leaving = names_leaving(graph)
-    own = _output_names(graph)
-    count = 0
-    for node in graph.nodes:
-        if not _passes_through(node, leaving):
-            continue
-        x, y = node.inputs[0], node.outputs[0]
-        if y.name not in leaving:
-            _replace_uses(y, x)
-        elif y.name in own and x.name not in leaving and len(x.inputs) == 1:
-            producer = x.inputs[0]
-            node.outputs.clear()
-            producer.outputs[[t is x for t in producer.outputs].index(True)] = y
-            _replace_uses(x, y)
-        else:
-            continue
-        detach(node)
-        count += 1
+    own = {tensor.name for tensor in graph.outputs}
+    count = sum(_passes_through(node, leaving) and _bypass(node, leaving, own) for node in graph.nodes)
     sweep(graph)
     return count
 
 
-def _output_names(graph: gs.Graph) -> set[str]:
-    outputs: list[Tensor] = list(graph.outputs)  # pyright: ignore[reportAssignmentType]
-    return {tensor.name for tensor in outputs}
+def _fold(node: gs.Node, leaving: set[str], opset: int) -> bool:
+    inputs = [tensor for tensor in node.inputs if not tensor.is_empty()]
+    if not is_op(node, *_FOLDABLE) or len(node.outputs) != 1 or node.outputs[0].name in leaving or not inputs:
+        return False
+    if not all(isinstance(tensor, gs.Constant) and tensor.dtype in _PLAIN for tensor in inputs):
+        return False
+    output = node.outputs[0]
+    feeds = {tensor.name: tensor.values for tensor in inputs}
+    value = evaluate([OnnxExporter.export_node(node)], output.name, feeds, opset)
+    limit = max(_GROWTH * sum(v.nbytes for v in feeds.values()), _SMALL_BYTES)
+    if value.dtype not in _PLAIN or value.nbytes > limit:
+        return False
+    detach(node)
+    output.to_constant(np.array(value, order="C"))
+    return True
 
 
 def _passes_through(node: gs.Node, leaving: set[str]) -> bool:
-    if is_op(node, "Identity"):
-        return True
     if not is_op(node, "Dropout"):
-        return False
+        return is_op(node, "Identity")
     training = input_at(node, 2)
     if training is not None and (not isinstance(training, gs.Constant) or bool(training.values)):
         return False
     return all(not t.outputs and t.name not in leaving for t in node.outputs[1:])
+
+
+def _bypass(node: gs.Node, leaving: set[str], own: set[str]) -> bool:
+    """Join the node's input and output, under the name that leaves a graph; False where both do."""
+    x, y = node.inputs[0], node.outputs[0]
+    if y.name not in leaving:
+        _replace_uses(y, x)
+    elif y.name in own and x.name not in leaving and len(x.inputs) == 1:
+        (producer,) = x.inputs
+        node.outputs.clear()
+        producer.outputs[[t is x for t in producer.outputs].index(True)] = y
+        _replace_uses(x, y)
+    else:
+        return False
+    detach(node)
+    return True
 
 
 def _replace_uses(old: Tensor, new: Tensor) -> None:

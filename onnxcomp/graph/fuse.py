@@ -55,20 +55,15 @@ def fuse_primitives(graph: gs.Graph, model: ModelProto) -> int:
 def _matches(model: ModelProto) -> Iterator[_Match]:
     wrapped, fusions = _matchers(model)
     consumers, producers = wrapped.input_name_to_nodes(), wrapped.output_name_to_node()
-    place = {name: i for i, node in enumerate(model.graph.node) for name in node.output}
     for fusion in fusions:
         fusion.this_graph_name = model.graph.name
-        for node in list(model.graph.node):
-            if node.op_type not in fusion.search_op_types:
-                continue
-            added, removed = len(fusion.nodes_to_add), len(fusion.nodes_to_remove)
+        for node in [node for node in model.graph.node if node.op_type in fusion.search_op_types]:
+            fusion.nodes_to_add, fusion.nodes_to_remove = [], []
             fusion.fuse(node, consumers, producers)
-            if len(fusion.nodes_to_add) != added + 1:
-                continue
-            removed_nodes = {n.output[0]: n for n in fusion.nodes_to_remove[removed:]}
-            if all(name in place for name in removed_nodes):
-                ordered = sorted(removed_nodes.values(), key=lambda n: place[n.output[0]])
-                yield _Match(_standard(fusion.nodes_to_add[-1]), tuple(ordered))
+            names = {removed.output[0] for removed in fusion.nodes_to_remove}
+            replaced = tuple(node for node in model.graph.node if node.output[0] in names)
+            if len(fusion.nodes_to_add) == 1 and len(replaced) == len(names):
+                yield _Match(_standard(fusion.nodes_to_add[0]), replaced)
 
 
 def _matchers(model: ModelProto) -> tuple[Any, tuple[Any, ...]]:

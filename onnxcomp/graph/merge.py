@@ -16,8 +16,11 @@ from collections.abc import Hashable
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.graph.fold import detach, input_at, is_op, names_leaving, sweep
+from onnxcomp.graph.edit import insert_before
+from onnxcomp.graph.fold import detach, fresh_name, input_at, is_op, names_leaving, sweep
 from onnxcomp.graph.types import Tensor
+
+_PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 
 
 class _Constants:
@@ -26,33 +29,24 @@ class _Constants:
     def __init__(self, graph: gs.Graph) -> None:
         parts = (graph, *graph.subgraphs(recursive=True))
         self.leaving = names_leaving(graph)
-        self._taken = self.leaving.union(*(part.tensors() for part in parts))
+        self.taken = self.leaving.union(*(part.tensors() for part in parts))
         self._made: dict[Hashable, gs.Constant] = {}
-
-    def fresh(self, name: str) -> str:
-        """The name, or the first of name_2, name_3 ... that no tensor of the graph has."""
-        number, candidate = 1, name
-        while candidate in self._taken:
-            number, candidate = number + 1, f"{name}_{number + 1}"
-        self._taken.add(candidate)
-        return candidate
 
     def put(self, node: gs.Node, index: int, values: np.ndarray, spare: Tensor | None = None, change: Hashable = None) -> None:
         """Make `values` the node's input, in place of the constant there or else of `spare` if none else reads that.
 
-        Nodes that give the same `change` of the same constant share the new one.
+        They are rounded to the type of the node's weight. Nodes that give the same `change` of the same constant share
+        the new one.
         """
         old = input_at(node, index)
         key = None if change is None or old is None else (old.name, change)
-        constant = self._made.get(key) if key is not None else None
+        constant = self._made.get(key)
         if constant is None:
             base = old if old is not None else spare
             assert isinstance(base, gs.Constant)
-            if len(base.outputs) == 1 and base.name not in self.leaving:
-                base.values = values
-                constant = base
-            else:
-                constant = gs.Constant(self.fresh(base.name), values)
+            is_own = len(base.outputs) == 1 and base.name not in self.leaving
+            constant = base if is_own else gs.Constant(fresh_name(base.name, self.taken), base.values)
+            constant.values = np.array(values, dtype=node.inputs[1].dtype, order="C")
         if key is not None:
             self._made[key] = constant
         while len(node.inputs) <= index:
@@ -66,42 +60,30 @@ def canonical_gemms(graph: gs.Graph) -> int:
     Gemms with a B or C that is computed, or with a C that has rows, stay as they are. Returns how many were changed.
     """
     constants = _Constants(graph)
-    nodes: list[gs.Node] = []
-    count = 0
-    for node in graph.nodes:
-        nodes.append(node)
-        if not is_op(node, "Gemm") or _is_plain(node) or not _is_constant_gemm(node):
-            continue
-        if _number(node, "transA", 0):
-            nodes.insert(-1, _transpose_input(node, constants))
-        alpha, beta, turned = _number(node, "alpha", 1), _number(node, "beta", 1), _number(node, "transB", 0)
-        weight = _floats(node.inputs[1])
+    gemms = [node for node in graph.nodes if is_op(node, "Gemm") and _is_constant_gemm(node) and not _is_plain(node)]
+    for node in gemms:
+        alpha, beta, turned_input, turned = _numbers(node)
+        if turned_input:
+            insert_before(graph, node, [_transpose_input(node, constants)])
+        weight, bias = node.inputs[1].values, input_at(node, 2)
         if turned or alpha != 1:
             matrix = alpha * (weight.T if turned else weight).astype(np.float64)
-            constants.put(node, 1, _rounded(matrix, weight), None, (turned, alpha))
-        if input_at(node, 2) is None or beta == 0:
-            while len(node.inputs) > 2:
-                node.inputs.pop()
-        else:
-            bias, width = _floats(node.inputs[2]), _floats(node.inputs[1]).shape[1]
-            if beta != 1 or bias.shape != (width,):
-                row = np.broadcast_to(bias.astype(np.float64).ravel() * beta, (width,))
-                constants.put(node, 2, _rounded(row, bias), None, (width, beta))
-        node.attrs = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
-        count += 1
-    graph.nodes = nodes
-    return count
+            constants.put(node, 1, matrix, change=(turned, alpha))
+        width = node.inputs[1].shape[1]
+        if bias is None or beta == 0:
+            node.inputs = node.inputs[:2]
+        elif beta != 1 or tuple(bias.shape) != (width,):
+            row = np.broadcast_to(bias.values.astype(np.float64).ravel() * beta, (width,))
+            constants.put(node, 2, row, change=(width, beta))
+        node.attrs = dict(_PLAIN_GEMM)
+    return len(gemms)
 
 
 def merge_affine(graph: gs.Graph) -> int:
     """Merge BatchNormalization and per-channel Add into the Conv or ConvTranspose before, the former also into Gemm."""
     constants = _Constants(graph)
-    count = 0
-    for node in graph.nodes:
-        if is_op(node, "BatchNormalization"):
-            count += _merge_batchnorm(node, constants)
-        elif is_op(node, "Add"):
-            count += _merge_add(node, constants)
+    merge = {"BatchNormalization": _merge_batchnorm, "Add": _merge_add}
+    count = sum(merge[node.op](node, constants) for node in graph.nodes if is_op(node, *merge))
     sweep(graph)
     return count
 
@@ -111,46 +93,30 @@ def _is_float(tensor: Tensor | None) -> bool:
     return isinstance(tensor, gs.Constant) and tensor.dtype in (np.float32, np.float64)
 
 
-def _floats(tensor: Tensor) -> np.ndarray:
-    assert isinstance(tensor, gs.Constant)
-    return tensor.values
+def _numbers(gemm: gs.Node) -> tuple[float, ...]:
+    """Its alpha, beta, transA and transB."""
+    return tuple(gemm.attrs.get(key, plain) for key, plain in _PLAIN_GEMM.items())
 
 
-def _number(node: gs.Node, attribute: str, default: float) -> float:
-    value = node.attrs.get(attribute, default)
-    assert isinstance(value, int | float)
-    return value
+def _width(gemm: gs.Node) -> int:
+    return gemm.inputs[1].shape[0 if gemm.attrs.get("transB", 0) else 1]
 
 
-def _is_plain(node: gs.Node) -> bool:
-    bias = input_at(node, 2)
-    numbers = (
-        _number(node, "alpha", 1),
-        _number(node, "beta", 1),
-        _number(node, "transA", 0),
-        _number(node, "transB", 0),
-    )
-    return numbers == (1, 1, 0, 0) and (bias is None or (_is_float(bias) and _floats(bias).shape == (_width(node),)))
+def _is_plain(gemm: gs.Node) -> bool:
+    bias = input_at(gemm, 2)
+    is_row = bias is None or (_is_float(bias) and bias.values.shape == (_width(gemm),))
+    return is_row and _numbers(gemm) == tuple(_PLAIN_GEMM.values())
 
 
-def _width(node: gs.Node) -> int:
-    return _floats(node.inputs[1]).shape[0 if _number(node, "transB", 0) else 1]
-
-
-def _is_constant_gemm(node: gs.Node) -> bool:
-    if not _is_float(node.inputs[1]):
+def _is_constant_gemm(gemm: gs.Node) -> bool:
+    bias = input_at(gemm, 2)
+    if not _is_float(gemm.inputs[1]) or not (bias is None or _is_float(bias)):
         return False
-    bias = input_at(node, 2)
-    if bias is None:
-        return True
-    if not _is_float(bias):
-        return False
-    values = _floats(bias)
-    return values.size == 1 or values.size == values.shape[-1] == _width(node)
+    return bias is None or bias.values.size == 1 or bias.values.size == bias.shape[-1] == _width(gemm)
 
 
 def _transpose_input(node: gs.Node, constants: _Constants) -> gs.Node:
-    turned = gs.Variable(constants.fresh(f"{node.inputs[0].name}/transposed"), node.inputs[0].dtype)
+    turned = gs.Variable(fresh_name(f"{node.inputs[0].name}/transposed", constants.taken), node.inputs[0].dtype)
     transpose = gs.Node("Transpose", f"{node.name}/transpose", {"perm": [1, 0]}, [node.inputs[0]], [turned])
     node.inputs[0] = turned
     return transpose
@@ -158,15 +124,14 @@ def _transpose_input(node: gs.Node, constants: _Constants) -> gs.Node:
 
 def _merge_batchnorm(node: gs.Node, constants: _Constants) -> bool:
     layer = _layer_before(node, 0, constants.leaving, "Conv", "ConvTranspose", "Gemm")
-    trains = _number(node, "training_mode", 0) or any(t.name for t in node.outputs[1:])
+    trains = node.attrs.get("training_mode", 0) or any(t.name for t in node.outputs[1:])
     if layer is None or trains or not all(map(_is_float, node.inputs[1:5])) or (layer.op == "Gemm" and not _is_plain(layer)):
         return False
-    gamma, beta, mean, variance = (_floats(t).astype(np.float64) for t in node.inputs[1:5])
-    scale = gamma / np.sqrt(variance + _number(node, "epsilon", 1e-5))
-    weight = _floats(layer.inputs[1])
+    gamma, beta, mean, variance = (tensor.values.astype(np.float64) for tensor in node.inputs[1:5])
+    scale = gamma / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
     shift = (_bias(layer) - mean) * scale + beta
-    constants.put(layer, 1, _rounded(_scaled(layer, scale), weight))
-    constants.put(layer, 2, _rounded(shift, weight), node.inputs[2])
+    constants.put(layer, 1, _scaled(layer, scale))
+    constants.put(layer, 2, shift, node.inputs[2])
     _take_output(layer, node)
     return True
 
@@ -176,13 +141,13 @@ def _merge_add(node: gs.Node, constants: _Constants) -> bool:
         layer, other = _layer_before(node, i, constants.leaving, "Conv", "ConvTranspose"), node.inputs[1 - i]
         if layer is None or not _is_float(other):
             continue
-        weight, added = _floats(layer.inputs[1]), _floats(other)
-        channels = weight.shape[0] if layer.op == "Conv" else weight.shape[1] * int(_number(layer, "group", 1))
+        weight, added = layer.inputs[1].values, other.values
+        channels = weight.shape[0] if layer.op == "Conv" else weight.shape[1] * layer.attrs.get("group", 1)
         shape = (1,) * (weight.ndim - added.ndim) + added.shape
         if added.ndim > weight.ndim or shape[1] not in (1, channels) or added.size != shape[1]:
             continue
         total = np.broadcast_to(_bias(layer) + added.astype(np.float64).ravel(), (channels,))
-        constants.put(layer, 2, _rounded(total, weight), other)
+        constants.put(layer, 2, total, other)
         _take_output(layer, node)
         return True
     return False
@@ -201,28 +166,20 @@ def _layer_before(node: gs.Node, index: int, leaving: set[str], *ops: str) -> gs
 
 def _bias(layer: gs.Node) -> np.ndarray:
     """The layer's bias in float64, zero where it has none."""
-    return np.zeros(1) if input_at(layer, 2) is None else _floats(layer.inputs[2]).astype(np.float64)
+    bias = input_at(layer, 2)
+    return np.zeros(1) if bias is None else bias.values.astype(np.float64)
 
 
 def _scaled(layer: gs.Node, scale: np.ndarray) -> np.ndarray:
     """The layer's weight in float64, each output channel times its scale."""
-    weight = _floats(layer.inputs[1]).astype(np.float64)
-    if layer.op == "Gemm":
-        return weight * scale
-    tail = (1,) * (weight.ndim - 2)
-    if layer.op == "Conv":
-        return weight * scale.reshape(-1, 1, *tail)
-    group = int(_number(layer, "group", 1))
-    grouped = weight.reshape(group, -1, *weight.shape[1:]) * scale.reshape(group, 1, -1, *tail)
+    weight = layer.inputs[1].values.astype(np.float64)
+    # As [groups, inputs, outputs, taps]: a Conv's channels are groups of one output, for each has rows of its own.
+    groups = {"Conv": len(weight), "ConvTranspose": layer.attrs.get("group", 1), "Gemm": 1}[layer.op]
+    grouped = weight.reshape(groups, len(weight) // groups, scale.size // groups, -1) * scale.reshape(groups, 1, -1, 1)
     return grouped.reshape(weight.shape)
 
 
 def _take_output(layer: gs.Node, node: gs.Node) -> None:
     output = node.outputs[0]
     detach(node)
-    layer.outputs.clear()
-    layer.outputs.append(output)
-
-
-def _rounded(values: np.ndarray, like: np.ndarray) -> np.ndarray:
-    return np.array(values, dtype=like.dtype, order="C")
+    layer.outputs = [output]

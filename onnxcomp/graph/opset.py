@@ -13,13 +13,13 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
 from onnx.inliner import inline_local_functions
 from onnx.version_converter import ConvertError
 
 from onnxcomp.errors import ModelError
 from onnxcomp.graph.convert import STANDARD, copy_fields, copy_notes, matching_nodes
-from onnxcomp.graph.weights import walk_nodes
+from onnxcomp.graph.weights import declare_inputs, walk_nodes
 
 OLDEST = 7
 TARGET = 21
@@ -42,44 +42,33 @@ def raise_opset(model: ModelProto, weights: Mapping[str, TensorProto]) -> ModelP
         raise ModelError(f"The model uses opset {version}; {OLDEST} is the oldest supported. Export it again.")
     raised = ModelProto()
     raised.CopyFrom(model)
-    _as_inputs(raised, weights)
+    declare_inputs(raised, weights)
     if raised.functions:
         raised = inline_local_functions(raised, convert_version=True)
     raised.ir_version = _IR_VERSION
     if version < TARGET:
-        raised = _convert(raised, version)
+        copy_fields(_convert(raised, version), raised.graph, ("node", "initializer", "value_info"))
     del raised.graph.input[len(model.graph.input) :]
     others = [o for o in model.opset_import if o.domain not in STANDARD]
     del raised.opset_import[:]
     raised.opset_import.extend([helper.make_opsetid("", max(version, TARGET)), *others])
-    least = helper.find_min_ir_version_for(list(raised.opset_import), ignore_unknown=True)
-    raised.ir_version = max(_IR_VERSION, least)
+    raised.ir_version = helper.find_min_ir_version_for(list(raised.opset_import), ignore_unknown=True)
     return raised
 
 
-def _as_inputs(skeleton: ModelProto, weights: Mapping[str, TensorProto]) -> None:
-    for name, tensor in weights.items():
-        skeleton.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
-
-
-def _convert(skeleton: ModelProto, version: int) -> ModelProto:
+def _convert(skeleton: ModelProto, version: int) -> GraphProto:
+    """The converted graph; of anything but its nodes and constants, the converter loses a part."""
     wrong = next((node for node in walk_nodes(skeleton.graph) if _is_misconverted(node, version)), None)
     if wrong is not None:
         raise _refusal(version, f"{wrong.op_type} '{wrong.name}' has no equal there")
     try:
-        converted = version_converter.convert_version(skeleton, TARGET)
+        converted = version_converter.convert_version(skeleton, TARGET).graph
     except (ConvertError, RuntimeError) as error:
         raise _refusal(version, _reason(str(error))) from error
-    for node, original in matching_nodes(converted.graph, skeleton.graph):
+    for node, original in matching_nodes(converted, skeleton.graph):
         copy_notes(original, node)
     if version <= 10:
         _keep_resize_grid(converted, version)
-    copy_fields(skeleton, converted, ("producer_name", "producer_version", "domain", "doc_string", "model_version"))
-    copy_fields(skeleton.graph, converted.graph, ("doc_string",))
-    del converted.graph.input[:], converted.graph.output[:], converted.metadata_props[:]
-    converted.graph.input.extend(skeleton.graph.input)
-    converted.graph.output.extend(skeleton.graph.output)
-    converted.metadata_props.extend(skeleton.metadata_props)
     return converted
 
 
@@ -96,15 +85,15 @@ def _is_misconverted(node: NodeProto, version: int) -> bool:
     )
 
 
-def _keep_resize_grid(converted: ModelProto, version: int) -> None:
+def _keep_resize_grid(converted: GraphProto, version: int) -> None:
     """Until opset 10 Resize and Upsample map corner to corner; the converter leaves later versions at their default.
 
     ONNX Runtime rounds opset 10's nearest down when enlarging and up when shrinking; scales that are computed are taken
     to enlarge.
     """
-    constants = {tensor.name: tensor for tensor in converted.graph.initializer}
-    constants |= {n.output[0]: n.attribute[0].t for n in walk_nodes(converted.graph) if n.op_type == "Constant"}
-    for node in walk_nodes(converted.graph):
+    constants = {tensor.name: tensor for tensor in converted.initializer}
+    constants |= {n.output[0]: n.attribute[0].t for n in walk_nodes(converted) if n.op_type == "Constant"}
+    for node in walk_nodes(converted):
         if node.op_type != "Resize" or node.domain not in STANDARD:
             continue
         scales = constants.get(node.input[2])

@@ -11,24 +11,19 @@ constants, for arithmetic on their weights would round twice.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxcomp.graph import fold, merge
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.fuse import fuse_primitives
 from onnxcomp.graph.opset import TARGET, raise_opset, standard_opset
 from onnxcomp.graph.types import TensorType
-from onnxcomp.graph.weights import split_weights
-
-_WEIGHT_BYTES = 1024
-"""Bytes from which an initializer is a weight, and no shape or index that a conversion would have to read."""
+from onnxcomp.graph.weights import remove_if, split_weights
 
 
 @dataclass(frozen=True)
@@ -81,87 +76,65 @@ _STEPS = (
 
 def _standardized(model: ModelProto, notes: list[str]) -> ModelProto:
     """A copy with opset >= 21, every weight an initializer, and no node without a name of its own."""
-    copy, weights = split_weights(model, _WEIGHT_BYTES)
-    stored = _drop_stored_inputs(copy, set(weights))
+    copy, weights = split_weights(model)
+    known = weights.keys() | {tensor.name for tensor in copy.graph.initializer}
+    known |= {sparse.values.name for sparse in copy.graph.sparse_initializer}
+    stored = len(remove_if(copy.graph.input, lambda value: value.name in known))
     if stored:
         notes.append(f"Inputs with a stored value made constants: {stored}.")
     version = standard_opset(copy)
     if version < TARGET:
         notes.append(f"Opset raised from {version} to {TARGET}.")
-    _store_constants(copy)
-    _name_nodes(copy)
+    _tidy_nodes(copy)
     copy = raise_opset(copy, weights)
-    _store_constants(copy)
-    _name_nodes(copy)
+    _tidy_nodes(copy)
     copy.graph.initializer.extend(weights.values())
     return copy
 
 
-def _name_nodes(model: ModelProto) -> None:
-    """Give nodes without a name, or with an earlier node's, the name of their first output, in place."""
-    taken = {node.name for node in model.graph.node}
+def _tidy_nodes(model: ModelProto) -> None:
+    """Turn Constant nodes into initializers and give every node a name of its own, in place.
+
+    Constants that are sparse or outputs of the model stay. Nodes without a name, or with an earlier node's, are named
+    by their first output.
+    """
+    graph = model.graph
+    outputs = {value.name for value in graph.output}
+
+    def is_stored(node: NodeProto) -> bool:
+        is_dense = node.op_type == "Constant" and node.attribute[0].name.startswith("value")
+        return is_dense and node.output[0] not in outputs
+
+    graph.initializer.extend(_constant(node) for node in remove_if(graph.node, is_stored))
+    taken = {node.name for node in graph.node}
     seen = {""}
-    for node in model.graph.node:
+    for node in graph.node:
         if node.name in seen:
-            stem = next(name for name in node.output if name)
-            names = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
-            node.name = next(name for name in names if name not in taken)
-            taken.add(node.name)
+            node.name = fold.fresh_name(next(name for name in node.output if name), taken)
         seen.add(node.name)
 
 
-def _drop_stored_inputs(model: ModelProto, weights: set[str]) -> int:
-    """Take initializers and `weights` off the list of inputs, in place; returns how many."""
-    graph = model.graph
-    known = weights | {tensor.name for tensor in graph.initializer}
-    known |= {sparse.values.name for sparse in graph.sparse_initializer}
-    indices = [i for i, value in enumerate(graph.input) if value.name in known]
-    for i in reversed(indices):
-        del graph.input[i]
-    return len(indices)
-
-
-def _store_constants(model: ModelProto) -> None:
-    """Turn Constant nodes into initializers, in place; sparse ones and those that are outputs of the model stay."""
-    graph = model.graph
-    outputs = {value.name for value in graph.output}
-    for i in reversed(range(len(graph.node))):
-        node = graph.node[i]
-        tensor = _constant(node) if node.op_type == "Constant" and node.output[0] not in outputs else None
-        if tensor is not None:
-            tensor.name = node.output[0]
-            graph.initializer.append(tensor)
-            del graph.node[i]
-
-
-def _constant(node: onnx.NodeProto) -> TensorProto | None:
-    """The value of a Constant node, None for a sparse one."""
-    attribute = node.attribute[0]
-    value = helper.get_attribute_value(attribute)
+def _constant(node: NodeProto) -> TensorProto:
+    """The value of a Constant node as an initializer, of the node's own tensor where it has one."""
+    attribute, name = node.attribute[0], node.output[0]
     if attribute.name == "value":
-        tensor = TensorProto()
-        tensor.CopyFrom(value)
-        return tensor
-    if attribute.name in ("value_float", "value_floats"):
-        return numpy_helper.from_array(np.asarray(value, np.float32))
-    if attribute.name in ("value_int", "value_ints"):
-        return numpy_helper.from_array(np.asarray(value, np.int64))
-    if attribute.name in ("value_string", "value_strings"):
-        return numpy_helper.from_array(np.asarray(value, object))
-    return None
+        attribute.t.name = name
+        return attribute.t
+    kind = {"value_float": np.float32, "value_int": np.int64, "value_string": object}[attribute.name.removesuffix("s")]
+    return numpy_helper.from_array(np.asarray(helper.get_attribute_value(attribute), kind), name)
 
 
 def _set_types(graph: gs.Graph, types: Mapping[str, TensorType]) -> None:
     """Give every variable its type, in place; inputs and outputs keep what they declare."""
     declared = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
     for name, tensor in graph.tensors().items():
-        known = types.get(name)
-        if known is None or not isinstance(tensor, gs.Variable):
+        if name not in types or isinstance(tensor, gs.Constant):
             continue
-        if known.dtype is not None and (tensor.dtype is None or id(tensor) not in declared):
+        keeps, known = id(tensor) in declared, types[name]
+        if known.dtype is not None and not (keeps and tensor.dtype is not None):
             tensor.dtype = known.dtype
-        if known.shape is not None and (tensor.shape is None or id(tensor) not in declared):
-            tensor.shape = list(known.shape)  # pyright: ignore[reportAttributeAccessIssue]
+        if known.shape is not None and not (keeps and tensor.shape is not None):
+            tensor.shape = list(known.shape)
 
 
 def _is_float16(graph: gs.Graph) -> bool:

@@ -2,76 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableSequence
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableSequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 from google.protobuf.message import Message
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from onnxcomp.errors import ModelError
 
+WEIGHT_BYTES = 1024
+"""Bytes from which an initializer is a weight, and no shape or index that a conversion would have to read."""
+
+T = TypeVar("T")
 _SUB_BYTE_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+
+
+def walk_graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """The graph and the bodies of its If, Loop and Scan nodes, each before those inside it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from walk_graphs(body)
 
 
 def walk_nodes(graph: GraphProto) -> Iterator[NodeProto]:
     """Every node of the graph and of its bodies."""
-    for node in graph.node:
-        yield node
-        for body in node_bodies(node):
-            yield from walk_nodes(body)
-
-
-def node_bodies(node: NodeProto) -> Iterator[GraphProto]:
-    """The bodies of an If, Loop or Scan."""
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        yield from attribute.graphs
+    return (node for part in walk_graphs(graph) for node in part.node)
 
 
 def walk_tensors(graph: GraphProto) -> Iterator[TensorProto]:
     """Every stored tensor: initializers and attributes, those of bodies too."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.TENSOR:
-                yield attribute.t
-            yield from attribute.tensors
-        for body in node_bodies(node):
-            yield from walk_tensors(body)
+    for part in walk_graphs(graph):
+        yield from part.initializer
+        for sparse in part.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+        for node in part.node:
+            for attribute in node.attribute:
+                yield from [attribute.t] if attribute.HasField("t") else attribute.tensors
 
 
 def tensor_bytes(tensor: TensorProto) -> int:
     """The bytes that the tensor's values take when packed as ONNX stores them; 0 for strings."""
     if tensor.data_type == TensorProto.STRING:
         return 0
-    count = 1
-    for dimension in tensor.dims:
-        count *= dimension
     bits = _SUB_BYTE_BITS.get(TensorProto.DataType.Name(tensor.data_type))
-    return (count * (bits or 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize) + 7) // 8
+    bits = bits or 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return (math.prod(tensor.dims) * bits + 7) // 8
 
 
-def split_weights(model: ModelProto, minimum: int) -> tuple[ModelProto, dict[str, TensorProto]]:
+def split_weights(model: ModelProto, minimum: int = WEIGHT_BYTES) -> tuple[ModelProto, dict[str, TensorProto]]:
     """A copy of the model without its initializers of at least `minimum` bytes, and those (not copied), by name."""
-    skeleton = ModelProto()
-    _copy_fields(model, skeleton, skip="graph")
-    _copy_fields(model.graph, skeleton.graph, skip="initializer")
-    weights: dict[str, TensorProto] = {}
-    for tensor in model.graph.initializer:
-        if tensor_bytes(tensor) >= minimum:
-            weights[tensor.name] = tensor
-        else:
-            skeleton.graph.initializer.add().CopyFrom(tensor)
-    return skeleton, weights
+    large = {tensor.name: tensor for tensor in model.graph.initializer if tensor_bytes(tensor) >= minimum}
+    small = [tensor for tensor in model.graph.initializer if tensor.name not in large]
+    graph = GraphProto(**_fields_except(model.graph, "initializer"), initializer=small)
+    return ModelProto(**_fields_except(model, "graph"), graph=graph), large
 
 
-def is_external(tensor: TensorProto) -> bool:
-    """Whether the values lie in another file."""
-    return tensor.data_location == TensorProto.EXTERNAL
+def declare_inputs(skeleton: ModelProto, weights: Mapping[str, TensorProto]) -> None:
+    """Make the weights that were split off inputs of the model, in place, where they are not already."""
+    declared = {value.name for value in skeleton.graph.input}
+    skeleton.graph.input.extend(
+        helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
+        for name, tensor in weights.items()
+        if name not in declared
+    )
+
+
+def remove_if(items: MutableSequence[T], condition: Callable[[T], bool]) -> list[T]:
+    """Take the messages that fulfil the condition out of a repeated field; returns them."""
+    removed = [item for item in items if condition(item)]
+    kept = [item for item in items if not condition(item)]
+    del items[:]
+    items.extend(kept)
+    return removed
+
+
+def external_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """The stored tensors whose values lie in another file."""
+    return (tensor for tensor in walk_tensors(graph) if tensor.data_location == TensorProto.EXTERNAL)
 
 
 def external_file(tensor: TensorProto, model_path: Path) -> Path:
@@ -93,23 +105,30 @@ def read_external(tensor: TensorProto, model_path: Path) -> None:
     """Bring the tensor's values into the tensor, in place. Raises ModelError if its file holds too few bytes."""
     file = external_file(tensor, model_path)
     entries, needed = _entries(tensor), tensor_bytes(tensor)
-    try:
-        offset, length = int(entries.get("offset", 0)), int(entries.get("length", needed))
-    except ValueError:
-        offset, length = -1, -1
-    if offset < 0 or length < needed or file.stat().st_size < offset + needed:
+    offset, length = entries.get("offset", "0"), entries.get("length", str(needed))
+    fits = offset.isdecimal() and length.isdecimal() and needed <= min(int(length), file.stat().st_size - int(offset))
+    if not fits:
         raise ModelError(
             f"{model_path}: the weight '{tensor.name}' needs {needed} bytes, but '{entries['location']}' holds fewer. "
             "The file is cut short or belongs to another model."
         )
-    try:
-        with file.open("rb") as stream:
-            stream.seek(offset)
-            tensor.raw_data = stream.read(needed)
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {reason(error)}.") from error
+    with reading(file) as stream:
+        stream.seek(int(offset))
+        tensor.raw_data = stream.read(needed)
     tensor.ClearField("external_data")
     tensor.ClearField("data_location")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """The file, open. Raises ModelError where it cannot be opened or read."""
+    try:
+        with path.open("rb") as stream:
+            yield stream
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} does not exist.") from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {reason(error)}.") from error
 
 
 def reason(error: OSError) -> str:
@@ -121,14 +140,5 @@ def _entries(tensor: TensorProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in tensor.external_data}
 
 
-def _copy_fields(origin: Message, copy: Message, skip: str) -> None:
-    for field, value in origin.ListFields():
-        target: Any = getattr(copy, field.name)
-        if field.name == skip:
-            continue
-        if isinstance(value, Message):
-            target.CopyFrom(value)
-        elif isinstance(value, MutableSequence):
-            target.extend(value)
-        else:
-            setattr(copy, field.name, value)
+def _fields_except(message: Message, left_out: str) -> dict[str, Any]:
+    return {field.name: value for field, value in message.ListFields() if field.name != left_out}

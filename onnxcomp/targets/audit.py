@@ -9,41 +9,21 @@ scaled along the wrong axis, or a bias not scaled by input times weight, becomes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from onnxcomp import runtime
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_graph
-from onnxcomp.graph.edit import Graph
-from onnxcomp.graph.kernels import Node, OptimizedNode, output_names
-from onnxcomp.targets.fallback import MOVES, SELECTIONS, Case, explain, is_quantized
-
-INTEGER_KERNELS = frozenset(
-    {
-        "ConvInteger",
-        "DynamicQuantizeMatMul",
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "MatMulNBits",
-        "QGemm",
-        "QLinearAdd",
-        "QLinearAveragePool",
-        "QLinearConcat",
-        "QLinearConv",
-        "QLinearGlobalAveragePool",
-        "QLinearLeakyRelu",
-        "QLinearMatMul",
-        "QLinearMul",
-        "QLinearSigmoid",
-        "QLinearSoftmax",
-        "QLinearWhere",
-    }
-)
+from onnxcomp.graph.edit import Graph, Node
+from onnxcomp.graph.kernels import OptimizedNode
+from onnxcomp.targets.fallback import MOVES, SELECTIONS, STORED, Case, explain, is_quantized
 
 _WEIGHT_ONLY = "MatMulNBits"
 _FLOAT_RESULT = frozenset({"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits"})
+INTEGER_KERNELS = _FLOAT_RESULT | {"ConvInteger", "MatMulInteger", "QGemm", "QLinearMatMul"} | {f"QLinear{op}" for op in STORED}
 _LAYERS = INTEGER_KERNELS | {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}
 _CONVERSIONS = MOVES | {"Cast", "Clip", "DequantizeLinear", "QuantizeLinear", "Relu"}
 _ARITHMETIC = frozenset({"Add", "Mul", "Sum"})
@@ -78,59 +58,54 @@ def audit(model: bytes | Path, sites: Sequence[AuditSite]) -> tuple[Kernel, ...]
     Raises ModelError for a model that ONNX Runtime cannot load.
     """
     nodes = runtime.optimized(model)
-    producers = {name: node for node in nodes for name in node.outputs}
+    producers = {name: node for node in nodes for name in node.output}
     by_name = {node.name.removesuffix("/MatMulAddFusion"): node for node in nodes if node.name}
-    kernels = [_find_kernel(site, producers, by_name) for site in sites]
-    graph: Graph | None = None
-    found: list[Kernel] = []
-    for site, kernel in zip(sites, kernels, strict=True):
-        if kernel is not None and kernel.op != _WEIGHT_ONLY and _is_integer(kernel, producers):
-            found.append(Kernel(site.name, kernel.op, True, ""))
-            continue
-        graph = to_graph(files.load(model)) if graph is None else graph
-        node = _find_node(site, graph)
-        kernel = kernel or by_name.get(node.name)
-        found.append(_judge(site, node, kernel, output_names(graph)))
-    return tuple(found)
-
-
-def _judge(site: AuditSite, node: Node, kernel: OptimizedNode | None, outputs: frozenset[str]) -> Kernel:
-    """A site whose kernel is not integer, or is so only if its activations are float."""
-    if kernel is None:
-        return Kernel(site.name, "", False, "No operator of ONNX Runtime's optimized model could be matched to it.")
-    if kernel.op in INTEGER_KERNELS and not (kernel.op == _WEIGHT_ONLY and is_quantized(node.inputs[0])):
-        return Kernel(site.name, kernel.op, True, "")
-    return Kernel(site.name, kernel.op, False, explain(Case(node, outputs), runtime.version()))
+    lowered = cache(lambda: to_graph(files.load(model)))
+    return tuple(_find_kernel(site, producers, by_name, lowered) for site in sites)
 
 
 def _find_kernel(
-    site: AuditSite, producers: Mapping[str, OptimizedNode], by_name: Mapping[str, OptimizedNode]
-) -> OptimizedNode | None:
+    site: AuditSite,
+    producers: Mapping[str, OptimizedNode],
+    by_name: Mapping[str, OptimizedNode],
+    lowered: Callable[[], Graph],
+) -> Kernel:
     """What computes the first of the site's tensors that still exists, or the node that kept the site's name."""
-    node = next((producers[name] for name in site.outputs if name in producers), None)
-    return (node and _layer_behind(node, site.name, producers)) or by_name.get(site.name)
+    maker = next((producers[name] for name in site.outputs if name in producers), None)
+    kernel = (maker and _layer_behind(maker, site.name, producers)) or by_name.get(site.name)
+    if kernel is not None and kernel.op_type != _WEIGHT_ONLY and _is_integer(kernel, producers):
+        return Kernel(site.name, kernel.op_type, True, "")
+    node = _find_node(site, lowered())
+    kernel = kernel or by_name.get(node.name)
+    if kernel is None:
+        return Kernel(site.name, "", False, "No operator of ONNX Runtime's optimized model could be matched to it.")
+    # It computes in float on quantized weights, which is what a site with float activations asked for.
+    if kernel.op_type in INTEGER_KERNELS and not (kernel.op_type == _WEIGHT_ONLY and is_quantized(node.inputs[0])):
+        return Kernel(site.name, kernel.op_type, True, "")
+    outputs = frozenset(tensor.name for tensor in lowered().outputs)
+    return Kernel(site.name, kernel.op_type, False, explain(Case(node, outputs), runtime.version()))
 
 
 def _layer_behind(node: OptimizedNode, site: str, producers: Mapping[str, OptimizedNode]) -> OptimizedNode | None:
     """The node itself if it computes the site, else what it converts, rescales or shifts the result of."""
-    if node.name == site or node.op not in _CONVERSIONS | _ARITHMETIC:
+    if node.name == site or node.op_type not in _CONVERSIONS | _ARITHMETIC:
         return node
-    before = [producers[name] for name in node.inputs if name in producers]
-    if node.op in _CONVERSIONS:
+    before = [producers[name] for name in node.input if name in producers]
+    if node.op_type in _CONVERSIONS:
         return _layer_behind(before[0], site, producers) if before else None
-    layers = [found for found in (_layer_behind(n, site, producers) for n in before) if found and found.op in _LAYERS]
+    layers = [found for found in (_layer_behind(n, site, producers) for n in before) if found and found.op_type in _LAYERS]
     return layers[0] if layers else None
 
 
 def _is_integer(kernel: OptimizedNode, producers: Mapping[str, OptimizedNode]) -> bool:
-    if kernel.op in INTEGER_KERNELS:
+    if kernel.op_type in INTEGER_KERNELS:
         return True
     node: OptimizedNode | None = kernel
-    while node is not None and node.op in SELECTIONS:
-        node = producers.get(node.inputs[0])
+    while node is not None and node.op_type in SELECTIONS:
+        node = producers.get(node.input[0])
     if node is None or node is kernel:
         return False
-    return node.op in ("QuantizeLinear", "DynamicQuantizeLinear") or node.op in INTEGER_KERNELS - _FLOAT_RESULT
+    return node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") or node.op_type in INTEGER_KERNELS - _FLOAT_RESULT
 
 
 def _find_node(site: AuditSite, graph: Graph) -> Node:

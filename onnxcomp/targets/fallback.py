@@ -1,6 +1,6 @@
 """Why ONNX Runtime's CPU provider runs a site in float: its rules for integer kernels, one function each.
 
-A rule looks at one operator of the lowered graph and returns a sentence, or None where its condition holds. They are
+A rule looks at one operator of the lowered graph and yields a sentence for each way in which it is broken. They are
 asked in order, from what makes the others pointless (an operator without an integer kernel) to the finest (a ReLU that
 a zero point does not absorb). Measured on ONNX Runtime 1.31.1; every rule has a probe in the tests.
 
@@ -9,14 +9,14 @@ Limits: CPU provider, x86-64; tensors inside control flow are not followed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcomp.graph.edit import Constant
-from onnxcomp.graph.kernels import Node
-from onnxcomp.graph.types import Tensor
+from onnxcomp.graph.edit import Constant, Node, Tensor
+from onnxcomp.graph.fold import input_at
+from onnxcomp.targets.regions import clip_bounds
 
 MOVES = frozenset({
     "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
@@ -27,12 +27,10 @@ SELECTIONS = MOVES | {"ArgMax", "DepthToSpace", "GatherElements", "MaxPool", "Re
 """Operators whose output is a selection of their input: integers in, integers out, if both share one scale."""
 
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
-_STORED = frozenset(
-    {"Conv", "Add", "Mul", "Concat", "Where", "Sigmoid", "LeakyRelu", "Softmax", "AveragePool", "GlobalAveragePool"}
-)
+STORED = frozenset({
+    "Conv", "Add", "Mul", "Concat", "Where", "Sigmoid", "LeakyRelu", "Softmax", "AveragePool", "GlobalAveragePool",
+})  # fmt: skip
 """Operators with an integer kernel that needs a QuantizeLinear behind it."""
-
-_CODE_RANGES = {np.dtype(np.uint8): (0, 255), np.dtype(np.int8): (-128, 127)}
 
 
 @dataclass(frozen=True)
@@ -46,186 +44,150 @@ class Case:
 
 def explain(case: Case, version: str) -> str:
     """One sentence: the first rule that does not hold, or that ONNX Runtime `version` did not fuse the operator."""
-    for rule in RULES:
-        reason = rule(case)
-        if reason is not None:
-            return reason
-    return f"ONNX Runtime {version} did not fuse it."
+    reasons = (reason for rule in RULES for reason in rule(case))
+    return next(reasons, f"ONNX Runtime {version} did not fuse it.")
 
 
 def is_quantized(tensor: Tensor) -> bool:
     """Whether the tensor comes from DequantizeLinear or consists of codes of at most 8 bits."""
-    return _codes(tensor) is not None or _code_type(tensor) in _CODE_RANGES
+    return _dequantizer(tensor) is not None or _code_type(tensor) in (np.uint8, np.int8)
 
 
-def no_integer_kernel(case: Case) -> str | None:
+def no_integer_kernel(case: Case) -> Iterator[str]:
     """Only some operators have an integer kernel at all; ConvInteger has, but a slow one, and MatMulInteger always."""
-    if case.node.op in _PRODUCTS | _STORED | SELECTIONS | {"MatMulInteger", "ConvInteger"}:
-        return None
-    return f"ONNX Runtime has no integer kernel for {case.node.op}."
+    if case.node.op not in _PRODUCTS | STORED | SELECTIONS | {"MatMulInteger", "ConvInteger"}:
+        yield f"ONNX Runtime has no integer kernel for {case.node.op}."
 
 
-def input_not_quantized(case: Case) -> str | None:
+def input_not_quantized(case: Case) -> Iterator[str]:
     """Every input must come from DequantizeLinear, constants too; a bias is asked separately."""
     for tensor in _operands(case.node):
-        if is_quantized(tensor):
-            continue
-        if not _is_constant(tensor):
-            return f"Its input '{tensor.name}' is not quantized."
         # A float weight of a Conv between quantized activations is quantized by ONNX Runtime itself.
-        if case.node.op != "Conv":
-            kind = "weight" if case.node.op in _PRODUCTS else "constant operand"
-            return f"Its {kind} '{tensor.name}' is not quantized."
-    return None
+        if not is_quantized(tensor) and not (case.node.op == "Conv" and _is_constant(tensor)):
+            yield f"Its {_role(case.node, tensor)} '{tensor.name}' is not quantized."
 
 
-def sixteen_bits(case: Case) -> str | None:
+def sixteen_bits(case: Case) -> Iterator[str]:
     """No kernel computes with 16-bit codes."""
-    for tensor in _operands(case.node):
-        if _code_type(_codes(tensor)) in (np.dtype(np.int16), np.dtype(np.uint16)):
-            kind = "weight" if _is_constant(tensor) else "input"
-            return f"Its {kind} has 16-bit codes, for which there is no integer kernel."
-    return None
+    for tensor, kind in _code_types(case.node):
+        if kind in ("int16", "uint16"):
+            yield f"Its {_role(case.node, tensor)} has 16-bit codes, for which there is no integer kernel."
 
 
-def four_bit_type(case: Case) -> str | None:
+def four_bit_type(case: Case) -> Iterator[str]:
     """int4 codes stay integers only behind a Cast to int8, uint4 codes not at all."""
-    for tensor in _operands(case.node):
-        kind = _code_type(_codes(tensor))
-        if kind is None or kind.name not in ("int4", "uint4", "int2", "uint2"):
-            continue
-        if _is_constant(tensor):
-            return f"Its {kind.name} weight goes straight into DequantizeLinear; behind a Cast to int8 it would fuse."
-        return f"Its input is quantized to {kind.name}; QuantizeLinear to uint8 and an integer Clip would fuse."
-    return None
+    for tensor, kind in _code_types(case.node):
+        if kind in ("int4", "uint4", "int2", "uint2") and _is_constant(tensor):
+            yield f"Its {kind} weight goes straight into DequantizeLinear; behind a Cast to int8 it would fuse."
+        elif kind in ("int4", "uint4", "int2", "uint2"):
+            yield f"Its input is quantized to {kind}; QuantizeLinear to uint8 and an integer Clip would fuse."
 
 
-def half_precision(case: Case) -> str | None:
+def half_precision(case: Case) -> Iterator[str]:
     """Around float16 scales ONNX Runtime inserts Casts, and nothing fuses."""
     for tensor in _operands(case.node):
-        producer = _producer(tensor)
-        if producer is not None and producer.op == "DequantizeLinear" and producer.inputs[1].dtype == np.float16:
-            return f"The scale of '{tensor.name}' is float16; only float32 scales fuse on the CPU."
-    return None
+        source = _dequantizer(tensor)
+        if source is not None and source.inputs[1].dtype == np.float16:
+            yield f"The scale of '{tensor.name}' is float16; only float32 scales fuse on the CPU."
 
 
-def signed_constant(case: Case) -> str | None:
+def signed_constant(case: Case) -> Iterator[str]:
     """On x86 signed activations are rewritten to unsigned ones, constants are not, and the two must agree."""
-    if case.node.op not in ("Add", "Mul"):
-        return None
-    for tensor in _operands(case.node):
-        if _is_constant(tensor) and _code_type(_codes(tensor)) == np.int8:
-            return f"Its constant operand '{tensor.name}' is int8; quantized to uint8 it would fuse."
-    return None
+    for tensor, kind in _code_types(case.node):
+        if case.node.op in ("Add", "Mul") and kind == "int8" and _is_constant(tensor):
+            yield f"Its constant operand '{tensor.name}' is int8; quantized to uint8 it would fuse."
 
 
-def scaled_gemm(case: Case) -> str | None:
+def scaled_gemm(case: Case) -> Iterator[str]:
     """QGemm knows neither alpha nor beta."""
     for key in ("alpha", "beta"):
         value = case.node.attrs.get(key, 1.0)
         if case.node.op == "Gemm" and value != 1.0:
-            return f"Its {key} is {value:g}; only a Gemm with alpha and beta 1 fuses."
-    return None
+            yield f"Its {key} is {value:g}; only a Gemm with alpha and beta 1 fuses."
 
 
-def weight_without_zero_point(case: Case) -> str | None:
+def weight_without_zero_point(case: Case) -> Iterator[str]:
     """QGemm takes the weight's zero point from its DequantizeLinear."""
-    if case.node.op != "Gemm":
-        return None
-    producer = _producer(case.node.inputs[1])
-    if producer is not None and producer.op == "DequantizeLinear" and len(producer.inputs) < 3:
-        return "The DequantizeLinear of its weight has no zero point; a Gemm needs one, of the scale's shape."
-    return None
+    source = _dequantizer(case.node.inputs[1]) if case.node.op == "Gemm" else None
+    if source is not None and len(source.inputs) < 3:
+        yield "The DequantizeLinear of its weight has no zero point; a Gemm needs one, of the scale's shape."
 
 
-def bias_type(case: Case) -> str | None:
+def bias_type(case: Case) -> Iterator[str]:
     """A quantized bias is int32, and a Gemm with a float bias needs a QuantizeLinear behind it."""
-    if case.node.op not in ("Conv", "Gemm") or len(case.node.inputs) < 3 or case.node.inputs[2].is_empty():
-        return None
-    bias = case.node.inputs[2]
-    kind = _code_type(_codes(bias))
+    bias = input_at(case.node, 2) if case.node.op in ("Conv", "Gemm") else None
+    kind = None if bias is None else _code_type(_codes(bias))
     if kind is not None and kind != np.int32:
-        return f"Its bias is stored as {kind.name}; only an int32 bias fuses."
-    if kind is None and case.node.op == "Gemm" and not _quantizers(case.node.outputs[0]):
-        return "Its bias is float and no QuantizeLinear follows; an int32 bias would fuse."
-    return None
+        yield f"Its bias is stored as {kind.name}; only an int32 bias fuses."
+    if bias is not None and kind is None and case.node.op == "Gemm" and not _quantizers(case.node.outputs[0]):
+        yield "Its bias is float and no QuantizeLinear follows; an int32 bias would fuse."
 
 
-def bias_add(case: Case) -> str | None:
+def bias_add(case: Case) -> Iterator[str]:
     """MatMul and the Add of a constant become a Gemm, which is float unless the bias is int32."""
-    if case.node.op != "MatMul" or len(case.node.outputs[0].outputs) != 1:
-        return None
-    add = case.node.outputs[0].outputs[0]
-    if add.op != "Add" or not any(isinstance(t, Constant) for t in add.inputs):
-        return None
-    return "The Add behind it makes it a Gemm with a float bias; Sum in its place, or an int32 bias, would fuse."
+    readers = case.node.outputs[0].outputs
+    is_pair = case.node.op == "MatMul" and [reader.op for reader in readers] == ["Add"]
+    if is_pair and any(isinstance(tensor, Constant) for tensor in readers[0].inputs):
+        yield "The Add behind it makes it a Gemm with a float bias; Sum in its place, or an int32 bias, would fuse."
 
 
-def output_not_stored(case: Case) -> str | None:
+def output_not_stored(case: Case) -> Iterator[str]:
     """Integer kernels other than MatMul and Gemm write integers: exactly one QuantizeLinear reads their result."""
-    if case.node.op not in _STORED:
-        return None
+    if case.node.op not in STORED:
+        return
     tensor = _tail(case.node)
-    between = [case.node.outputs[0], tensor]
-    for output in between:
+    for output in (case.node.outputs[0], tensor):
         if output.name in case.outputs:
-            return f"Its output '{output.name}' is a graph output, so it is computed in float."
+            yield f"Its output '{output.name}' is a graph output, so it is computed in float."
     quantizers = _quantizers(tensor)
-    others = [reader for reader in tensor.outputs if reader.op != "QuantizeLinear"]
-    if others:
-        also = "also " if quantizers else ""
-        return f"Its output '{tensor.name}' is {also}read in float by {_label(others[0])}."
+    for reader in tensor.outputs:
+        if reader.op != "QuantizeLinear":
+            also = "also " if quantizers else ""
+            yield f"Its output '{tensor.name}' is {also}read in float by {_label(reader)}."
     if len(quantizers) > 1:
-        return f"Its output '{tensor.name}' is quantized {len(quantizers)} times; one QuantizeLinear must serve all."
-    return None
+        yield f"Its output '{tensor.name}' is quantized {len(quantizers)} times; one QuantizeLinear must serve all."
 
 
-def clip_not_absorbed(case: Case) -> str | None:
+def clip_not_absorbed(case: Case) -> Iterator[str]:
     """A ReLU or Clip in front of QuantizeLinear vanishes only if the codes cannot leave its bounds."""
     tensor = _tail(case.node)
     quantizers = _quantizers(tensor)
-    if case.node.op not in _STORED or tensor is case.node.outputs[0] or not quantizers:
-        return None
+    if case.node.op not in STORED or tensor is case.node.outputs[0] or not quantizers:
+        return
     clip, inputs = tensor.inputs[0], quantizers[0].inputs
     scale, zero_point = _scalar(inputs[1]), _scalar(inputs[2]) if len(inputs) > 2 else np.zeros((), np.uint8)
-    if zero_point is None or zero_point.dtype not in _CODE_RANGES or (clip.op == "Clip" and scale is None):
-        return f"The {clip.op} behind it stays: the range of its QuantizeLinear is not constant."
-    (low, high), point = _CODE_RANGES[zero_point.dtype], int(zero_point)
-    if clip.op == "Relu" or scale is None:
-        if point == low:
-            return None
-        return f"The Relu behind it stays: the zero point of its QuantizeLinear is {point}, not {low}."
-    reach = (low - point) * float(scale), (high - point) * float(scale)
-    bounds = _bound(clip, 1, -np.inf), _bound(clip, 2, np.inf)
-    if bounds[0] <= reach[0] and reach[1] <= bounds[1]:
-        return None
-    return (
-        f"The Clip to [{bounds[0]:g}, {bounds[1]:g}] behind it stays: "
-        f"its QuantizeLinear reaches from {reach[0]:g} to {reach[1]:g}."
-    )
+    if zero_point is None or zero_point.dtype not in (np.uint8, np.int8) or (clip.op == "Clip" and scale is None):
+        yield f"The {clip.op} behind it stays: the range of its QuantizeLinear is not constant."
+        return
+    least, most, point = np.iinfo(zero_point.dtype).min, np.iinfo(zero_point.dtype).max, int(zero_point)
+    if clip.op == "Relu" and point != least:
+        yield f"The Relu behind it stays: the zero point of its QuantizeLinear is {point}, not {least}."
+    if clip.op == "Clip" and scale is not None:
+        low, high = (least - point) * float(scale), (most - point) * float(scale)
+        bounds = [open_end if b is None else b for b, open_end in zip(clip_bounds(clip), (-np.inf, np.inf), strict=True)]
+        if low < bounds[0] or bounds[1] < high:
+            limits = f"[{bounds[0]:g}, {bounds[1]:g}]"
+            yield f"The Clip to {limits} behind it stays: its QuantizeLinear reaches from {low:g} to {high:g}."
 
 
-def scales_differ(case: Case) -> str | None:
+def scales_differ(case: Case) -> Iterator[str]:
     """A selection of values runs on integers if nothing has to be rescaled."""
-    if case.node.op not in SELECTIONS:
-        return None
     source, quantizers = _producer(case.node.inputs[0]), _quantizers(case.node.outputs[0])
-    if source is None or not quantizers or _parameters(source) == _parameters(quantizers[0]):
-        return None
-    return "Its input and its output do not share one scale and zero point."
+    if case.node.op not in SELECTIONS or source is None or not quantizers:
+        return
+    if _parameters(source) != _parameters(quantizers[0]):
+        yield "Its input and its output do not share one scale and zero point."
 
 
-def signed_activations(case: Case) -> str | None:
+def signed_activations(case: Case) -> Iterator[str]:
     """On x86 int8 activations are rewritten to uint8, but not those that two operators read: the types then differ."""
-    stored = _quantizers(_tail(case.node))
     kinds = [_code_type(_codes(t)) for t in _operands(case.node) if not _is_constant(t)]
-    kinds += [_code_type(q.outputs[0]) for q in stored]
-    if case.node.op in _STORED and np.dtype(np.int8) in kinds:
-        return "Its activations are int8, which ONNX Runtime rewrites only in part; uint8 ones would fuse."
-    return None
+    kinds += [_code_type(quantizer.outputs[0]) for quantizer in _quantizers(_tail(case.node))]
+    if case.node.op in STORED and np.dtype(np.int8) in kinds:
+        yield "Its activations are int8, which ONNX Runtime rewrites only in part; uint8 ones would fuse."
 
 
-Rule = Callable[[Case], str | None]
+Rule = Callable[[Case], Iterator[str]]
 
 RULES: tuple[Rule, ...] = (
     no_integer_kernel,
@@ -255,6 +217,12 @@ def _operands(node: Node) -> list[Tensor]:
     return [tensor for tensor in inputs if not tensor.is_empty()]
 
 
+def _role(node: Node, tensor: Tensor) -> str:
+    if not _is_constant(tensor):
+        return "input"
+    return "weight" if node.op in _PRODUCTS | {"Conv"} else "constant operand"
+
+
 def _parameters(node: Node) -> list[str]:
     """The names of the scale and zero point of a QuantizeLinear or DequantizeLinear."""
     return [tensor.name for tensor in node.inputs[1:]]
@@ -275,30 +243,40 @@ def _is_constant(tensor: Tensor) -> bool:
     return isinstance(tensor, Constant)
 
 
-def _codes(tensor: Tensor) -> Tensor | None:
+def _dequantizer(tensor: Tensor) -> Node | None:
+    """The DequantizeLinear that the tensor comes from, moves of it left aside."""
     producer = _producer(tensor)
-    return producer.inputs[0] if producer is not None and producer.op == "DequantizeLinear" else None
+    return producer if producer is not None and producer.op == "DequantizeLinear" else None
+
+
+def _codes(tensor: Tensor) -> Tensor | None:
+    source = _dequantizer(tensor)
+    return None if source is None else source.inputs[0]
+
+
+def _code_types(node: Node) -> list[tuple[Tensor, str]]:
+    """The operands that come from codes, and the names of the codes' types."""
+    found = [(tensor, _code_type(_codes(tensor))) for tensor in _operands(node)]
+    return [(tensor, kind.name) for tensor, kind in found if kind is not None]
 
 
 def _code_type(codes: Tensor | None) -> np.dtype | None:
     """The type of integer codes, from the operators that make or read them; None for what holds no codes."""
-    if codes is None:
-        return None
-    if isinstance(codes, Constant):
+    if codes is None or isinstance(codes, Constant):
         return _type(codes)
-    for node in (*codes.inputs, *codes.outputs):
-        if node.op in ("QuantizeLinear", "DequantizeLinear") and len(node.inputs) > 2:
-            wanted = node.outputs[0] if node.op == "QuantizeLinear" else node.inputs[0]
-            if wanted is codes:
-                return _type(node.inputs[2])
-    if codes.inputs and codes.inputs[0].op in {"QuantizeLinear", "DynamicQuantizeLinear"}:
+    makers = [node for node in codes.inputs if node.op == "QuantizeLinear"]
+    readers = [node for node in codes.outputs if node.op == "DequantizeLinear" and node.inputs[0] is codes]
+    for node in (*makers, *readers):
+        if len(node.inputs) > 2:
+            return _type(node.inputs[2])
+    if makers or any(node.op == "DynamicQuantizeLinear" for node in codes.inputs):
         return np.dtype(np.uint8)
     return _type(codes)
 
 
-def _type(tensor: Tensor) -> np.dtype | None:
+def _type(tensor: Tensor | None) -> np.dtype | None:
     # Where no array type exists, graphsurgeon answers with the number that ONNX gives the type.
-    return None if tensor.dtype is None or isinstance(tensor.dtype, int) else np.dtype(tensor.dtype)
+    return None if tensor is None or tensor.dtype is None or isinstance(tensor.dtype, int) else np.dtype(tensor.dtype)
 
 
 def _tail(node: Node) -> Tensor:
@@ -318,12 +296,6 @@ def _scalar(tensor: Tensor) -> np.ndarray | None:
     if not isinstance(tensor, Constant) or np.size(tensor.values) != 1:
         return None
     return np.asarray(tensor.values).reshape(())
-
-
-def _bound(clip: Node, index: int, default: float) -> float:
-    """The constant input `index` of a Clip, or `default` where it has none."""
-    value = _scalar(clip.inputs[index]) if index < len(clip.inputs) else None
-    return default if value is None else float(value)
 
 
 def _label(node: Node) -> str:

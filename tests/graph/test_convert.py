@@ -102,7 +102,7 @@ def test_attributes_that_graphsurgeon_cannot_hold_survive():
     back = to_model(graph, model)
 
     assert list(back.graph.node) == list(model.graph.node)
-    assert graph.nodes[-1].attrs == {"perm": []}
+    assert graph.nodes[-1].attrs == {}
 
 
 def test_unused_domains_are_left_out_and_new_ones_are_declared():

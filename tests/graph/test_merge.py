@@ -197,9 +197,10 @@ def test_an_alpha_is_rounded_once():
     "r = Relu(rows) y = Gemm<beta = 0.5>(x, w, r)",
     "y = Gemm<beta = 0.5>(x, w, rows)",
     "s = ReduceMax<keepdims = 0>(x) q = Mul(w, s) y = Gemm<alpha = 0.5>(x, q)",
+    "s = ReduceMax<keepdims = 0>(x) q = Mul(w, s) y = Gemm(x, q, bias)",
 ])  # fmt: skip
 def test_a_gemm_whose_weight_or_rows_are_not_constant_stays(text: str):
-    weights = {"w": W, "rows": np.float32([[1, 2, 3, 4], [5, 6, 7, 8]]), "eye": np.eye(2, dtype=np.float32)}
+    weights = {"w": W, "rows": np.float32([[1, 2, 3, 4], [5, 6, 7, 8]]), "eye": np.eye(2, dtype=np.float32), "bias": B}
     model = parse(f"g (float[2,3] x) => (float[2,4] y) {{ {text} }}", weights)
     (before,) = [node for node in model.graph.node if node.op_type == "Gemm"]
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from equality import parse, run
 
+from onnxcomp.calibrate.samples import Cut, LiveBatch
 from onnxcomp.graph.edit import DOMAIN, Tape
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods import weights
+from onnxcomp.methods.base import Fit
 from onnxcomp.numerics.affine import weight_qparams
+
+Array = np.ndarray
 
 MATMUL = Site("fc", "MatMul", "layer", ("x",), "y", "y", -1, weight="w", weight_axis=1)
 CONV = Site("conv", "Conv", "layer", ("x",), "y", "y", 1, rank=4, weight="w", weight_axis=0)
@@ -61,3 +66,93 @@ def test_the_codes_replace_the_weight_behind_one_abstract_node(site: Site, axis:
     assert new == {"w": node.outputs[0]}
     assert (node.op, node.domain, node.inputs) == ("Dequantize", DOMAIN, ("w/quantized.codes", "w/quantized.scale"))
     assert node.attrs == {"bits": 4, "axis": axis}
+
+
+# --- GPTQ ------------------------------------------------------------------------------------------------------------
+
+def samples(x: Array) -> Cut:
+    """The samples x [N, ...], one at a time, as a layer's input."""
+    return Cut([LiveBatch((i,), {"x": x[i : i + 1]}) for i in range(len(x))], aliases={"xh": "x"})
+
+
+def gptq(site: Site, w: Array, x: Array, bits: int = 4, **attrs: object) -> Fit:
+    return weights.fit_gptq(site, w, bits, samples(x), attrs, lambda array: array)
+
+
+def values(site: Site, fitted: Fit) -> Array:
+    shape = [-1 if i == site.weight_axis else 1 for i in range(fitted["codes"].ndim)]
+    return fitted["codes"] * fitted["scale"].astype(np.float64).reshape(shape)
+
+
+def test_inputs_that_do_not_correlate_leave_rounding_to_nearest(rng: np.random.Generator):
+    w = rng.normal(size=(6, 5)).astype(np.float32)
+    x = np.tile(np.diag(np.arange(1, 7)), (8, 1, 1)).astype(np.float32)  # X'X is diagonal
+
+    fitted = gptq(MATMUL, w, x)
+
+    np.testing.assert_array_equal(fitted["codes"], weights.fit(MATMUL, w, 4)["codes"])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_correlated_inputs_make_less_error_than_with_rounding_to_nearest(rng: np.random.Generator, bits: int):
+    w = rng.normal(size=(16, 8)).astype(np.float32)
+    x = (rng.normal(size=(16, 32, 16)) @ rng.normal(size=(16, 16))).astype(np.float32)
+
+    error, nearest = (
+        np.square(x[3::4] @ (values(MATMUL, fitted) - w)).sum()
+        for fitted in (gptq(MATMUL, w, x, bits), weights.fit(MATMUL, w, bits))
+    )
+
+    assert error < nearest
+
+
+def test_an_output_channel_keeps_its_codes_where_held_out_samples_would_not_gain(rng: np.random.Generator):
+    w = rng.normal(size=(8, 64)).astype(np.float32)
+    x = (rng.normal(size=(8, 4, 8)) @ rng.normal(size=(8, 8))).astype(np.float32)
+    x[3::4] = np.eye(8)[:4]  # where inputs do not correlate rounding to nearest is best
+
+    fitted, nearest = gptq(MATMUL, w, x), weights.fit(MATMUL, w, 4)
+
+    held_out = np.concatenate(list(x[3::4])).astype(np.float64)
+    errors = [np.square(held_out @ (values(MATMUL, f) - w)).sum(axis=0) for f in (fitted, nearest)]
+    assert np.all(errors[0] <= errors[1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "attrs"),
+    [
+        ((4, 6, 5), (3, 3), {"pads": [1, 0, 0, 1], "strides": [2, 1]}),
+        ((4, 7, 7), (3, 2), {"dilations": [2, 1]}),
+        ((4, 6, 6), (1, 1), {}),
+        ((4, 5, 5), (3, 3), {"group": 2, "pads": [1, 1, 1, 1]}),
+        ((4, 5, 5), (3, 3), {"group": 4}),
+        ((4, 9), (3,), {"pads": [1, 1]}),
+    ],
+)
+def test_the_patches_of_a_conv_are_what_its_weight_is_multiplied_with(
+    rng: np.random.Generator, shape: tuple[int, ...], kernel: tuple[int, ...], attrs: dict[str, list[int]]
+):
+    groups = attrs.get("group", 1)
+    x = rng.integers(-4, 5, size=(1, *shape)).astype(np.float32)
+    w = rng.integers(-4, 5, size=(8, shape[0] // groups, *kernel)).astype(np.float32)
+    written = ", ".join(f"{key} = {value}" for key, value in attrs.items())
+    written = f"<{written}>" if attrs else ""
+    axes = ",".join(str(n) for n in x.shape)
+    model = parse(f"g (float[{axes}] x) => (float y) {{ y = Conv{written}(x, w) }}", {"w": w}, opset=21)
+    y = run(model, {"x": x})["y"]
+
+    rows = weights._patches(x, kernel, attrs).reshape(-1, groups, w[0].size)
+    found = np.stack([rows[:, g] @ w.reshape(groups, 8 // groups, -1)[g].T for g in range(groups)], axis=1)
+
+    np.testing.assert_array_equal(np.moveaxis(found.reshape(*y.shape[2:], 8), -1, 0), y[0])
+
+
+def test_a_conv_in_groups_is_rounded_group_by_group(rng: np.random.Generator):
+    w = rng.normal(size=(6, 2, 3, 3)).astype(np.float32)
+    x = np.cumsum(rng.normal(size=(8, 4, 9, 9)), axis=-1).astype(np.float32)
+
+    whole = gptq(CONV, w, x, group=2)["codes"]
+
+    for g, part in enumerate((slice(0, 3), slice(3, 6))):
+        alone = gptq(CONV, w[part], x[:, 2 * g : 2 * g + 2])["codes"]
+        np.testing.assert_array_equal(whole[part], alone)

@@ -221,7 +221,7 @@ def test_what_would_make_a_product_float_is_kept_apart_by_a_sum(rng: np.random.G
     model = matmul(LAYER + body, **BIAS)
 
     assert ops(model) == [*QUANTIZED, *expected]
-    assert "MatMulIntegerToFloat" in [n.op for n in runtime.optimized(model.SerializeToString())]
+    assert "MatMulIntegerToFloat" in [n.op_type for n in runtime.optimized(model.SerializeToString())]
     both(model, rng.integers(-4, 4, size=(3, 4)).astype(np.float32))
 
 

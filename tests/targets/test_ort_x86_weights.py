@@ -104,7 +104,8 @@ def test_a_conv_between_quantizers_is_an_integer_kernel_that_computes_its_formul
 
     found = both(model, x)
 
-    assert [n.op for n in runtime.optimized(model.SerializeToString())] == ["QuantizeLinear", "QLinearConv", "DequantizeLinear"]
+    optimized = runtime.optimized(model.SerializeToString())
+    assert [n.op_type for n in optimized] == ["QuantizeLinear", "QLinearConv", "DequantizeLinear"]
     # Everything is a multiple of 1/8 far below 2^24: exact up to the last quantizer.
     h = np.einsum("nchw,oc->nohw", x, KERNEL[:, :, 0, 0] * ws[:, None]) + np.array([0.5, -3])[:, None, None]
     expected = QParams(Scheme(8), np.asarray(np.float32(0.25)), np.asarray(np.uint8(128))).fake(h)

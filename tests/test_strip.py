@@ -1,0 +1,110 @@
+"""Stripping: what a method put into a file is gone, and what is left is the model as it was before, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, checker
+from tiny import models
+
+from onnxcomp import runtime
+from onnxcomp.choose import choose
+from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.graph import files
+from onnxcomp.graph.prepare import prepare
+from onnxcomp.methods.base import Compensation
+from onnxcomp.methods.bias import BiasCompensation
+from onnxcomp.pipeline import quantize
+from onnxcomp.recipe import Bits, Recipe, method_name
+from onnxcomp.report.json import from_json
+from onnxcomp.strip import strip
+
+TINY = models()
+PLAIN = Recipe("plain", bits=Bits(4, 4), activations="static", rounding="nearest", compensate=())
+METHODS: dict[str, Compensation] = {
+    "bias": BiasCompensation(keep="always"),
+    "channels": BiasCompensation(keep="always", tokens=False),
+    "block-bias": BiasCompensation(keep="always", level="block"),
+    "output-bias": BiasCompensation(keep="always", level="output"),
+}
+
+
+def graph_bytes(model: ModelProto) -> bytes:
+    return model.graph.SerializeToString(deterministic=True)
+
+
+def last_place(model: ModelProto, method: Compensation) -> str | None:
+    """The name of the last place that the method could be fitted to."""
+    choice = choose(prepare(model, runtime.infer_types).graph, replace(PLAIN, compensate=(method,)), with_data=True)
+    sites = [site.name for site in choice.sites if site.kind == "layer"]
+    blocks = [block.name for block in choice.blocks]
+    places = blocks if method.scope in ("block", "output") else sites
+    return places[-1] if places else None
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("how", METHODS)
+def test_a_method_at_the_last_place_is_taken_out_to_the_bit(name: str, how: str):
+    """Nothing is fitted behind the last place, so without the method the model is the one that never had it."""
+    tiny, method = TINY[name], METHODS[how]
+    place = last_place(tiny.model, method)
+    if place is None:
+        pytest.skip(f"{name} has no place for {how}")
+    recipe = replace(PLAIN, compensate=(replace(method, where=place),))
+    compensated = quantize(tiny.model, tiny.samples, recipe)
+    if not any(d.adopted for d in compensated.report.decisions):
+        pytest.skip(f"{how} is declined: {compensated.report.decisions[0].reason}")
+
+    stripped = strip(compensated.model, [method_name(method)])
+
+    assert stripped.places == (place,)
+    assert graph_bytes(stripped.model) == graph_bytes(quantize(tiny.model, tiny.samples, PLAIN).model)
+    assert graph_bytes(stripped.model) != graph_bytes(compensated.model)
+
+
+def test_one_method_of_two_leaves_what_the_other_folded_into_the_same_bias():
+    tiny = TINY["mlp"]
+    both = (BiasCompensation(keep="always", where="fc1"), BiasCompensation(keep="always", level="output"))
+    compensated = quantize(tiny.model, tiny.samples, replace(PLAIN, compensate=both)).model
+
+    stripped = strip(compensated, ["bias"]).model
+
+    assert graph_bytes(stripped) != graph_bytes(compensated)
+    checker.check_model(stripped, full_check=True)
+
+
+def test_the_stored_report_says_what_was_stripped(tmp_path: Path):
+    tiny, path = TINY["mlp"], tmp_path / "q.onnx"
+    quantize(tiny.model, tiny.samples, replace(PLAIN, compensate=(METHODS["channels"],)), output=path)
+
+    strip(path, ["bias"], output=tmp_path / "s.onnx")
+
+    stored = files.metadata(onnx.load(tmp_path / "s.onnx"))
+    decisions = from_json(stored["onnxcomp.report"]).decisions
+    assert {(d.method, d.adopted, d.reason, d.added_bytes) for d in decisions} == {("bias", False, "stripped", 0)}
+    with pytest.raises(ModelError, match=r"No compensation of bias is in the file\. `onnxcomp inspect` lists what is\."):
+        strip(tmp_path / "s.onnx", ["bias"])
+
+
+def test_a_stripped_model_computes_what_the_uncompensated_layer_computes():
+    tiny = TINY["linear"]
+    recipe = replace(PLAIN, compensate=(METHODS["channels"],))
+
+    stripped = strip(quantize(tiny.model, tiny.samples, recipe).model, ["bias"]).model
+
+    plain = quantize(tiny.model, tiny.samples, PLAIN).model
+    left, right = (runtime.Session(m.SerializeToString()).run(tiny.samples[0]) for m in (stripped, plain))
+    for name, expected in right.items():
+        np.testing.assert_array_equal(left[name], expected)
+
+
+def test_an_unknown_method_and_a_file_without_a_record_are_refused():
+    with pytest.raises(UsageError, match=r"^Unknown method 'bais'\. The methods are: bias"):
+        strip(TINY["mlp"].model, ["bais"])
+    text = r"The file holds no record of compensations\. Give a file that this version of onnxcomp wrote\."
+    with pytest.raises(ModelError, match=text):
+        strip(TINY["mlp"].model, ["bias"])
