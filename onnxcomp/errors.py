@@ -6,6 +6,8 @@ and what to do. A bug of ours is an AssertionError, never one of these.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -51,3 +53,12 @@ class BoundError(OnnxcompError):
     """The result is slower or less accurate than the bound that was asked for."""
 
     exit_code = 6
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The end of an error about an unknown name: the known name that is closest, else all of them, called `otherwise`."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" {otherwise}: {', '.join(known)}." if otherwise and known else ""

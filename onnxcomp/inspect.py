@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,11 +25,14 @@ from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.opset import standard_opset
 from onnxcomp.graph.prepare import prepare
 from onnxcomp.graph.sites import find_sites
+from onnxcomp.graph.types import Tensor
+from onnxcomp.numerics.arrays import describe
 from onnxcomp.report.json import from_json
-from onnxcomp.report.model import Report
 from onnxcomp.report.results import Count, FoundSite, Inspection
 
 REPORT_KEY = "onnxcomp.report"
+QUANTIZES = re.compile(r"(?i:quantize)|^QLinear|^QGemm|(Integer|IntegerToFloat|NBits)$")
+"""The names of operators that quantize, dequantize or compute with codes."""
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -40,12 +43,15 @@ def inspect(path: str | Path) -> Inspection:
     model = files.load(path)
     graph = to_graph(model)
     size = files.size(path)
-    counts = Counter(node.op for node in graph.nodes)
-    operators = tuple(Count(op, n) for op, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-    quantization = tuple(count for count in operators if _quantizes(count.op))
-    notes: list[str] = []
-    report = _stored_report(files.metadata(model), size, notes)
-    sites: tuple[FoundSite, ...] = ()
+    operators = tuple(Count(*pair) for pair in Counter(sorted(node.op for node in graph.nodes)).most_common())
+    quantization = tuple(count for count in operators if QUANTIZES.search(count.op))
+    stored = files.metadata(model).get(REPORT_KEY)
+    report, sites, notes = None, (), []
+    try:
+        if stored is not None:
+            report = dataclasses.replace(from_json(stored), output_bytes=size)
+    except ModelError as error:
+        notes.append(str(error))
     if report is None and not quantization:
         sites = _sites(_prepared(model, graph, notes))
     return Inspection(
@@ -54,8 +60,8 @@ def inspect(path: str | Path) -> Inspection:
         producer=f"{model.producer_name} {model.producer_version}".strip(),
         opset=standard_opset(model),
         domains=tuple(f"{o.domain} {o.version}" for o in model.opset_import if o.domain not in ("", "ai.onnx")),
-        inputs=tuple(_port(tensor) for tensor in graph.inputs),
-        outputs=tuple(_port(tensor) for tensor in graph.outputs),
+        inputs=tuple(map(_port, graph.inputs)),
+        outputs=tuple(map(_port, graph.outputs)),
         parameters=sum(math.prod(tensor.dims) for tensor in model.graph.initializer),
         operators=operators,
         quantization=quantization,
@@ -63,16 +69,6 @@ def inspect(path: str | Path) -> Inspection:
         report=report,
         notes=tuple(notes),
     )
-
-
-def _stored_report(metadata: dict[str, str], size: int, notes: list[str]) -> Report | None:
-    if REPORT_KEY not in metadata:
-        return None
-    try:
-        return dataclasses.replace(from_json(metadata[REPORT_KEY]), output_bytes=size)
-    except ModelError as error:
-        notes.append(str(error))
-        return None
 
 
 def _prepared(model: files.ModelProto, graph: Graph, notes: list[str]) -> Graph:
@@ -85,22 +81,11 @@ def _prepared(model: files.ModelProto, graph: Graph, notes: list[str]) -> Graph:
 
 
 def _sites(graph: Graph) -> tuple[FoundSite, ...]:
-    tensors = graph.tensors()
-    found = []
-    for site in find_sites(graph):
-        shape = None if site.weight is None else tuple(int(n) for n in tensors[site.weight].shape)
-        found.append(FoundSite(site.name, site.op, site.kind, shape))
-    return tuple(found)
+    sites, tensors = find_sites(graph), graph.tensors()
+    shapes = [None if site.weight is None else tuple(map(int, tensors[site.weight].shape)) for site in sites]
+    return tuple(FoundSite(site.name, site.op, site.kind, shape) for site, shape in zip(sites, shapes, strict=True))
 
 
-def _quantizes(op: str) -> bool:
-    return (
-        "quantize" in op.lower() or op.startswith(("QLinear", "QGemm")) or op.endswith(("Integer", "IntegerToFloat", "NBits"))
-    )
-
-
-def _port(tensor: Any) -> str:
-    kind = np.dtype(tensor.dtype).name if isinstance(tensor.dtype, type | np.dtype) else str(tensor.dtype)
-    if tensor.shape is None:
-        return f"{tensor.name} {kind} of unknown rank"
-    return f"{tensor.name} {kind}[{', '.join('?' if n is None else str(n) for n in tensor.shape)}]"
+def _port(tensor: Tensor) -> str:
+    kind = np.dtype(tensor.dtype) if isinstance(tensor.dtype, type) else tensor.dtype
+    return f"{tensor.name} {describe(kind, tensor.shape)}"

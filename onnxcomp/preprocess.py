@@ -11,7 +11,6 @@ Limits  8-bit images; square crops; the EXIF orientation tag is ignored, as the 
 
 from __future__ import annotations
 
-import difflib
 import io
 import math
 import struct
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp.errors import DataError, UsageError
+from onnxcomp.errors import DataError, UsageError, did_you_mean
 
 Numbers = float | tuple[float, ...]
 LAYOUTS = ("nchw", "nhwc")
@@ -42,20 +41,20 @@ class Preprocess:
     color: str = "rgb"
 
     def __post_init__(self) -> None:
-        for key, value in (("resize", self.resize), ("crop", self.crop)):
-            if value is not None and not (_is_number(value) and value > 0 and isinstance(value, int)):
-                raise UsageError(f"preprocess: {key} must be a positive whole number of pixels, found {_show(value)}.")
-        for key, value in (("mean", self.mean), ("std", self.std)):
-            values = value if isinstance(value, tuple) and len(value) == 3 else (value,)
-            if not all(map(_is_number, values)):
-                raise UsageError(f"preprocess: {key} must be one number or three, found {_show(value)}.")
+        rules = (
+            ("resize", _is_size(self.resize), "a positive whole number of pixels"),
+            ("crop", _is_size(self.crop), "a positive whole number of pixels"),
+            ("mean", _are_numbers(self.mean), "one number or three"),
+            ("std", _are_numbers(self.std), "one number or three"),
+            ("scale", _is_number(self.scale) and self.scale > 0, "a positive number"),
+            ("layout", self.layout in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),
+            ("color", self.color in COLORS, f"one of {', '.join(COLORS)}"),
+        )
+        for key, holds, rule in rules:
+            if not holds:
+                raise UsageError(f"preprocess: {key} must be {rule}, found '{_format(getattr(self, key))}'.")
         if not np.all(self.std):
             raise UsageError("preprocess: std must not be 0.")
-        if not (_is_number(self.scale) and self.scale > 0):
-            raise UsageError(f"preprocess: scale must be a positive number, found {_show(self.scale)}.")
-        for key, value, allowed in (("layout", self.layout, LAYOUTS), ("color", self.color, COLORS)):
-            if value not in allowed:
-                raise UsageError(f"preprocess: {key} must be one of {', '.join(allowed)}, found {_show(value)}.")
 
     @classmethod
     def parse(cls, text: str) -> Preprocess:
@@ -79,9 +78,7 @@ class Preprocess:
         known = [field.name for field in fields(cls)]
         for key in table:
             if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                advice = f"Did you mean '{close[0]}'?" if close else f"Known keys: {', '.join(known)}."
-                raise UsageError(f"preprocess: unknown key '{key}'. {advice}")
+                raise UsageError(f"preprocess: unknown key '{key}'.{did_you_mean(key, known, 'Known keys')}")
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
         return cls(**values)
 
@@ -132,10 +129,10 @@ def decode_image(encoded: bytes, color: str, where: str) -> np.ndarray:
 
     Raises DataError if the bytes are no image, are damaged, or hold more than 8 bits a channel.
     """
-    image_module = _pillow(where)
-    broken = (OSError, SyntaxError, ValueError, EOFError, struct.error, image_module.DecompressionBombError)
+    pillow = _pillow(where)
+    broken = (OSError, SyntaxError, ValueError, EOFError, struct.error, pillow.DecompressionBombError)
     try:
-        with image_module.open(io.BytesIO(encoded)) as image:
+        with pillow.open(io.BytesIO(encoded)) as image:
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{where}: expected 8 bits a channel, found mode {image.mode}. Convert it to 8 bits.")
             # Pillow warns when a palette with transparency is made RGB in one step.
@@ -164,14 +161,13 @@ def suggest(current: Preprocess | None, shape: tuple[int | str | None, ...], siz
 
 
 def _resize(pixels: np.ndarray, shorter: int, where: str) -> np.ndarray:
-    height, width, channels = pixels.shape
-    if min(height, width) == shorter:
+    *sides, channels = pixels.shape
+    if min(sides) == shorter:
         return pixels
-    longer = int(shorter * max(height, width) / min(height, width))
-    size = (shorter, longer) if width <= height else (longer, shorter)
-    image_module = _pillow(where)
-    picture = image_module.fromarray(pixels if channels == 3 else pixels[:, :, 0])
-    return np.asarray(picture.resize(size, image_module.Resampling.BILINEAR)).reshape(size[1], size[0], channels)
+    height, width = (int(shorter * side / min(sides)) for side in sides)
+    pillow = _pillow(where)
+    picture = pillow.fromarray(pixels if channels == 3 else pixels[:, :, 0])
+    return np.asarray(picture.resize((width, height), pillow.Resampling.BILINEAR)).reshape(height, width, channels)
 
 
 def _crop_centre(pixels: np.ndarray, side: int, where: str) -> np.ndarray:
@@ -195,6 +191,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _are_numbers(value: object) -> bool:
+    return all(map(_is_number, value)) if isinstance(value, tuple) and len(value) == 3 else _is_number(value)
+
+
+def _is_size(value: int | None) -> bool:
+    return value is None or (_is_number(value) and isinstance(value, int) and value > 0)
+
+
 def _parse_value(text: str) -> object:
     """An int, a float, a tuple of three from a comma list; anything else stays text for the check of its key."""
     if "," in text:
@@ -206,10 +210,6 @@ def _parse_value(text: str) -> object:
         return float(top) / float(bottom) if slash else float(text)
     except (ValueError, ZeroDivisionError):
         return text
-
-
-def _show(value: object) -> str:
-    return f"'{_format(value)}'"
 
 
 def _format(value: object) -> str:

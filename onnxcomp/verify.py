@@ -18,15 +18,15 @@ from onnxcomp import runtime
 from onnxcomp.errors import ModelError, VerificationError
 from onnxcomp.graph.files import check
 from onnxcomp.methods.base import Array
+from onnxcomp.numerics.arrays import energies, made_up, sqnr_db
 from onnxcomp.report.model import Verification
 
 Feed = Mapping[str, Array]
-Outputs = Mapping[str, Array]
-EQUAL_DB = 200.0
+"""Inputs or outputs by name."""
 FLOOR = 1e-4
 
 
-def verify(path: Path, reference: runtime.Session, feeds: Sequence[Feed], expected: Sequence[Outputs] | None) -> Verification:
+def verify(path: Path, reference: runtime.Session, feeds: Sequence[Feed], expected: Sequence[Feed] | None) -> Verification:
     """Prove the model at `path` on `feeds`, against the float session `reference` and the outputs of the walk.
 
     Raises VerificationError with the first law that does not hold.
@@ -65,41 +65,25 @@ def _length(feed: Feed) -> int:
 
 def made_up_feed(session: runtime.Session) -> dict[str, Array]:
     """One feed of the model's own shapes, free dimensions 1, for showing that a file runs; never for calibration."""
-    rng, feed = np.random.default_rng(0), {}
-    for name, kind in session.inputs:
-        shape = tuple(n if isinstance(n, int) else 1 for n in kind.shape or ())
-        if kind.dtype is not None and np.issubdtype(kind.dtype, np.floating):
-            feed[name] = rng.standard_normal(shape).astype(kind.dtype)
-        else:
-            feed[name] = np.zeros(shape, kind.dtype)
-    return feed
+    rng = np.random.default_rng(0)
+    return {name: made_up(kind.dtype, kind.shape or (), rng) for name, kind in session.inputs}
 
 
-def sqnr(found: Sequence[Outputs], want: Sequence[Outputs]) -> float:
+def sqnr(found: Sequence[Feed], want: Sequence[Feed]) -> float:
     """The lowest SQNR over the outputs, all feeds together, dB; 200 where all are equal."""
-    worst = EQUAL_DB
-    for name in want[0]:
-        noise, signal = _energies(found, want, name)
-        if noise > 0:
-            worst = min(worst, 10 * float(np.log10(max(signal, 1e-30) / noise)))
-    return worst
+    return min(sqnr_db(*_energies(found, want, name)) for name in want[0])
 
 
-def _energies(found: Sequence[Outputs], want: Sequence[Outputs], name: str) -> tuple[float, float]:
-    noise = signal = 0.0
-    for have, target in zip(found, want, strict=True):
-        b = target[name].astype(np.float64)
-        finite = np.isfinite(b)
-        noise += float(np.square(have[name].astype(np.float64)[finite] - b[finite]).sum())
-        signal += float(np.square(b[finite]).sum())
-    return noise, signal
+def _energies(found: Sequence[Feed], want: Sequence[Feed], name: str) -> Array:
+    """Signal and noise of one output over all feeds."""
+    return np.sum([energies(target[name], have[name]) for have, target in zip(found, want, strict=True)], axis=0)
 
 
-def _demand(found: Sequence[Outputs], other: Sequence[Outputs], want: Sequence[Outputs], text: str) -> None:
+def _demand(found: Sequence[Feed], other: Sequence[Feed], want: Sequence[Feed], text: str) -> None:
     for name in want[0]:
         if not np.issubdtype(want[0][name].dtype, np.floating):
             continue
-        difference, _ = _energies(found, other, name)
-        error, energy = _energies(other, want, name)
+        _, difference = _energies(found, other, name)
+        energy, error = _energies(other, want, name)
         if not difference <= max(error, FLOOR * energy):  # so that NaN does not pass
             raise VerificationError(f"Output '{name}': the runs {text}. Nothing was written.")

@@ -139,6 +139,13 @@ def test_an_output_of_one_number_has_no_answer(rng: np.random.Generator) -> None
     assert compare(linear(w), linear(w), EYE).outputs[0].agreement is None
 
 
+def test_one_number_per_sample_is_no_answer() -> None:
+    body = "net (float[N,4] x) => (float[N] y) { y = ReduceSum<keepdims = 0>(x, last) }"
+    net = model(body, last=np.array([-1]))
+
+    assert only(compare(net, net, EYE)) == (200.0, 1.0, None)
+
+
 def test_nan_of_the_other_model_is_counted_and_ruins_the_sqnr() -> None:
     body = "net (float[N,4] x) => (float[N,4] y) { y = Log(x) }"
     x = np.array([[1, 2, 3, 4], [1, -2, 3, -4]], np.float32)
@@ -167,7 +174,7 @@ def test_noise_where_the_reference_is_zero_has_the_worst_sqnr() -> None:
 
 
 def test_batches_change_nothing(rng: np.random.Generator) -> None:
-    """A model of fixed batch 1 must be fed sample by sample; a free batch may be stacked. The sums here are exact."""
+    """Whether the model's batch is fixed at 1 or free. The sums here are exact."""
     w = np.round(rng.normal(size=(4, 4)) * 4).astype(np.float32)
     other = w + np.round(rng.normal(size=(4, 4)))
     x = np.round(rng.normal(size=(50, 4)) * 4).astype(np.float32)
@@ -251,7 +258,7 @@ def test_models_are_named_by_their_paths_and_measured_on_disk(tmp_path: Path) ->
         ),
         (
             model("net (float[N,4] x) => (float[N,1,4] y) { y = Unsqueeze(x, one) }", one=np.array([1])),
-            "Output 'y' has shapes [4, 4] and [4, 1, 4] in the two models, so they cannot be compared.",
+            "Output 'y' has shapes [1, 4] and [1, 1, 4] in the two models, so they cannot be compared.",
         ),
     ],
 )

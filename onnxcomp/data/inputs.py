@@ -13,6 +13,7 @@ import numpy as np
 
 from onnxcomp.data.sources import Feed
 from onnxcomp.errors import DataError
+from onnxcomp.numerics.arrays import describe
 from onnxcomp.preprocess import Preprocess, suggest
 
 
@@ -25,9 +26,21 @@ class InputSpec:
     shape: tuple[int | str | None, ...] | None
 
     def __str__(self) -> str:
+        return describe(self.dtype, self.shape)
+
+    def misfit(self, array: np.ndarray, *, is_whole: bool = True) -> str | None:
+        """Why the array cannot be fed, or None. Unless it is whole its rows are shared out later, so they are not compared."""
+        types = {array.dtype, self.dtype}
+        if len(types) > 1 and {t.kind for t in types} != {"f"} and types != {np.dtype(np.int32), np.dtype(np.int64)}:
+            return f"{array.dtype} is not safely {self.dtype}"
         if self.shape is None:
-            return f"{self.dtype} of unknown rank"
-        return f"{self.dtype}[{', '.join('?' if size is None else str(size) for size in self.shape)}]"
+            return None
+        if array.ndim != len(self.shape):
+            return f"rank {array.ndim} is not {len(self.shape)}"
+        for axis, (size, wanted) in enumerate(zip(array.shape, self.shape, strict=True)):
+            if isinstance(wanted, int) and size != wanted and (axis > 0 or is_whole):
+                return f"axis {axis} is {size}, not {wanted}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -57,34 +70,32 @@ class Inputs:
         missing = [name for name in names if name not in found]
         extra = [name for name in found if name not in names]
         if not missing and not extra:
-            return {name: name for name in names}
+            return dict(zip(names, names, strict=True))
         text = f"{where}: expected the inputs {', '.join(names)}, found {', '.join(found) or 'none'}"
         text += f"; missing {', '.join(missing)}" if missing else ""
         text += f"; unknown {', '.join(extra)}" if extra else ""
-        near = [(key, difflib.get_close_matches(key, missing, n=1)) for key in extra]
-        advice = "".join(f" Did you mean '{match[0]}' for '{key}'?" for key, match in near if match)
-        raise DataError(f"{text}.{advice}")
+        near = [(key, name) for key in extra for name in difflib.get_close_matches(key, missing, n=1)]
+        raise DataError(f"{text}." + "".join(f" Did you mean '{name}' for '{key}'?" for key, name in near))
 
     def count_rows(self, found: Feed, where: str, *, is_feed: bool) -> int | None:
         """Rows in stored arrays, or None if they are one sample as they are. Raises DataError if they do not fit."""
         ready = self.add_batch_axes(found)
         first: dict[str, str] = {}
         for spec in self.specs:
-            symbol, shape = spec.shape[0] if spec.shape else None, ready[spec.name].shape
-            if not isinstance(symbol, str) or not shape:
-                continue
-            other = first.setdefault(symbol, spec.name)
-            if len(ready[other]) != shape[0]:
-                raise DataError(
-                    f"{where}: inputs '{other}' and '{spec.name}' share the axis '{symbol}', but hold {len(ready[other])} "
-                    f"and {shape[0]} rows. Make them equal."
-                )
+            symbol, rows = spec.shape[0] if spec.shape else None, ready[spec.name].shape[:1]
+            if isinstance(symbol, str) and rows:
+                other = first.setdefault(symbol, spec.name)
+                if len(ready[other]) != rows[0]:
+                    raise DataError(
+                        f"{where}: inputs '{other}' and '{spec.name}' share the axis '{symbol}', but hold "
+                        f"{len(ready[other])} and {rows[0]} rows. Make them equal."
+                    )
         lengths = {array.shape[:1] for array in ready.values()}
         is_whole = self.batch is None or () in lengths or len(lengths) > 1
         if is_feed and (self.batch != 1 or any(spec.shape is None for spec in self.specs)):
             is_whole = True
         for spec in self.specs:
-            if not self._takes_pixels(spec, found[spec.name]):
+            if self._steps(spec, found[spec.name]) is None:
                 self._check(spec, ready[spec.name], found[spec.name], where, is_whole=is_whole)
         return None if is_whole else lengths.pop()[0]
 
@@ -93,33 +104,41 @@ class Inputs:
         feed: Feed = {}
         for spec in self.specs:
             array = stored[spec.name]
-            is_row = spec.shape is not None and array.ndim == len(spec.shape) - 1 and self.batch == 1
-            feed[spec.name] = _as_pictures(array) if self._takes_pixels(spec, array) else array[None] if is_row else array
+            if self._steps(spec, array) is not None:
+                array = _as_pictures(array)
+            elif spec.shape is not None and array.ndim == len(spec.shape) - 1 and self.batch == 1:
+                array = array[None]
+            feed[spec.name] = array
         return feed
 
     def convert(self, stored: Feed, where: str, *, is_whole: bool) -> Feed:
-        """Stored rows -> what the model takes: pixels preprocessed, shapes and integers checked, types widened."""
+        """Stored rows -> what the model takes, in C order: pixels preprocessed, shapes and integers checked."""
         feed: Feed = {}
         for spec in self.specs:
             found = ready = stored[spec.name]
-            if self.preprocess is not None and self._takes_pixels(spec, found):
-                if spec.dtype == np.uint8 and not self.preprocess.keeps_pixels:
+            steps = self._steps(spec, found)
+            if steps is not None:
+                if spec.dtype == np.uint8 and not steps.keeps_pixels:
                     text = f"{where}: input '{spec.name}' takes uint8 pixels. Preprocess with scale=1, no mean, no std."
                     raise DataError(text)
-                ready = np.stack([self.preprocess.apply(picture, where) for picture in found])
-                ready = ready.astype(spec.dtype)
+                ready = np.stack([steps.apply(picture, where) for picture in found]).astype(spec.dtype)
             self._check(spec, ready, found, where, is_whole=is_whole)
-            feed[spec.name] = _widen(ready, spec, where)
+            with np.errstate(over="ignore"):  # a float too large becomes Inf and is reported as such
+                feed[spec.name] = x = np.array(ready, dtype=spec.dtype, order="C")
+            if ready.dtype.kind == "i" and np.any(x != ready):
+                lost = ready[x != ready][0]
+                raise DataError(f"{where}, input '{spec.name}': expected values that fit {spec.dtype}, found {lost}.")
         return feed
 
-    def _takes_pixels(self, spec: InputSpec, found: np.ndarray) -> bool:
-        if self.preprocess is None or found.dtype != np.uint8 or found.ndim not in (2, 3, 4):
-            return False
-        return (spec.dtype.kind == "f" or spec.dtype == np.uint8) and (spec.shape is None or len(spec.shape) == 4)
+    def _steps(self, spec: InputSpec, found: np.ndarray) -> Preprocess | None:
+        """The preprocess, if `found` are pixels and the input takes pictures."""
+        is_pixels = found.dtype == np.uint8 and found.ndim in (2, 3, 4)
+        takes_pictures = (spec.dtype.kind == "f" or spec.dtype == np.uint8) and (spec.shape is None or len(spec.shape) == 4)
+        return self.preprocess if is_pixels and takes_pictures else None
 
     def _check(self, spec: InputSpec, ready: np.ndarray, found: np.ndarray, where: str, *, is_whole: bool) -> None:
         """Raise DataError unless `ready` can be fed; `found` is what is stored, and what the error shows."""
-        reason = _misfit(spec, ready, is_whole=is_whole)
+        reason = spec.misfit(ready, is_whole=is_whole)
         if reason is not None:
             text = f"{where}: input '{spec.name}' expects {spec}, found {found.dtype}{list(found.shape)}: {reason}."
             raise DataError(text + self._advise(spec, found))
@@ -137,33 +156,8 @@ class Inputs:
         return f' Use --preprocess "{wanted} mean=... std=..." with the numbers of its training.'
 
 
-def _misfit(spec: InputSpec, ready: np.ndarray, *, is_whole: bool) -> str | None:
-    """Why the array cannot be fed, or None. The leading axis of rows is shared out later, so it is not compared."""
-    types = {ready.dtype, spec.dtype}
-    if not (len(types) == 1 or all(t.kind == "f" for t in types) or types == {np.dtype(np.int32), np.dtype(np.int64)}):
-        return f"{ready.dtype} is not safely {spec.dtype}"
-    if spec.shape is None:
-        return None
-    if ready.ndim != len(spec.shape):
-        return f"rank {ready.ndim} is not {len(spec.shape)}"
-    for axis, (size, wanted) in enumerate(zip(ready.shape, spec.shape, strict=True)):
-        if isinstance(wanted, int) and size != wanted and (axis > 0 or is_whole):
-            return f"axis {axis} is {size}, not {wanted}"
-    return None
-
-
 def _as_pictures(pixels: np.ndarray) -> np.ndarray:
     """[N, H, W, C] of pixels stored as that, as [N, H, W], [H, W] or [H, W, 3], for no picture is 3 pixels wide."""
     if pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3):
         pixels = pixels[None]
     return pixels if pixels.ndim == 4 else pixels[..., None]
-
-
-def _widen(array: np.ndarray, spec: InputSpec, where: str) -> np.ndarray:
-    """A copy in the model's type, in C order; a float too large becomes Inf and is reported as such."""
-    with np.errstate(over="ignore"):
-        x = np.array(array, dtype=spec.dtype, order="C")
-    lost = array[x != array] if array.dtype.kind == "i" else np.empty(0)
-    if lost.size > 0:
-        raise DataError(f"{where}, input '{spec.name}': expected values that fit {spec.dtype}, found {lost[0]}.")
-    return x

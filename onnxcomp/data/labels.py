@@ -65,26 +65,21 @@ def _read_array(path: Path) -> np.ndarray:
     if len(named) != 1:
         names = f"{', '.join(LABEL_KEYS)}, found {', '.join(keys) or 'none'}"
         raise DataError(f"{path}: expected one array, or one of the arrays called {names}.")
-    return read_arrays(path, named)[named[0]]
+    return read_arrays(path, {"labels": named[0]})["labels"]
 
 
 def _read_table(path: Path) -> dict[str, float]:
     """Labels by file name without its folder. A first row whose label is no number is the header."""
-    with reading(path), path.open(newline="", encoding="utf-8-sig") as stream:
-        rows = [(number, row) for number, row in enumerate(csv.reader(stream), 1) if row]
     table: dict[str, float] = {}
-    for row_number, (line, row) in enumerate(rows):
-        try:
-            table[PurePosixPath(row[0].strip().replace("\\", "/")).name] = _parse_number(row[1])
-        except (IndexError, ValueError) as error:
-            if row_number > 0 or len(row) < 2:
-                text = f"expected file,label with a number, found '{','.join(row)}'"
-                raise DataError(f"{path}: line {line}: {text}.") from error
+    with reading(path), path.open(newline="", encoding="utf-8-sig") as stream:
+        lines = csv.reader(stream)
+        for number, row in enumerate(filter(None, lines)):
+            try:
+                label = float(row[1])
+                name = PurePosixPath(row[0].strip().replace("\\", "/")).name
+                table[name] = int(label) if label.is_integer() else label
+            except (IndexError, ValueError) as error:
+                if number > 0 or len(row) < 2:
+                    text = f"expected file,label with a number, found '{','.join(row)}'"
+                    raise DataError(f"{path}: line {lines.line_num}: {text}.") from error
     return table
-
-
-def _parse_number(text: str) -> float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,9 +68,7 @@ def open_data(
     if total == 0:
         found = f"found {rows} rows for a model whose batch is fixed at {group}" if rows else "found none"
         raise DataError(f"{where}: expected at least one sample, {found}.")
-    chosen = np.arange(total)
-    if limit is not None and limit < total:
-        chosen = np.sort(np.random.default_rng(seed).permutation(total)[:limit])
+    chosen = np.sort(np.random.default_rng(seed).permutation(total)[:limit])
     by_row = join_labels(parts) if labels is None else read_labels(labels, parts)
     if by_row is not None and group > 1:
         by_row = by_row[: total * group].reshape(total, group, *by_row.shape[1:])
@@ -105,7 +102,7 @@ class Samples(Sequence[Feed]):
         if isinstance(index, slice):
             return Samples(self._model, self._parts, self._group, self._chosen[index])
         where = self._where(index)
-        color = "rgb" if self._model.preprocess is None else self._model.preprocess.color
+        color = self._model.preprocess.color if self._model.preprocess else "rgb"
         rows: list[Feed] = []
         for part, stored in self._read(index):
             if part.is_image:
@@ -115,13 +112,8 @@ class Samples(Sequence[Feed]):
 
     def digest(self) -> str:
         """sha256 of the stored form of these samples, in order."""
-        total = hashlib.sha256(f"preprocess {self._model.preprocess}\n".encode())
-        for index in range(len(self)):
-            for _, stored in self._read(index):
-                for name, array in stored.items():
-                    total.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-                    total.update(array.tobytes())
-        return total.hexdigest()
+        stored = (feed for index in range(len(self)) for _, feed in self._read(index))
+        return sources.digest(stored, f"preprocess {self._model.preprocess}\n")
 
     def _read(self, index: int) -> Iterator[tuple[Part, Feed]]:
         """The rows of a sample as stored, each array with its batch axis."""
@@ -151,8 +143,8 @@ def _join(rows: Sequence[np.ndarray], where: str) -> np.ndarray:
         found = ", ".join(str(list(shape[1:])) for shape in shapes)
         raise DataError(f"{where}: expected rows of one shape in a batch, found {found}.")
     x = rows[0] if len(rows) == 1 else np.concatenate(rows)
-    count = int(x.size - np.isfinite(x).sum()) if x.dtype.kind == "f" else 0
-    if count > 0:
+    count = np.count_nonzero(~np.isfinite(x)) if x.dtype.kind == "f" else 0
+    if count:
         text = f"expected finite numbers, found {count} NaN or Inf among {x.size}. Repair or remove the sample."
         raise DataError(f"{where}: {text}")
     return x
@@ -164,7 +156,7 @@ def _open_path(path: Path, model: Inputs) -> list[Part]:
     files = sources.list_folder(path) if path.is_dir() else [path]
     kind = files[0].suffix.lower()
     if kind in ARRAY_TYPES:
-        return [_part(file, sources.read_arrays(file), partial(sources.load_arrays, file), model) for file in files]
+        return [_part(file, sources.read_arrays(file), partial(sources.read_arrays, file), model) for file in files]
     if kind not in IMAGE_TYPES:
         raise DataError(f"{path}: unknown file type '{kind}'. Give a .npz, a .npy, or a folder of these or of images.")
     if len(model.specs) != 1:

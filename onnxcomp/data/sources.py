@@ -7,10 +7,11 @@ row. Pickled objects are never loaded.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -79,9 +80,8 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def _list_files(folder: Path, types: tuple[str, ...]) -> list[Path]:
-    files = folder.iterdir() if folder.is_dir() else ()
-    found = [file for file in files if file.suffix.lower() in types and file.is_file() and file.name[0] != "."]
-    return sorted(found, key=lambda file: file.name)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file for file in files if file.suffix.lower() in types and file.is_file() and not file.name.startswith(".")]
 
 
 def load_image(path: Path, name: str) -> Feed:
@@ -90,32 +90,28 @@ def load_image(path: Path, name: str) -> Feed:
         return {name: np.frombuffer(path.read_bytes(), np.uint8)[None]}
 
 
-def load_arrays(path: Path, keys: Mapping[str, str]) -> Feed:
-    """Arrays of a .npz or .npy under new names."""
-    return rename(read_arrays(path, keys.values()), keys)
-
-
-def read_arrays(path: Path, keys: Collection[str] | None = None) -> Feed:
-    """The arrays `keys` of a .npz or .npy, whose one array is called by the file's stem; mapped unless compressed.
+def read_arrays(path: Path, keys: Mapping[str, str] | None = None) -> Feed:
+    """Arrays of a .npz or .npy under new names, by their own; that of a .npy is called as the file; mapped unless compressed.
 
     Without keys it is all of them, for their types and shapes: zeros that take no memory stand for compressed arrays.
     """
     with reading(path):
         if path.suffix.lower() == ".npy":
-            return {path.stem: _map_array(path, 0)}
+            return {name: _map_array(path, 0) for name in keys or [path.stem]}
         with zipfile.ZipFile(path) as archive:
             members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
-            wanted = members if keys is None else keys
-            return {key: _read_member(path, archive, members[key], is_described=keys is None) for key in wanted}
+            if keys is None:
+                return {key: _read_member(path, archive, member, is_described=True) for key, member in members.items()}
+            return {name: _read_member(path, archive, members[key]) for name, key in keys.items()}
 
 
-def _read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, *, is_described: bool) -> np.ndarray:
+def _read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, *, is_described: bool = False) -> np.ndarray:
     if member.compress_type == zipfile.ZIP_STORED:
         # A member's data follow its 30-byte local header and two fields whose lengths stand at its end.
         with path.open("rb") as stream:
             stream.seek(member.header_offset + 26)
-            name_length, extra_length = struct.unpack("<HH", stream.read(4))
-        return _map_array(path, member.header_offset + 30 + name_length + extra_length)
+            lengths = struct.unpack("<HH", stream.read(4))
+        return _map_array(path, member.header_offset + 30 + sum(lengths))
     with archive.open(member) as stream:
         if not is_described:
             return np.lib.format.read_array(stream, allow_pickle=False)
@@ -145,11 +141,10 @@ def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 def as_feed(item: object, names: Sequence[str], where: str) -> Feed:
     """A dict of arrays, or one array for a model whose only input is `names[0]`, as a feed."""
     if isinstance(item, Mapping):
-        feed = {str(key): value for key, value in item.items()}
-        for key, value in feed.items():
+        for key, value in item.items():
             if not isinstance(value, ArrayLike | int | float):
                 raise DataError(f"{where}, '{key}': expected an array, found {type(value).__name__}.")
-        return {key: np.asarray(value) for key, value in feed.items()}
+        return {str(key): np.asarray(value) for key, value in item.items()}
     if not isinstance(item, ArrayLike):
         raise DataError(f"{where}: expected a dict of arrays by input name, or one array, found {type(item).__name__}.")
     if len(names) != 1:
@@ -162,21 +157,31 @@ def rename(feed: Feed, keys: Mapping[str, str]) -> Feed:
     return {name: feed[key] for name, key in keys.items()}
 
 
+def digest(feeds: Iterable[Feed], title: str = "") -> str:
+    """sha256 over the names, types, shapes and values of feeds, in order."""
+    total = hashlib.sha256(title.encode())
+    for feed in feeds:
+        for name, array in feed.items():
+            total.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+            total.update(array.tobytes())
+    return total.hexdigest()
+
+
 class Replay:
     """The feeds of a callable: asking for an earlier one runs it anew, and it must give the same ones every time."""
 
     def __init__(self, start: Callable[[], object], names: Sequence[str]) -> None:
         self._start, self._names = start, names
-        self._checksums: list[int] = []
+        self._digests: list[str] = []
         self._feeds: Iterator[Feed] = iter(())
         self._next = 0
 
     def __iter__(self) -> Iterator[Feed]:
-        """All feeds, of which checksums are kept."""
+        """All feeds, of which digests are kept."""
         for feed in self._run():
-            self._checksums.append(_checksum(feed))
+            self._digests.append(digest([feed]))
             yield feed
-        self._next = len(self._checksums)
+        self._next = len(self._digests)
 
     def load(self, number: int, keys: Mapping[str, str]) -> Feed:
         """Arrays of feed `number`. Raises DataError if it is not what it was."""
@@ -184,7 +189,7 @@ class Replay:
             self._feeds, self._next = self._run(), 0
         feed = next(islice(self._feeds, number - self._next, None), None)
         self._next = number + 1
-        if feed is not None and _checksum(feed) == self._checksums[number]:
+        if feed is not None and digest([feed]) == self._digests[number]:
             return rename(feed, keys)
         raise DataError(
             f"feed {number}: expected the callable to give the same feeds on every pass, "
@@ -197,11 +202,3 @@ class Replay:
         if not isinstance(items, Iterable):
             raise DataError(f"data: expected the callable to return an iterator of feeds, found {type(items).__name__}.")
         return (as_feed(item, self._names, f"feed {number}") for number, item in enumerate(items))
-
-
-def _checksum(feed: Feed) -> int:
-    total = 0
-    for key in sorted(feed):
-        array = feed[key]
-        total = zlib.crc32(array.tobytes(), zlib.crc32(f"{key} {array.dtype.str} {array.shape}".encode(), total))
-    return total

@@ -31,6 +31,7 @@ import numpy as np
 from onnxcomp.errors import ModelError, UsageError, VerificationError
 from onnxcomp.export.network import Input, Network, draw, leaves, load, read_inputs, sentence
 from onnxcomp.graph.files import PendingFile
+from onnxcomp.numerics.arrays import describe
 from onnxcomp.runtime import Session
 
 if TYPE_CHECKING:
@@ -99,8 +100,7 @@ def export(
 
 
 def _ports(ports: Sequence[tuple[str, Any]]) -> tuple[str, ...]:
-    sizes = {name: ", ".join("?" if size is None else str(size) for size in kind.shape or ()) for name, kind in ports}
-    return tuple(f"{name} {kind.dtype}[{sizes[name]}]" for name, kind in ports)
+    return tuple(f"{name} {describe(kind.dtype, kind.shape)}" for name, kind in ports)
 
 
 def _convert(network: Network, rng: np.random.Generator) -> Any:
@@ -237,9 +237,8 @@ def _resize(inputs: Sequence[Input], session: Session, number: int) -> Sequence[
 def _vary(axis: int, size: int, number: int) -> int:
     if axis == 0:
         return size + number
-    if number != 1:
-        return size
-    return size // 2 if size >= 4 else size + 1
+    other = size // 2 if size >= 4 else size + 1
+    return other if number == 1 else size
 
 
 def _difference(value: np.ndarray, expected: np.ndarray) -> float:

@@ -6,7 +6,6 @@ batch                      input_ids:1=sequence         axes that vary: the firs
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
@@ -18,7 +17,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.errors import ModelError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +98,7 @@ def read_inputs(inputs: Sequence[str], dynamic: Sequence[str]) -> tuple[Input, .
             )
         name, axis = match["input"], int(match["axis"])
         if name not in found:
-            raise UsageError(f"Dynamic axis '{item}': there is no input '{name}'.{_hint(name, list(found))}")
+            raise UsageError(f"Dynamic axis '{item}': there is no input '{name}'.{did_you_mean(name, found, 'There are')}")
         if axis >= len(found[name].shape):
             raise UsageError(f"Dynamic axis '{item}': the axes of '{name}' end at {len(found[name].shape) - 1}.")
         found[name].axes[axis] = match["dimension"]
@@ -112,12 +111,6 @@ def draw(inputs: Sequence[Input], rng: np.random.Generator) -> dict[str, torch.T
 
     drawn = [rng.standard_normal(i.shape) if i.dtype.kind == "f" else rng.integers(0, 2, i.shape) for i in inputs]
     return {i.name: torch.from_numpy(values.astype(i.dtype)) for i, values in zip(inputs, drawn, strict=True)}
-
-
-def _hint(name: str, known: Sequence[str]) -> str:
-    """What may have been meant."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean '{close[0]}'?" if close else f" There are: {', '.join(known)}." if known else ""
 
 
 def load(spec: str | Path | torch.nn.Module, inputs: tuple[Input, ...]) -> Network:
@@ -181,7 +174,7 @@ def _make(spec: str) -> torch.nn.Module:
         raise UsageError(f"{spec}: '{where}' needs the module '{error.name}', which is not installed.") from error
     if name not in vars(package):
         known = sorted(key for key in vars(package) if not key.startswith("_"))
-        raise UsageError(f"{spec}: module '{where}' has no '{name}'.{_hint(name, known)}")
+        raise UsageError(f"{spec}: module '{where}' has no '{name}'.{did_you_mean(name, known, 'There are')}")
     made = getattr(package, name)
     if isinstance(made, torch.nn.Module):
         return made

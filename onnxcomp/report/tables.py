@@ -14,8 +14,7 @@ from onnxcomp.report.text import LONGEST, Cell, decibels, facts, plain, plural, 
 def comparison(value: Comparison, *, width: int | None = None) -> RenderableType:
     """One row per output, then accuracy and size."""
     headers = ["Output", "SQNR", "Cosine", "Agreement"]
-    rows = [[o.name, _sqnr(o), "-" if o.cosine is None else f"{o.cosine:.5f}", _agreement(o)] for o in value.outputs]
-    ratio = value.other_bytes / max(value.reference_bytes, 1)
+    rows = [_output_row(output) for output in value.outputs]
     lines: list[tuple[str, Cell]] = []
     for output in value.outputs:
         if output.not_finite:
@@ -26,6 +25,7 @@ def comparison(value: Comparison, *, width: int | None = None) -> RenderableType
         drop = f"drop {a.drop_points:.2f} +- {a.standard_error:.2f} points"
         counts = f"{a.lost} lost and {a.gained} gained of {a.answers}"
         lines.append(("Accuracy", f"{a.reference:.2%} -> {a.other:.2%}, {drop} ({counts})"))
+    ratio = value.other_bytes / max(value.reference_bytes, 1)
     lines.append(("Size", f"{size(value.reference_bytes)} -> {size(value.other_bytes)}, ratio {ratio:.3f}"))
     head = Text(f"{value.reference} -> {value.other}", style="bold")
     head.append(f", {plural(value.samples, 'sample')}", style="not bold")
@@ -39,8 +39,7 @@ def inspection(value: Inspection, *, width: int | None = None, all_sites: bool =
     lines: list[tuple[str, Cell]] = [("Parameters", f"{value.parameters:,}")]
     lines += [("Inputs", text) for text in value.inputs]
     lines += [("Outputs", text) for text in value.outputs]
-    lines += [("Operators", _counts(value.operators))]
-    lines += [("Quantized", _counts(value.quantization) if value.quantization else "no")]
+    lines += [("Operators", _counts(value.operators)), ("Quantized", _counts(value.quantization) or "no")]
     if value.report is not None:
         lines += provenance(value.report)
     elif value.producer:
@@ -84,24 +83,20 @@ def _sites(value: Inspection, width: int | None, all_sites: bool) -> RenderableT
     if not value.sites:
         return Text("No site could be quantized.", style="yellow")
     shown = value.sites if all_sites else value.sites[:LONGEST]
-    rows = []
-    for site in shown:
-        shape = "two activations" if site.weight_shape is None else " x ".join(map(str, site.weight_shape))
-        rows.append([site.name, site.op, shape])
+    shapes = ["two activations" if s.weight_shape is None else " x ".join(map(str, s.weight_shape)) for s in shown]
+    rows = [[site.name, site.op, shape] for site, shape in zip(shown, shapes, strict=True)]
     parts: list[RenderableType] = [table(["Site", "Operator", "Weight"], rows, width=width)]
     if len(shown) < len(value.sites):
         parts.append(Text(f"({len(value.sites) - len(shown)} more sites are not shown: --all, or --json)", style="dim"))
     return Group(*parts)
 
 
-def _sqnr(output: OutputComparison) -> str:
-    return "-" if output.sqnr_db is None else decibels(output.sqnr_db)
-
-
-def _agreement(output: OutputComparison) -> str:
-    if output.agreement is None:
-        return "-"
-    return f"{output.agreement:.2%} ({round(output.agreement * output.answers)} of {output.answers})"
+def _output_row(output: OutputComparison) -> list[Cell]:
+    sqnr = "-" if output.sqnr_db is None else decibels(output.sqnr_db)
+    cosine = "-" if output.cosine is None else f"{output.cosine:.5f}"
+    share = output.agreement
+    agreement = "-" if share is None else f"{share:.2%} ({round(share * output.answers)} of {output.answers})"
+    return [output.name, sqnr, cosine, agreement]
 
 
 def _counts(counts: Sequence[Count]) -> str:
