@@ -1,13 +1,36 @@
-"""Blocks: stretches of the model from one tensor of the residual stream to the next, found without names."""
+"""Blocks: stretches of the model from one tensor of the residual stream to the next, found without names.
+
+A residual connection is an Add of two activations that both come from one tensor s, one of them by a chain of operators
+with a single activation each (none at all, a norm, a 1x1 Conv, Slice and Pad), with a layer in between. Of nested ones
+the outermost counts, unless it spans several in a row, as a skip over a whole network does.
+
+In a transformer, whose channels come last, one that mixes tokens (attention) and a next one that does not (MLP) are one
+block. In a CNN, neighbours that end in the same shape are one stage, and the way from stage to stage is part of the later.
+A block ends at the Add, or behind the norm or activation that follows it everywhere.
+
+Limits: shapes must be known as far as rank and channels; x and y have the same rank and, in a transformer, as many
+tokens, and where that is not so there is no block. What changes the shape between two blocks of a transformer is in neither.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcomp.graph.edit import outer_reads
 from onnxcomp.graph.sites import Site
+
+_NORMS = ("LayerNormalization", "RMSNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization")
+_PARTS = ("Pow", "ReduceMean", "Add", "Sqrt", "Div", "Reciprocal", "Mul", "Sub", "Sum")
+_ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Gelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Erf")
+_SAME_SHAPE = frozenset((*_NORMS, *_PARTS, *_ACTIVATIONS))
+"""Operators whose output has the shape of what they read; a ReduceMean has it again once the norm is complete."""
 
 
 @dataclass(frozen=True)
@@ -44,5 +67,203 @@ class Block:
 
 
 def find_blocks(graph: gs.Graph, sites: Sequence[Site]) -> tuple[Block, ...]:
-    """The blocks of the main graph around `sites`, in graph order; empty where there is no residual stream."""
-    return ()
+    """The blocks of the main graph around `sites`, in graph order; empty where there is no residual stream.
+
+    The graph is prepared: sorted, its nodes named, the types of its tensors known. Blocks share no node.
+    """
+    flow = _Flow(graph, sites)
+    units = _outermost(flow, [unit for node in graph.nodes if (unit := _unit(flow, node)) is not None])
+    groups: list[list[_Unit]] = []
+    for unit in units:
+        group = next((g for g in reversed(groups) if flow.leads(g[-1].y, unit.s)), [])
+        if group and _belongs(flow, group[-1], unit):
+            group.append(unit)
+        else:
+            groups.append([unit])
+    near = (flow.between(a.y, b.s) for a, b in itertools.pairwise(units) if flow.carries(a.y, b.s))
+    tails = [*([node.op for node in nodes] for nodes in itertools.islice(near, 1)), ["Relu"], ["Clip"], []]
+    blocks: list[Block] = []
+    taken: set[str] = set()
+    for group in sorted(groups, key=lambda group: flow.position[group[-1].y.name]):
+        s, last = group[0].s, group[-1]
+        y = next((unit.s for unit in units if flow.carries(last.y, unit.s)), None)
+        y = y or next(tensor for tail in tails if (tensor := _behind(last.y, tail)))
+        ends = [flow.tensors[block.y] for block in reversed(blocks) if block.channel_axis == last.axis == 1]
+        for x in (*(end for end in ends if flow.leads(end, s) and _strides(flow, end, y)), s):
+            nodes = flow.between(x, y)
+            if taken.isdisjoint(node.name for node in nodes):
+                blocks.append(_block(flow, x, y, last, nodes))
+                taken.update(node.name for node in nodes)
+                break
+    named = all(block.name for block in blocks)
+    return tuple(block if named else replace(block, name=f"block-{index}") for index, block in enumerate(blocks))
+
+
+@dataclass(frozen=True, eq=False)
+class _Unit:
+    """One residual connection: what lies between a stream tensor and the Add that joins both ways."""
+
+    s: gs.Tensor
+    y: gs.Tensor
+    nodes: Sequence[gs.Node]
+    axis: int
+    mixes: bool
+    """Whether values of one token reach another's, as in attention."""
+
+
+class _Flow:
+    """Which tensor of a sorted graph depends on which: a bit per tensor, and for each the mask of all it is made from."""
+
+    def __init__(self, graph: gs.Graph, sites: Sequence[Site]) -> None:
+        self.nodes, self.tensors, self.sites = graph.nodes, graph.tensors(), {site.name: site for site in sites}
+        self.outputs = {tensor.name for tensor in graph.outputs}
+        self.position = {tensor.name: -1 for tensor in graph.inputs}
+        self._bits = {tensor.name: 1 << index for index, tensor in enumerate(graph.inputs)}
+        self._masks, self._values = dict(self._bits), dict(self._bits)
+        for index, node in enumerate(self.nodes):
+            for tensor in node.outputs:
+                self.position[tensor.name], self._bits[tensor.name] = index, 1 << len(self._bits)
+            read = self.reads(node)
+            for masks, tensors in ((self._masks, read), (self._values, [t for t in read if t.dtype == np.float32])):
+                mask = functools.reduce(operator.or_, (masks.get(tensor.name, 0) for tensor in tensors), 0)
+                masks |= {tensor.name: mask | self._bits[tensor.name] for tensor in node.outputs}
+
+    def reads(self, node: gs.Node) -> list[gs.Tensor]:
+        """The variables that the node or its bodies read."""
+        return [t for t in [*node.inputs, *outer_reads(node, self.tensors)] if isinstance(t, gs.Variable) and not t.is_empty()]
+
+    def leads(self, x: gs.Tensor, y: gs.Tensor) -> bool:
+        """Whether y is x or is made from it."""
+        return bool(self._masks.get(y.name, 0) & self._bits.get(x.name, 0))
+
+    def feeds(self, x: gs.Tensor, y: gs.Tensor) -> bool:
+        """Whether y is x or is made from its values, not from its shape alone."""
+        return bool(self._values.get(y.name, 0) & self._bits.get(x.name, 0))
+
+    def between(self, x: gs.Tensor, y: gs.Tensor) -> list[gs.Node]:
+        """The nodes that depend on x and on which y depends, in order."""
+        nodes = self.nodes[self.position[x.name] + 1 : self.position[y.name] + 1]
+        return [n for n in nodes if any(self.leads(x, t) for t in self.reads(n)) and any(self.leads(t, y) for t in n.outputs)]
+
+    def carries(self, x: gs.Tensor, y: gs.Tensor) -> bool:
+        """Whether y is x, or what norms and activations make of it alone."""
+        if not self.leads(x, y) or not _agree(x, y):
+            return False
+        return all(n.op in _SAME_SHAPE and all(self.leads(x, t) for t in self.reads(n)) for n in self.between(x, y))
+
+
+def _unit(flow: _Flow, join: gs.Node) -> _Unit | None:
+    operands, y = _activations(join), join.outputs[0]
+    if join.op not in ("Add", "Sum") or len(operands) != 2:
+        return None
+    s = next((s for a, b in (operands, operands[::-1]) for s in _chain(a) if flow.feeds(s, b)), None)
+    if s is None or not s.shape or len(s.shape) != len(y.shape or ()):
+        return None
+    nodes = flow.between(s, y)
+    sites = [flow.sites[node.name] for node in nodes if node.name in flow.sites]
+    layers = [site for site in sites if site.kind == "layer"]
+    axis = _channel_axis(flow, layers, y) if layers else None
+    if axis is None or not isinstance(s.shape[axis], int):
+        return None
+    if not (_strides(flow, s, y) if axis == 1 else _agree(s, y, but=len(y.shape) - 1)):
+        return None
+    mixes = len(layers) < len(sites) or any(node.op in ("Softmax", "Attention") for node in nodes)
+    return _Unit(s, y, nodes, axis, mixes)
+
+
+def _activations(node: gs.Node) -> list[gs.Tensor]:
+    return [t for t in node.inputs if isinstance(t, gs.Variable) and t.dtype == np.float32]
+
+
+def _chain(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
+    """The tensor, and those it is made from as long as each is made from one."""
+    yield tensor
+    while tensor.inputs and len(found := _activations(tensor.inputs[0])) == 1:
+        tensor = found[0]
+        yield tensor
+
+
+def _channel_axis(flow: _Flow, layers: Sequence[Site], y: gs.Tensor) -> int | None:
+    """The axis of y that is as long as the last layer has channels; of both, the first with a Conv among the layers."""
+    last = layers[-1]
+    width = flow.tensors[last.weight or ""].shape[last.weight_axis]
+    axes = (1, -1) if any(site.op == "Conv" for site in layers) else (-1, 1)
+    return next((axis for axis in axes if y.shape[axis] == width), None)
+
+
+def _agree(x: gs.Tensor, y: gs.Tensor, but: int = 0) -> bool:
+    """Whether x and y have the same rank and no axis, other than the first and `but`, of lengths known to differ."""
+    a, b = x.shape or (), y.shape or ()
+    sizes = [(a[i], b[i]) for i in range(1, min(len(a), len(b))) if i != but]
+    return len(a) == len(b) and all(p == q for p, q in sizes if isinstance(p, int) and isinstance(q, int))
+
+
+def _strides(flow: _Flow, x: gs.Tensor, y: gs.Tensor) -> tuple[int, ...]:
+    """By how much each spatial axis of x shrinks, to ceil(length / stride); empty where that is not known."""
+    sizes = list(zip(x.shape[2:], y.shape[2:], strict=False))
+    if len(x.shape) != len(y.shape):
+        return ()
+    if all(isinstance(length, int) for pair in sizes for length in pair):
+        found = tuple(-(-a // b) for a, b in sizes)
+        return found if all(-(-a // k) == b for (a, b), k in zip(sizes, found, strict=True)) else ()
+    known = {x.name: (1,) * len(sizes)}
+    for node in flow.between(x, y):
+        before = next((known[t.name] for t in node.inputs if t.name in known), ())
+        known |= {t.name: steps for t in node.outputs if (steps := _step(node, before))}
+    return known.get(y.name, ())
+
+
+def _step(node: gs.Node, before: tuple[int, ...]) -> tuple[int, ...]:
+    """`before` times the strides of an operator that makes ceil(length / stride) of every length; empty for others."""
+    axes = len(before)
+    if node.op in _SAME_SHAPE or not axes:
+        return before
+    if node.op not in ("Conv", "MaxPool", "AveragePool"):
+        return ()
+    kernel = node.attrs.get("kernel_shape") or node.inputs[1].shape[2:]
+    pads, spread = node.attrs.get("pads", [0] * 2 * axes), node.attrs.get("dilations", [1] * axes)
+    exact = all(pads[i] + pads[i + axes] == spread[i] * (kernel[i] - 1) for i in range(axes))
+    return tuple(before[i] * node.attrs.get("strides", [1] * axes)[i] for i in range(axes) if exact)
+
+
+def _outermost(flow: _Flow, units: Sequence[_Unit]) -> list[_Unit]:
+    """The units without those that span several in a row, and of what is left without those inside another."""
+
+    def within(unit: _Unit) -> list[_Unit]:
+        return [u for u in units if u is not unit and any(u.y is t for node in unit.nodes for t in node.outputs)]
+
+    short = [u for u in units if not any(flow.leads(a.y, b.s) for a, b in itertools.permutations(within(u), 2))]
+    nested = {id(u) for unit in short for u in within(unit)}
+    return [unit for unit in short if id(unit) not in nested]
+
+
+def _belongs(flow: _Flow, previous: _Unit, unit: _Unit) -> bool:
+    """Whether a unit is in the same block as the one before it."""
+    if unit.axis == previous.axis == 1:
+        return unit.y.shape[1] == previous.y.shape[1] and set(_strides(flow, previous.y, unit.y)) == {1}
+    return unit.axis == previous.axis and previous.mixes and not unit.mixes and flow.carries(previous.y, unit.s)
+
+
+def _behind(tensor: gs.Tensor, tail: Sequence[str]) -> gs.Tensor | None:
+    """What operators of the types in `tail` make of the tensor, each the only reader of what is before it."""
+    if not tail:
+        return tensor
+    if len(tensor.outputs) != 1 or tensor.outputs[0].op != tail[0]:
+        return None
+    return _behind(tensor.outputs[0].outputs[0], tail[1:])
+
+
+def _block(flow: _Flow, x: gs.Tensor, y: gs.Tensor, unit: _Unit, nodes: Sequence[gs.Node]) -> Block:
+    """The block of `nodes` from x to y, whose last unit is `unit`; without a name where its path is not its own."""
+    made = {tensor.name for node in nodes for tensor in node.outputs}
+    inputs = tuple(dict.fromkeys([x.name, *(t.name for node in nodes for t in flow.reads(node) if t.name not in made)]))
+    channels, strides = (x.shape[unit.axis], y.shape[unit.axis]), _strides(flow, x, y) if unit.axis == 1 else ()
+    sites = [flow.sites[node.name] for node in nodes if node.name in flow.sites]
+    parts = zip(*(site.name.split("/")[:-1] for site in sites), strict=False)
+    path = "/".join(part[0] for part in itertools.takewhile(lambda part: len(set(part)) == 1, parts))
+    shared = any(site.name.startswith(f"{path}/") for site in flow.sites.values() if site not in sites)
+    layers = [site for site in sites if site.kind == "layer"]
+    alone = {t.name for t in unit.y.inputs[0].inputs if len(t.outputs) == 1 and y is unit.y} - flow.outputs
+    last = next((site for site in reversed(layers) if site.y in alone), None)
+    name, fixed = "" if shared else path, unit.axis == -1 and all(isinstance(length, int) for length in y.shape[1:])
+    return Block(name, inputs, y.name, unit.axis, len(y.shape), channels, strides, fixed, last)
