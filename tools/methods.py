@@ -82,9 +82,9 @@ def rows(name: str, subject: Subject, folder: Path, bits: str, options: argparse
         base = float(np.mean(made[0][2]))
         for (recipe_name, output, scores, seconds, kept), latency in zip(made, latencies, strict=True):
             score = f"{np.mean(scores):.2f}" + (f" +- {np.std(scores):.2f}" if len(scores) > 1 else "")
-            added = output.stat().st_size - made[0][1].stat().st_size
+            added, gain = (output.stat().st_size - made[0][1].stat().st_size) / 1e3, np.mean(scores) - base
             print(
-                f"| {name} | {bits} | {recipe_name} | {whole:.2f} | {score} | {np.mean(scores) - base:+.2f} | {added / 1e3:+.0f} | "
+                f"| {name} | {bits} | {recipe_name} | {whole:.2f} | {score} | {gain:+.2f} | {added:+.0f} | "
                 f"{latency.ratio:.3f} ({latency.ratio_low:.3f}-{latency.ratio_high:.3f}) | {seconds:.0f} | {kept} |",
                 flush=True,
             )

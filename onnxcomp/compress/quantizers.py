@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from onnxcomp.calibrate.samples import Cut
+from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Edit, Graph, Replacement, Tape, apply
 from onnxcomp.graph.schedule import Step
 from onnxcomp.graph.sites import Site, matches
@@ -43,6 +44,8 @@ class Quantizers:
     _parameters: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Tensor -> the names of its static scale and zero point."""
     _done: set[Point] = field(default_factory=set)
+    _entries: dict[str, str] = field(default_factory=dict)
+    """Stored tensor that a method has changed behind its quantizer -> the value before its second quantizer."""
 
     def due(self, step: Step | None) -> list[Point]:
         """The points that must stand before `step` runs; with None every one that is missing."""
@@ -56,7 +59,7 @@ class Quantizers:
         """What holds, in the compressed graph, the value that the store keeps under `name`: the one before its own
         quantizer, so that a site's error includes the quantizer's.
         """
-        return f"{name}/before-quantize" if name in self.replaced else name
+        return self._entries.get(name) or (f"{name}/before-quantize" if name in self.replaced else name)
 
     def fake(self, site: Site) -> Callable[[Array], Array]:
         """What quantizing the site's input does to one sample, as far as it is not in the input already."""
@@ -93,6 +96,18 @@ class Quantizers:
         if point.consumers is None:
             self.replaced.add(point.tensor)
         self._done.add(point)
+
+    def store_again(self, block: Block, label: str, point: Point, cut: Cut) -> None:
+        """Quantize a stored tensor a second time, behind what a method has added to it."""
+        tape = Tape(f"{block.name}/{label}/range")
+        fitted = activations.fit_static(cut, point.scheme, point.ranges, point.percentile)
+        new = activations.build_static(tape, point.tensor, fitted)
+        before = set(self.compressed.tensors())
+        apply(self.compressed, Edit("quantize", tuple(tape.nodes), tape.constants, (Replacement(point.tensor, new),)))
+        (self._entries[point.tensor],) = (
+            name for name in self.compressed.tensors().keys() - before if name.startswith(f"{point.tensor}/before-quantize")
+        )
+        self._parameters[point.tensor] = (f"{tape.prefix}.scale", f"{tape.prefix}.zero_point")
 
     def _granularity(self, point: Point, fitted: QParams | None, cut: Cut | None) -> str:
         """The point's granularity; where it is left open, per token if that lowers the error of the `fitted` static

@@ -32,7 +32,6 @@ from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
 from onnxcomp.runtime import Session, measure
 from onnxcomp.targets.base import Plan, Point, Target
-from onnxcomp.targets.regions import STORAGE
 
 PRICE_ROUNDS = 3
 """Rounds of 20 ms that the price of one edit is measured in."""
@@ -236,31 +235,24 @@ class Walk:
         if not methods:
             return
         assert self.store is not None
-        block = replace(block, macs=self._block_macs)
+        stored = next((p for p in self.plan.points if p.tensor == block.y and p.consumers is None), None)
+        last = None if block.last is not None and block.last.y in self.quantizers.replaced else block.last
+        block = replace(block, macs=self._block_macs, last=last)
         batches = self.store.beside(FLOAT_BLOCK, self._float(block))
         for method in methods:
             cut = Cut(batches, aliases={"xh": block.x, "f_xh": FLOAT_BLOCK, "g_xh": block.y})
             outcome = method.fit(block, cut)
+            if outcome.fit is not None and stored is not None and block.y not in self.quantizers.replaced:
+                self._quantize(stored)  # the integer kernel that makes it goes on storing its result
             self._decide(block, method, outcome)
             if outcome.fit is None:
                 continue
-            before = self._quantize_before(block, f"{block.y}/before-{method_name(method)}")
+            before = [name for name in (f"{block.y}/before-{method_name(method)}",) if name in self.compressed.tensors()]
             part = extract(self.compressed, [*(self._entry(n) for n in block.inputs), *before], [block.y])
             feeds = self._feeds(part, block.inputs) | dict.fromkeys(before, block.y)
             self.store.update(block.y, SiteRun(self._session(part), feeds, block.y), batches)
-
-    def _quantize_before(self, block: Block, before: str) -> list[str]:
-        """What holds the block's output without the method, if anything does. Where the integer kernel that makes it
-        stores its result in 8 bits, it must go on doing so.
-        """
-        if before not in self.compressed.tensors():
-            return []
-        if not any(p.tensor == block.y and p.consumers is None for p in self.plan.points):
-            return [before]
-        point = Point(before, STORAGE, "static", "mse", 99.99)
-        assert self.store is not None
-        self.quantizers.put(point, Cut(self.store.batches, aliases={"xh": block.y}))
-        return [self._entry(before)]
+            if stored is not None:
+                self.quantizers.store_again(block, method_name(method), stored, Cut(batches, aliases={"xh": block.y}))
 
     def _macs(self, site: Site) -> int:
         """Multiplications of a layer for one sample."""

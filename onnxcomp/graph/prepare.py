@@ -133,7 +133,8 @@ def _set_types(graph: gs.Graph, types: Mapping[str, TensorType]) -> None:
         keeps, known = id(tensor) in declared, types[name]
         if known.dtype is not None and not (keeps and tensor.dtype is not None):
             tensor.dtype = known.dtype
-        if known.shape is not None and not (keeps and tensor.shape is not None):
+        # The runtime gives a scalar and a tensor of unknown rank the same empty shape.
+        if known.shape and not (keeps and tensor.shape is not None):
             tensor.shape = list(known.shape)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.graph.tidy import Fold, is_load_time
+from onnxcomp.graph.tidy import Fold
 
 
 def dump_folds(folds: Sequence[Fold]) -> str:
@@ -61,7 +61,7 @@ def _bypass(graph: gs.Graph, prefix: str) -> None:
         y = node.outputs[0]
         if not any(id(reader) not in inside for reader in y.outputs) and id(y) not in results:
             continue
-        source = next(t for t in node.inputs if id(t.inputs[0] if t.inputs else None) not in inside and not _is_own(t, prefix))
+        source = _source(node, inside, (prefix, f"{prefix.rstrip('/')}.", "onnxcomp/"))
         for reader in list(y.outputs):
             if id(reader) not in inside:
                 reader.inputs[reader.inputs.index(y)] = source
@@ -71,9 +71,16 @@ def _bypass(graph: gs.Graph, prefix: str) -> None:
         graph.outputs[:] = [source if t is y else t for t in graph.outputs]
 
 
-def _is_own(tensor: gs.Tensor, prefix: str) -> bool:
-    """Whether `tensor` is a constant of the method, `{place}/{method}.{key}`, or made of such."""
-    return is_load_time(tensor) and (isinstance(tensor, gs.Variable) or tensor.name.startswith(f"{prefix.rstrip('/')}."))
+def _source(node: gs.Node, inside: Collection[int], own: tuple[str, ...]) -> gs.Tensor:
+    """What the method's last node, or the quantizer behind it, adds to: its one input from outside. Constants whose names
+    start like `own` are the method's, or the target's.
+    """
+    while True:
+        for tensor in node.inputs:
+            outside = not tensor.inputs or id(tensor.inputs[0]) not in inside
+            if outside and not (isinstance(tensor, gs.Constant) and tensor.name.startswith(own)):
+                return tensor
+        node = node.inputs[0].inputs[0]
 
 
 def _unfold(graph: gs.Graph, folds: Sequence[Fold], methods: Collection[str]) -> None:

@@ -39,7 +39,9 @@ def fold_bias(graph: gs.Graph, site: Site, add_name: str, method: str) -> Fold |
     """
     nodes = {node.name: node for node in graph.nodes if node.name in (site.name, site.bias_node, add_name)}
     add, layer = nodes[add_name], nodes[site.name]
-    y, operand = add.outputs[0], next(t for t in add.inputs if is_load_time(t))
+    y, operand = add.outputs[0], next((t for t in add.inputs if is_load_time(t)), None)
+    if operand is None:
+        return None
     before = next(t for t in add.inputs if t is not operand)
     if site.bias_node is not None:
         home = nodes[site.bias_node]

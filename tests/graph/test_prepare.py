@@ -356,3 +356,15 @@ def test_a_real_model_is_prepared_without_loss(data_dir: Path, name: str, counts
     noise = np.sum(np.square(np.subtract(got, want, dtype=np.float64)))
     signal = np.sum(np.square(want, dtype=np.float64))
     assert noise <= signal * 10 ** (-110 / 10)
+
+
+def test_a_tensor_of_unknown_rank_is_not_taken_for_a_scalar(rng: np.random.Generator):
+    """ONNX Runtime reports both with an empty shape."""
+    body = "g (float[N,4] x, int64[R] s) => (float y) { r = Reshape(x, s) q = Squeeze(r) y = MatMul(q, w) }"
+    model = parse(body, {"w": rng.normal(size=(4, 3)).astype(np.float32)}, opset=21)
+
+    prepared = prepare(model, runtime.infer_types)
+
+    feeds = {"x": rng.normal(size=(2, 4)).astype(np.float32), "s": np.array([1, 2, 4])}
+    assert prepared.graph.tensors()["r"].shape is None
+    np.testing.assert_array_equal(run(prepared.model, feeds)["y"], run(model, feeds)["y"])

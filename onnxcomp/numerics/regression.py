@@ -1,0 +1,89 @@
+"""Ridge regression in groups, from sums over the data, and its approximation by a product of two thin matrices.
+
+    [W; b] = argmin |U W + b - V|^2 + lambda |W|^2        lambda = ridge * the mean variance of U's columns
+
+The bias is not shrunk. Of all W' of rank r, P_r S_r Q_r' back in U's coordinates is the one with the least |U (W - W')|:
+with S = U'U = L L' it comes from the singular values of L' W. float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+TINY = 1e-12
+"""Added to lambda, in units of the largest variance, so that columns that never vary can be solved for."""
+
+
+def split(a: NDArray, groups: int) -> NDArray:
+    """[T, n] as [G, T, n / G]."""
+    return a.reshape(len(a), groups, -1).transpose(1, 0, 2)
+
+
+def times(x: NDArray, rows: NDArray) -> NDArray:
+    """X [T, n] times W, given as one row per output channel [m, c] of n / c groups: [T, m]."""
+    groups = x.shape[1] // rows.shape[1]
+    product = split(x, groups) @ rows.reshape(groups, -1, rows.shape[1]).transpose(0, 2, 1)
+    return product.transpose(1, 0, 2).reshape(len(x), -1)
+
+
+def rows(weight: NDArray) -> NDArray:
+    """W [G, c, o] as one row per output channel [G o, c]."""
+    return weight.transpose(0, 2, 1).reshape(-1, weight.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """U'U [G, c + 1, c + 1] and U'V [G, c + 1, o] of G groups, with a column of ones as the last of U."""
+
+    uu: Floats
+    uv: Floats
+
+    @staticmethod
+    def of(u: NDArray, v: NDArray, groups: int) -> Sums:
+        """From u [T, C_in] and v [T, C_out]."""
+        left = np.concatenate([split(u, groups), np.ones((groups, len(u), 1))], axis=2)
+        turned = left.transpose(0, 2, 1)
+        return Sums(turned @ left, turned @ split(v, groups).astype(np.float64))
+
+    def merge(self, other: Sums) -> Sums:
+        return Sums(self.uu + other.uu, self.uv + other.uv)
+
+
+@dataclass(frozen=True, eq=False)
+class Regression:
+    """W [G, c, o] of G groups, the means of U [G, 1, c] and V [G, 1, o], and the Cholesky factor L [G, c, c] of U's
+    covariance, lambda included.
+    """
+
+    weight: Floats
+    u: Floats
+    v: Floats
+    factor: Floats
+
+    @staticmethod
+    def of(sums: Sums, ridge: float) -> Regression:
+        """Fitted to everything that was summed."""
+        uu, uv = sums.uu, sums.uv
+        count = uu[0, -1, -1]
+        u, v = uu[:, -1:, :-1] / count, uv[:, -1:] / count
+        covariance = uu[:, :-1, :-1] / count - u.transpose(0, 2, 1) @ u
+        variance = np.einsum("gcc->gc", covariance)
+        variance += ridge * variance.mean(axis=1, keepdims=True) + TINY * variance.max() + 1e-300
+        weight = np.linalg.solve(covariance, uv[:, :-1] / count - u.transpose(0, 2, 1) @ v)
+        return Regression(weight, u, v, np.linalg.cholesky(covariance))
+
+    def bias(self, weight: Floats) -> Floats:
+        """The b [G, 1, o] that goes with another W."""
+        return self.v - self.u @ weight
+
+    def factors(self, unit: Floats) -> tuple[Floats, Floats]:
+        """[G, c, n] and [G, n, o], n = min(c, o), whose product is W and whose first r columns and rows give the W of rank
+        r with the least squared error, column o of V counting in `unit`s [G, 1, o].
+        """
+        upper = self.factor.transpose(0, 2, 1)
+        left, values, right = np.linalg.svd(upper @ (self.weight * unit), full_matrices=False)
+        return np.linalg.solve(upper, left * values[:, None, :]), right / unit
