@@ -12,7 +12,7 @@ from onnxcomp.graph.edit import Edit, Graph, Replacement, Tape, apply
 from onnxcomp.graph.schedule import Step
 from onnxcomp.graph.sites import Site, matches
 from onnxcomp.methods import activations
-from onnxcomp.methods.base import Array, Compensation, Input
+from onnxcomp.methods.base import Array, Input, InputMethod
 from onnxcomp.numerics.affine import QParams
 from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
@@ -30,15 +30,17 @@ class Quantizers:
     reference: Graph
     compressed: Graph
     plan: Plan
-    methods: Sequence[Compensation]
+    methods: Sequence[InputMethod]
     """The methods that change what is quantized."""
     decisions: list[Decision]
     replaced: set[str] = field(default_factory=set)
     """Tensors that are quantized for everyone."""
     granularity: dict[str, str] = field(default_factory=dict)
     """Site -> static or token, where the recipe leaves it open."""
-    noise: dict[str, tuple[Compensation, Mapping[str, Array]]] = field(default_factory=dict)
+    noise: dict[str, tuple[InputMethod, Mapping[str, Array]]] = field(default_factory=dict)
     """Site -> the method that added something to its input, and what: to be taken out again behind it."""
+    added: list[tuple[str, str]] = field(default_factory=list)
+    """The names of the Adds in front of quantizers, and the methods that put them there."""
     fakes: dict[str, Callable[[Array], Array]] = field(default_factory=dict)
     """Site, or tensor that is quantized for everyone -> what quantizing it does to one sample."""
     _parameters: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -74,12 +76,15 @@ class Quantizers:
             assert cut is not None, "without samples every range is measured at run time"
             fitted = activations.fit_static(cut, point.scheme, point.ranges, point.percentile, point.highest)
         granularity = self._granularity(point, fitted, cut)
-        source = point.tensor if cut is None else self._prepare(point, fitted if granularity == "static" else None, cut)
+        source, noise = point.tensor, None
+        if cut is not None:
+            source, fitted, noise = self._change(point, fitted if granularity == "static" else None, cut)
         ratio = 1.0
         if granularity == "token" and cut is not None:
             ratio = activations.fit_ratio(cut, point.scheme)
         if granularity != "static" or fitted is not None:
-            fake = functools.partial(activations.fake, scheme=point.scheme, granularity=granularity, q=fitted, ratio=ratio)
+            how = {"scheme": point.scheme, "granularity": granularity, "q": fitted, "ratio": ratio, "noise": noise}
+            fake = functools.partial(activations.fake, **how)
             self.fakes.update(dict.fromkeys(point.consumers or (point.tensor,), fake))
         if granularity != "static":
             new = activations.build_run_time(tape, source, point.scheme, granularity, ratio)
@@ -127,26 +132,26 @@ class Quantizers:
             self.decisions.append(Decision(site, "token", adopted, reason, gain, 0))
         return "token" if adopted else "static"
 
-    def _prepare(self, point: Point, fitted: QParams | None, cut: Cut) -> str:
-        """Let the methods change what is quantized; the name of what the quantizer shall read."""
+    def _change(self, point: Point, fitted: QParams | None, cut: Cut) -> tuple[str, QParams | None, Array | None]:
+        """Let the methods change what is quantized: what the quantizer shall read, its parameters, and what was added."""
+        source, noise = point.tensor, None
         sites = tuple(s for s in self.plan.sites if s.kind == "layer" and s.name in (point.consumers or ()))
-        source = point.tensor
-        if not sites:
-            return source
-        tensors = self.reference.tensors()
-        place = Input(point.tensor, fitted, sites, tuple(tensors[s.weight].values for s in sites if s.weight is not None))
-        for method in self.methods:
-            if not any(matches(method.where, site) for site in sites):
+        for method in self.methods if sites else ():
+            if noise is not None or not any(matches(method.where, site) for site in sites):
                 continue
-            outcome, label = method.fit(place, cut), method_name(method)
-            if outcome.fit is not None:
+            tensors = self.reference.tensors()
+            place = Input(point.tensor, fitted, sites, tuple(tensors[s.weight].values for s in sites if s.weight is not None))
+            outcome, label, added = method.fit(place, cut), method_name(method), 0
+            if outcome.fit is not None and fitted is not None:
                 tape = Tape(f"{place.name}/{label}")
                 source = method.build(tape, place, outcome.fit)[point.tensor]
                 apply(self.compressed, Edit(label, tuple(tape.nodes), tape.constants, ()))
+                fitted, noise = method.quantizer(outcome.fit, fitted), next(iter(tape.constants.values()))
+                added = noise.nbytes
                 self.noise.update({site.name: (method, outcome.fit) for site in sites})
-            added = 0 if outcome.fit is None else sum(a.nbytes for a in outcome.fit.values())
+                self.added.append((source, label))
             self.decisions.append(Decision(place.name, label, outcome.fit is not None, outcome.reason, outcome.gain_db, added))
-        return source
+        return source, fitted, noise
 
 
 Progress = Callable[[str, int, int], None]

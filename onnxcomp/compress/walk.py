@@ -22,11 +22,12 @@ from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Edit, Graph, Replacement, Tape, apply, extract
 from onnxcomp.graph.files import ModelProto, to_bytes
+from onnxcomp.graph.offsets import fold_offset
 from onnxcomp.graph.schedule import Step, schedule
 from onnxcomp.graph.sites import Site, matches
 from onnxcomp.graph.tidy import Fold, fold_bias
 from onnxcomp.methods import weights
-from onnxcomp.methods.base import Array, Compensation, Outcome, add_bias
+from onnxcomp.methods.base import Array, Compensation, InputMethod, Outcome, add_bias
 from onnxcomp.methods.bias import TRIM, SampleErrors, decibel
 from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
@@ -71,7 +72,7 @@ class Walk:
     """Multiplications of the layers since the last block, for one sample."""
 
     def __post_init__(self) -> None:
-        methods = [m for m in self.methods if m.scope == "input"]
+        methods = [m for m in self.methods if isinstance(m, InputMethod)]
         self.quantizers = Quantizers(self.reference, self.compressed, self.plan, methods, self.decisions)
 
     def run(self, progress: Progress) -> None:
@@ -99,6 +100,9 @@ class Walk:
                 self._block_macs = 0
         for point in self.quantizers.due(None):
             self._quantize(point)
+        for add, method in self.quantizers.added:
+            fold = fold_offset(self.compressed, add, method, lambda part, feeds: self._session(part).run(feeds))
+            self.folds += [] if fold is None else [fold]
         progress("quantizing", len(steps), len(steps))
 
     def expected(self, count: int) -> list[Mapping[str, Array]]:

@@ -54,6 +54,8 @@ class Site:
     """The constant bias, inside the operator or in the Add behind it."""
     bias_node: str | None = None
     """The separate bias Add, if any."""
+    padded: bool = False
+    """Whether it is a Conv that sees zeros beyond its input's edges."""
 
     @property
     def x(self) -> str:
@@ -85,7 +87,8 @@ def _layer(node: gs.Node) -> Site | None:
     rank = len(weight.shape)
     site = Site(node.name, node.op, "layer", (node.inputs[0].name,), raw.name, raw.name, -1, weight=weight.name, weight_axis=1)
     if node.op == "Conv":
-        return replace(site, channel_axis=1, rank=rank, weight_axis=0, bias=_constant_name(node, 2))
+        padded = any(node.attrs.get("pads") or ()) or node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+        return replace(site, channel_axis=1, rank=rank, weight_axis=0, bias=_constant_name(node, 2), padded=padded)
     if rank != 2:
         return None
     if node.op == "Gemm":

@@ -68,10 +68,14 @@ def token_gain(samples: Samples, q: QParams) -> float:
     return float(10 * np.log10(max(errors[0], 1e-30) / max(errors[1], 1e-30)))
 
 
-def fake(x: Array, scheme: Scheme, granularity: str, q: QParams | None, ratio: float) -> Array:
-    """What the quantizer makes of one sample's x, as the graph computes it up to rounding."""
+def fake(
+    x: Array, *, scheme: Scheme, granularity: str, q: QParams | None = None, ratio: float = 1.0, noise: Array | None = None
+) -> Array:
+    """What the quantizer makes of one sample's x, as the graph computes it up to rounding; `noise` is added in front of it
+    and taken out behind.
+    """
     if q is not None and granularity == "static":
-        return q.fake(x)
+        return q.fake(x) if noise is None else q.fake(x + noise) - noise
     top = 2 ** (scheme.bits - 1) - 1
     largest = np.abs(x).max(axis=-1, keepdims=True) if granularity == "token" else np.abs(x).max(initial=0.0)
     scale = np.maximum(largest * np.float32(ratio / top), np.float32(1e-12))

@@ -133,6 +133,10 @@ class InputMethod(Compensation):
         return "input"
 
     @abstractmethod
+    def quantizer(self, fit: Fit, q: QParams) -> QParams:
+        """What quantizes the changed input, given what quantized it before."""
+
+    @abstractmethod
     def correction(self, fit: Fit, weight: Array, site: Site) -> Array:
         """What to add to the site's output [C_out], given its rounded weight."""
 
