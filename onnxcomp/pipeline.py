@@ -65,6 +65,7 @@ def quantize(
     Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError.
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
+    data = data if recipe.samples else None
     target = targets.find(recipe.target)
     source = files.load(model)
     files.check_output(output, model, force=force)
@@ -97,7 +98,7 @@ def quantize(
         verification = verify(proof.path, reference, feeds, expected)
         kernels = audit(proof.path, account.audit_sites(lowered, plan))
     report = account.report(source, model, samples, recipe, target, choice, walk, prepared.notes, kernels, verification)
-    report = account.stamp(finished, report, walk.folds)
+    report = account.stamp(finished, report, walk.quantizers.folds)
     if output is not None:
         with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
             runtime.Session(pending.path).run(feeds[0])

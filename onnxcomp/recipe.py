@@ -19,6 +19,9 @@ from onnxcomp.errors import RecipeError, UsageError
 from onnxcomp.methods import base as methods
 from onnxcomp.methods.base import Compensation
 from onnxcomp.methods.bias import BiasCompensation
+from onnxcomp.methods.nbc import NonlinearBipolarCompensation
+from onnxcomp.methods.noisyquant import NoisyQuant
+from onnxcomp.methods.xint import XInt
 from onnxcomp.numerics.ranges import METHODS as RANGES
 
 if sys.version_info >= (3, 11):
@@ -87,6 +90,7 @@ class Recipe:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     samples: int = 128
+    """Calibration samples at most; 0 calibrates nothing, even where data are given."""
     seed: int = 0
     target: str = "auto"
     preprocess: Preprocess | None = None
@@ -105,10 +109,9 @@ class Recipe:
             raise RecipeError(f"rounding = '{self.rounding}' is unknown. Use one of: auto, nearest, gptq.")
         if not 50 < self.percentile <= 100:
             raise RecipeError(f"percentile = {self.percentile} is outside (50, 100].")
-        if self.samples < 1:
-            raise RecipeError(f"samples = {self.samples} is not positive.")
-        if self.seed < 0:
-            raise RecipeError(f"seed = {self.seed} is negative.")
+        for name in ("samples", "seed"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"{name} = {getattr(self, name)} is negative.")
 
 
 def find(name_or_path: str | Path) -> Recipe:
@@ -279,21 +282,40 @@ def _toml(value: object) -> str:
     return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in text) + '"'
 
 
-NAMED: dict[str, Recipe] = {
-    "auto": Recipe(name="auto", description="What fits model and machine: MSE ranges and bias compensation, gated."),
-    "base": Recipe(
-        name="base",
-        description="Static MSE ranges alone: nothing is compensated.",
-        activations="static",
-        rounding="nearest",
-        compensate=(),
+def _published(name: str, description: str, method: Compensation) -> Recipe:
+    """One method alone, as its paper has it, on static MSE ranges and weights rounded to nearest."""
+    return Recipe(name, description, activations="static", rounding="nearest", compensate=(method,))
+
+
+_XINT = XInt(weight_terms=2, activation_terms=2, keep="always")
+_ALL = (NoisyQuant(), XInt(budget=1.1), BiasCompensation(), NonlinearBipolarCompensation())
+_RECIPES = (
+    Recipe("auto", "What fits model and machine: MSE ranges, GPTQ below 8 bits, bias compensation, gated."),
+    Recipe("base", "Static MSE ranges alone: nothing is compensated.", activations="static", rounding="nearest", compensate=()),
+    _published(
+        "bc",
+        "Bias Compensation (arXiv:2404.01892), kept everywhere as the paper does.",
+        BiasCompensation(keep="always", trim=0.0),
     ),
-    "bc": Recipe(
-        name="bc",
-        description="Bias Compensation (arXiv:2404.01892) on MSE ranges, kept everywhere as the paper does.",
-        activations="static",
-        rounding="nearest",
-        compensate=(BiasCompensation(keep="always", trim=0.0),),
+    _published(
+        "nbc",
+        "Nonlinear Bipolar Compensation (arXiv:2605.16423) of every block.",
+        NonlinearBipolarCompensation(keep="always"),
     ),
-}
+    _published(
+        "noisyquant",
+        "NoisyQuant (arXiv:2211.16056): uniform noise in front of every static quantizer.",
+        NoisyQuant(mode="uniform", keep="always"),
+    ),
+    Recipe(
+        "xint",
+        "FP=xINT (arXiv:2412.06865): two 4-bit terms of weights and of activations, with no data.",
+        bits=Bits(4, 4),
+        activations="token",
+        samples=0,
+        compensate=(_XINT,),
+    ),
+    Recipe("best", "Everything there is, each where held-out samples gain enough for its price.", compensate=_ALL),
+)
+NAMED: dict[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
 """The named recipes."""

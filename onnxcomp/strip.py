@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxcomp import account, runtime
+from onnxcomp import account, runtime, targets
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_graph, to_model
@@ -59,6 +59,7 @@ def strip(
     places = dict.fromkeys([*(s.name for s in report.sites), *(d.site for d in adopted)])
     prefixes = [f"{place}/{method}/" for place in places for method in methods]
     folds = strip_graph(graph, prefixes, load_folds(stored["onnxcomp.folds"]), methods)
+    targets.find(report.target).settle(graph)
     stripped = to_model(graph, source)
     decisions = tuple(
         dataclasses.replace(d, adopted=False, reason="stripped", added_bytes=0) if d in adopted else d for d in report.decisions

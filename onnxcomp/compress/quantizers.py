@@ -6,11 +6,14 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from onnxcomp.calibrate.samples import Cut
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Edit, Graph, Replacement, Tape, apply
 from onnxcomp.graph.schedule import Step
 from onnxcomp.graph.sites import Site, matches
+from onnxcomp.graph.tidy import Fold
 from onnxcomp.methods import activations
 from onnxcomp.methods.base import Array, Input, InputMethod
 from onnxcomp.numerics.affine import QParams
@@ -39,6 +42,8 @@ class Quantizers:
     """Site -> static or token, where the recipe leaves it open."""
     noise: dict[str, tuple[InputMethod, Mapping[str, Array]]] = field(default_factory=dict)
     """Site -> the method that added something to its input, and what: to be taken out again behind it."""
+    folds: list[Fold] = field(default_factory=list)
+    """What was put into constants, so that it can be taken out again."""
     added: list[tuple[str, str]] = field(default_factory=list)
     """The names of the Adds in front of quantizers, and the methods that put them there."""
     fakes: dict[str, Callable[[Array], Array]] = field(default_factory=dict)
@@ -76,7 +81,7 @@ class Quantizers:
             assert cut is not None, "without samples every range is measured at run time"
             fitted = activations.fit_static(cut, point.scheme, point.ranges, point.percentile, point.highest)
         granularity = self._granularity(point, fitted, cut)
-        source, noise = point.tensor, None
+        source, noise, plain = point.tensor, None, fitted
         if cut is not None:
             source, fitted, noise = self._change(point, fitted if granularity == "static" else None, cut)
         ratio = 1.0
@@ -91,6 +96,10 @@ class Quantizers:
         elif fitted is not None:
             new = activations.build_static(tape, source, fitted)
             self._parameters[point.tensor] = (f"{tape.prefix}.scale", f"{tape.prefix}.zero_point")
+            if plain is not None and plain is not fitted:
+                method = self.added[-1][1]
+                for key, before in (("scale", plain.scale), ("zero_point", plain.zero_point)):
+                    self.folds.append(Fold("", 0, method, f"{tape.prefix}.{key}", before, np.zeros(0)))
         else:
             assert point.same_as is not None
             scale, zero_point = self._parameters[point.same_as]
@@ -136,7 +145,8 @@ class Quantizers:
         """Let the methods change what is quantized: what the quantizer shall read, its parameters, and what was added."""
         source, noise = point.tensor, None
         sites = tuple(s for s in self.plan.sites if s.kind == "layer" and s.name in (point.consumers or ()))
-        for method in self.methods if sites else ():
+        only_layers = len(sites) == len(point.consumers or ())  # a product has no bias to take it out with
+        for method in self.methods if sites and only_layers else ():
             if noise is not None or not any(matches(method.where, site) for site in sites):
                 continue
             tensors = self.reference.tensors()

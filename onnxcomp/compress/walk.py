@@ -25,10 +25,11 @@ from onnxcomp.graph.files import ModelProto, to_bytes
 from onnxcomp.graph.offsets import fold_offset
 from onnxcomp.graph.schedule import Step, schedule
 from onnxcomp.graph.sites import Site, matches
-from onnxcomp.graph.tidy import Fold, fold_bias
-from onnxcomp.methods import weights
+from onnxcomp.graph.tidy import fold_bias
+from onnxcomp.methods import weights, xint
 from onnxcomp.methods.base import Array, Compensation, InputMethod, Outcome, add_bias
 from onnxcomp.methods.bias import TRIM, SampleErrors, decibel
+from onnxcomp.methods.xint import XInt
 from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
 from onnxcomp.runtime import Session, measure
@@ -65,14 +66,15 @@ class Walk:
     threads: int = 0
     decisions: list[Decision] = field(default_factory=list)
     results: dict[str, SiteResult] = field(default_factory=dict)
-    folds: list[Fold] = field(default_factory=list)
-    """What was folded into constants, so that it can be taken out again."""
     quantizers: Quantizers = field(init=False)
+    allowed: Mapping[str, int] = field(default_factory=dict)
+    """How many weight terms a budget leaves to a site."""
     _block_macs: int = 0
     """Multiplications of the layers since the last block, for one sample."""
 
     def __post_init__(self) -> None:
         methods = [m for m in self.methods if isinstance(m, InputMethod)]
+        self.allowed = self._allocate()
         self.quantizers = Quantizers(self.reference, self.compressed, self.plan, methods, self.decisions)
 
     def run(self, progress: Progress) -> None:
@@ -102,7 +104,7 @@ class Walk:
             self._quantize(point)
         for add, method in self.quantizers.added:
             fold = fold_offset(self.compressed, add, method, lambda part, feeds: self._session(part).run(feeds))
-            self.folds += [] if fold is None else [fold]
+            self.quantizers.folds += [] if fold is None else [fold]
         progress("quantizing", len(steps), len(steps))
 
     def expected(self, count: int) -> list[Mapping[str, Array]]:
@@ -141,13 +143,58 @@ class Walk:
             same = [s.name for s in self.plan.sites if s.weight == site.weight and self._weight_bits(s) == bits]
             everyone = {n.name for n in tensors[site.weight].outputs} <= set(same)
             tape = Tape(f"{site.weight}/quantized" if everyone else f"{site.name}/weight")
-            new = weights.build(tape, site, self._round(site, tensors[site.weight].values, bits), bits)
+            w, series = tensors[site.weight].values, any(self._series(s) for s in self.plan.sites if s.name in same)
+            fitted = xint.first_term(w, site.weight_axis, bits) if series else self._round(site, w, bits)
+            new = weights.build(tape, site, fitted, bits)
             replacements = tuple(Replacement(old, to, None if everyone else tuple(same)) for old, to in new.items())
             apply(self.compressed, Edit("quantize", tuple(tape.nodes), tape.constants, replacements))
+        series = [(m, *self._fit_series(m, site)) for m in self._series(site)]
         if noise is not None:
             method, fit = noise
-            b = method.correction(fit, self._rounded(site), site)
-            self._write(site, method_name(method), lambda tape: add_bias(tape, site, b))
+            whole = [xint.total(place, outcome.fit) for _, place, outcome in series if outcome.fit is not None]
+            b = method.correction(fit, whole[0] if whole else self._rounded(site), site)
+            self._write(site, method_name(method), lambda tape: add_bias(tape, site, b), "/output")
+        for method, place, outcome in series:
+            self._expand(method, place, outcome)
+
+    def _series(self, site: Site) -> list[XInt]:
+        """The methods that add residual terms to the site; where a budget leaves it one term, none."""
+        methods = [m for m in self.methods if isinstance(m, XInt) and site.kind == "layer" and matches(m.where, site)]
+        return [m for m in methods if not m.budget or self.allowed.get(site.name, 2) > 1]
+
+    def _fit_series(self, method: XInt, site: Site) -> tuple[xint.Terms, Outcome]:
+        assert site.weight is not None
+        weight = self.reference.tensors()[site.weight].values
+        place = xint.Terms.read(self.compressed, site, weight, self.allowed.get(site.name))
+        return place, method.fit(place, None if self.store is None else Cut(self.store.batches, aliases={"xh": site.x}))
+
+    def _expand(self, method: XInt, place: xint.Terms, outcome: Outcome) -> None:
+        """Write a fitted series into the graph. It may replace the weight or the input of its own operator, for nobody
+        else.
+        """
+        label, site = method_name(method), place.site
+        tape, price = Tape(f"{place.name}/{label}"), None
+        if outcome.fit is not None:
+            new = method.build(tape, place, outcome.fit)
+            made = tuple(Replacement(old, to, None if old == site.raw else (site.name,)) for old, to in new.items())
+            apply(self.compressed, Edit(label, tuple(tape.nodes), tape.constants, made))
+            price = self._price(replace(site, y=site.raw), label)
+        added, adopted = sum(a.nbytes for a in tape.constants.values()), outcome.fit is not None
+        self.decisions.append(Decision(place.name, label, adopted, outcome.reason, outcome.gain_db, added, price))
+
+    def _allocate(self) -> dict[str, int]:
+        """Weight terms by site, where a budget is shared out."""
+        left: dict[str, list[float]] = {}
+        sizes: dict[str, int] = {}
+        tensors, budget = self.reference.tensors(), 0.0
+        for site in self.plan.sites:
+            for method in self._series(site):
+                if method.budget and site.weight is not None:
+                    w, bits, budget = tensors[site.weight].values, self._weight_bits(site), method.budget
+                    first = xint.first_term(w, site.weight_axis, bits)
+                    found = xint.expand(w, first["codes"], first["scale"], site.weight_axis, bits, method.weight_terms)
+                    left[site.name], sizes[site.name] = found[1], w.size
+        return xint.allocate(left, sizes, budget)
 
     def _round(self, site: Site, w: Array, bits: int) -> Mapping[str, Array]:
         if self.store is None or self.plan.settings[site.name].rounding == "nearest":
@@ -185,11 +232,10 @@ class Walk:
         self.decisions.append(Decision(place.name, label, adopted, outcome.reason, outcome.gain_db, added, price))
 
     def _price(self, place: Site | Block, label: str) -> float | None:
-        """Milliseconds that the operators of an edit take for one sample; None where it has none."""
-        assert self.store is not None
+        """Milliseconds that the operators of an edit take for one sample; None where it has none, or no sample is there."""
         tensors = self.compressed.tensors()
         before = next((name for name in tensors if name.startswith(f"{place.y}/before-{label}")), None)
-        if before is None:
+        if before is None or self.store is None:
             return None
         entries, batch = [self._entry(name) for name in place.inputs], self.store.batches[0]
         feed = {self._entry(n): split(batch.live[n], len(batch.indices))[0] for n in place.inputs}
@@ -202,16 +248,16 @@ class Walk:
         times = measure(models, [{t.name: feed[t.name] for t in parts[0].inputs}], rounds=PRICE_ROUNDS)
         return max(times[0].median_ms - sum(t.median_ms for t in times[1:]), 0.0)
 
-    def _write(self, place: Site | Block, label: str, build: Callable[[Tape], Mapping[str, str]]) -> int:
+    def _write(self, place: Site | Block, label: str, build: Callable[[Tape], Mapping[str, str]], where: str = "") -> int:
         """Write what a method builds into the graph; the bytes that it adds to the file."""
-        tape = Tape(f"{place.name}/{label}")
+        tape = Tape(f"{place.name}/{label}{where}")
         replacements = tuple(Replacement(old, to) for old, to in build(tape).items())
         apply(self.compressed, Edit(label, tuple(tape.nodes), tape.constants, replacements))
         site = place if isinstance(place, Site) else place.last
         if site is not None and tape.nodes[-1].op == "Add":
             fold = fold_bias(self.compressed, site, tape.nodes[-1].name, label)
             if fold is not None:
-                self.folds.append(fold)
+                self.quantizers.folds.append(fold)
                 return 4 * fold.added.size if fold.before is None else 0
         return sum(a.nbytes for a in tape.constants.values())
 

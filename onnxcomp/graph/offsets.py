@@ -5,7 +5,7 @@
 
 Between the constant and the Add there may be operators that only move values. Which channel becomes which is found by
 running the stretch between them on channel numbers, never from attributes. Sums are taken in float64 and rounded once; a
-constant that others read is copied. A tensor t whose value now has N in it is called `t/noisy`.
+constant that others read is copied. A tensor t whose value now has N in it is called `t/with-{method}`.
 
 Limits: the Add stays where anything else reads the tensor, or a channel of B that reaches it; where something on the way
 is quantized; and where the lengths of more axes than the first and one other are unknown.
@@ -68,7 +68,7 @@ def fold_offset(graph: gs.Graph, add_name: str, method: str, trace: Trace) -> Fo
     else:
         holder.inputs[home.index] = new
     for tensor in (x, *map(_moved, path)):
-        tensor.name = f"{tensor.name}/noisy"
+        tensor.name += f"/with-{method}"
     for reader in list(add.outputs[0].outputs):
         for index in [i for i, tensor in enumerate(reader.inputs) if tensor is add.outputs[0]]:
             reader.inputs[index] = x

@@ -46,8 +46,15 @@ def strip(graph: gs.Graph, prefixes: Collection[str], folds: Sequence[Fold], met
     """Take the nodes with one of `prefixes`, and what `methods` folded, out of `graph`, in place; the folds that stay."""
     for prefix in prefixes:
         _bypass(graph, prefix)
-    for key in dict.fromkeys((f.node, f.index) for f in folds if f.method in methods):
+    tensors = graph.tensors()
+    for fold in folds:
+        if not fold.node and fold.method in methods and fold.before is not None:
+            tensors[fold.name].values = fold.before
+    for key in dict.fromkeys((f.node, f.index) for f in folds if f.node and f.method in methods):
         _unfold(graph, [f for f in folds if (f.node, f.index) == key], methods)
+    for tensor in graph.tensors().values():
+        for method in methods:
+            tensor.name = tensor.name.removesuffix(f"/with-{method}")
     graph.cleanup(remove_unused_node_outputs=False)
     return [f for f in folds if f.method not in methods]
 
@@ -67,8 +74,14 @@ def _bypass(graph: gs.Graph, prefix: str) -> None:
                 reader.inputs[reader.inputs.index(y)] = source
         label = prefix.rstrip("/").rpartition("/")[2]
         if source.name.startswith(f"{y.name}/before-{label}"):
-            y.name, source.name = f"{prefix}removed", y.name
+            _take_place(source, y)
         graph.outputs[:] = [source if t is y else t for t in graph.outputs]
+
+
+def _take_place(tensor: gs.Tensor, of: gs.Tensor) -> None:
+    """Give `tensor` the other's name, type and shape."""
+    tensor.name, of.name = of.name, f"{of.name}/removed"
+    tensor.dtype, tensor.shape = of.dtype, of.shape
 
 
 def _source(node: gs.Node, inside: Collection[int], own: tuple[str, ...]) -> gs.Tensor:
@@ -101,7 +114,7 @@ def _unfold(graph: gs.Graph, folds: Sequence[Fold], methods: Collection[str]) ->
         del node.inputs[index]
     else:  # an operator that was put there for the bias alone
         y, source = node.outputs[0], node.inputs[1 - index]
-        source.name, y.name = y.name, f"{y.name}/removed"
+        _take_place(source, y)
         for reader in list(y.outputs):
             reader.inputs[reader.inputs.index(y)] = source
         graph.outputs[:] = [source if t is y else t for t in graph.outputs]

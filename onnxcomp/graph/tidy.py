@@ -19,9 +19,10 @@ from onnxcomp.graph.sites import Site
 
 @dataclass(frozen=True)
 class Fold:
-    """One constant that took in another: input `index` of the node called `node`."""
+    """One constant that a method changed: input `index` of the node called `node`, or by its own name."""
 
     node: str
+    """Empty where the constant is found by its name, and `before` is put back as it is."""
     index: int
     method: str
     """The method whose Add was folded."""

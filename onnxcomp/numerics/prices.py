@@ -28,6 +28,10 @@ class Prices:
     """The rest of a transformer's block: normalizations, attention, GELU, quantizers, additions; per element of its stream."""
     feature: float = 2.0
     """The rest of a CNN's block, per element of its output."""
+    nodes: int = 60
+    """Operators of a transformer's block."""
+    detour: float = 0.6
+    """What it takes to leave the 8 bits of a CNN's features and to come back, per element of them."""
 
 
 X86 = Prices()
@@ -35,7 +39,8 @@ X86 = Prices()
 
 def block_ns(macs: int, elements: float, *, spatial: bool, prices: Prices = X86) -> float:
     """The time of a quantized block: its layers' multiply-accumulates and `elements`, the size of its output."""
-    return macs * prices.int8_mac + elements * (prices.feature if spatial else prices.stream)
+    rest = elements * prices.feature if spatial else elements * prices.stream + prices.nodes * prices.node
+    return macs * prices.int8_mac + rest
 
 
 def branch_ns(
@@ -48,14 +53,17 @@ def branch_ns(
     scaled: bool,
     log: bool,
     exp: bool,
+    spatial: bool,
     prices: Prices = X86,
 ) -> float:
     """The time of a branch beside a block: `inputs` and `outputs` elements, `macs` in `products` MatMuls or Convs; `integer`
-    with a quantizer in front, `scaled` with a factor per input channel, between a bipolar `log` and a clipped bipolar `exp`.
+    with a quantizer in front, `scaled` with a factor per input channel, between a bipolar `log` and a clipped bipolar `exp`;
+    `spatial` in a CNN.
     """
     p = prices
-    total = (products + 2) * p.node + macs * (p.int8_mac if integer else p.float_mac)
-    total += outputs * (p.channelwise + p.elementwise)  # the bias, and the sum with the block's output
+    total = (products + 1) * p.node + macs * (p.int8_mac if integer else p.float_mac)
+    total += outputs * p.elementwise  # the sum with the block's output
+    total += 4 * p.node + outputs * p.detour if spatial else p.node + outputs * p.channelwise  # the bias is a Conv's own
     total += integer * (p.node + inputs * p.quantize)
     total += scaled * (p.node + inputs * p.channelwise)
     total += log * (6 * p.node + inputs * (5 * p.elementwise + p.log))

@@ -78,3 +78,9 @@ class Target(ABC):
     @abstractmethod
     def lower(self, graph: Graph) -> Graph:
         """Write the abstract quantizers of `graph` as standard operators. Changes `graph` and returns it."""
+
+    @abstractmethod
+    def settle(self, graph: Graph) -> None:
+        """Bring what stands around the products of a lowered `graph` into the form that keeps them integer kernels.
+        Doing it twice changes nothing: it is done again where operators were taken out.
+        """

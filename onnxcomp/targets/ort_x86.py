@@ -4,6 +4,7 @@
     weight       int4 initializer -> Cast(int8) -> DequantizeLinear                   (int8 initializer above 4 bits)
     MatMul, Gemm -> MatMul with float output, bias by Sum                             (MatMulIntegerToFloat)
     Conv         -> int32 bias, quantized output                                      (QLinearConv)
+    further term -> Sub(x, DequantizeLinear's output) -> Q with a step of its own, once for all who read it
 
 Every rule was read from the runtime's optimized models, and the tests probe it: an integer Clip behind Q keeps the
 kernels, a float Clip or a 4-bit type in front of the operator loses them; the Cast of the int4 weight is folded when the
@@ -22,6 +23,7 @@ import numpy as np
 from onnxcomp.graph.convert import packed_int4
 from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node, Tensor, Variable, insert_after, insert_before, remove
 from onnxcomp.graph.sites import Site
+from onnxcomp.graph.tidy import is_load_time
 from onnxcomp.numerics.affine import Scheme, from_range
 from onnxcomp.targets.base import Plan, Settings, Target
 from onnxcomp.targets.regions import clip_bounds, is_operand, lower_bound, plan_with_regions
@@ -53,7 +55,30 @@ class OrtX86(Target):
 
     def lower(self, graph: Graph) -> Graph:
         _Lowering(graph).run()
+        self.settle(graph)
         return graph
+
+    def settle(self, graph: Graph) -> None:
+        for node in list(graph.nodes):
+            if node.op == "QuantizeLinear" and all(isinstance(t, Constant) for t in node.inputs[1:]):
+                _absorb(graph, node)
+            if node.op == "MatMul" and is_load_time(node.inputs[1]) and any(t.inputs for t in node.inputs[1:]):
+                _keep_integer(graph, node)
+
+
+@dataclass(frozen=True)
+class _Digit:
+    """A lowered quantizer, for the next one that takes up what it has left."""
+
+    source: Tensor
+    """What it quantizes: the tensor itself, or over the scale of each token."""
+    value: Tensor
+    """Its output."""
+    scale: Tensor
+    token: Tensor | None = None
+    """The scale of each token, which stands behind the products."""
+    next: dict[tuple[float, ...], _Digit] = field(default_factory=dict)
+    """What has been lowered behind it, by step: readers share it."""
 
 
 @dataclass
@@ -62,6 +87,8 @@ class _Lowering:
 
     graph: Graph
     shared: dict[str, Constant] = field(default_factory=dict)
+    digits: dict[str, _Digit] = field(default_factory=dict)
+    """The lowered quantizers by the name of their abstract output."""
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -71,14 +98,17 @@ class _Lowering:
                 self._integer_operand(node)
             if node.op == "Gemm" and _weight_codes(node) is not None:
                 self._split_gemm(node)
-        products = [n for n in self.graph.nodes if n.op == "MatMul" and _weight_codes(n) is not None]
+        results = {id(t) for t in self.graph.outputs}
         for node in [n for n in self.graph.nodes if n.domain == DOMAIN]:
-            if node.op == "Dequantize":
+            if not node.outputs[0].outputs and id(node.outputs[0]) not in results:
+                remove(self.graph, node)  # the runtime would compute it all the same
+            elif node.op == "Dequantize":
                 self._weight(node)
             else:
-                {"static": self._static, "dynamic": self._dynamic, "token": self._token}[node.attrs["granularity"]](node)
-        for node in products:
-            self._keep_integer(node)
+                lower = {"static": self._static, "dynamic": self._dynamic, "token": self._token, "residual": self._residual}
+                lower[node.attrs["granularity"]](node)
+        for node in [n for n in self.graph.nodes if n.op == "Sum"]:
+            self._scale_once(node)
 
     def _constant(self, name: str, value: object, dtype: type) -> Constant:
         if name not in self.shared:
@@ -92,11 +122,12 @@ class _Lowering:
     # --- activations -------------------------------------------------------------------------------------------------
 
     def _static(self, node: Node) -> None:
-        """Q, an integer Clip below 8 bits, DQ; a ReLU or Clip in front that the codes' own range repeats is dropped."""
-        self._absorb(node)
+        """Q, an integer Clip below 8 bits, DQ."""
         x, scale, zero_point = node.inputs
         y = node.outputs[0]
-        self._replace(node, self._quantize(y.name, x, scale, zero_point, node.attrs["bits"], y))
+        self.digits[y.name] = _Digit(x, y, scale)
+        name = node.name.rpartition("/fakequantize")[0] or y.name  # the edit's own name, which a tensor's may follow
+        self._replace(node, self._quantize(name, x, scale, zero_point, node.attrs["bits"], y))
 
     def _quantize(self, name: str, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, y: Tensor) -> list[Node]:
         codes = Variable(f"{name}/codes", dtype=np.dtype(np.uint8))
@@ -109,38 +140,19 @@ class _Lowering:
             codes = clipped
         return [*nodes, _node("DequantizeLinear", name, [codes, scale, zero_point], y)]
 
-    def _absorb(self, node: Node) -> None:
-        """Drop the Relu or Clip in front of quantizer `node` where its bounds lie outside the codes' range."""
-        x, scale, zero_point = node.inputs
-        if len(x.inputs) != 1 or len(x.outputs) != 1 or any(t is x for t in self.graph.outputs):
-            return
-        clip = x.inputs[0]
-        if clip.op not in ("Relu", "Clip") or any(isinstance(t, Variable) and not t.is_empty() for t in clip.inputs[1:]):
-            return
-        step, zero, bits = float(scale.values), int(zero_point.values), node.attrs["bits"]
-        low, high = lower_bound(clip), clip_bounds(clip)[1] if clip.op == "Clip" else None
-        if low is not None and -zero * step < low:
-            return
-        # The largest code may exceed the bound by a rounding of its scale: no value in between has another code.
-        if high is not None and (2**bits - 1 - zero) * step > high * (1 + 1e-6):
-            return
-        node.inputs[0] = clip.inputs[0]
-        remove(self.graph, clip)
-        if not x.name.endswith("/before-quantize"):
-            node.outputs[0].name = x.name  # the tensor's name goes on naming its best approximation
-
     def _dynamic(self, node: Node) -> None:
-        """A range measured at run time, per tensor: DynamicQuantizeLinear at 8 bits, a computed symmetric scale below."""
+        """A range measured at run time, per tensor: DynamicQuantizeLinear for 8 bits, a computed symmetric scale below."""
         x, y, bits = node.inputs[0], node.outputs[0], node.attrs["bits"]
-        if bits < 8:
+        if bits < 8 or node.attrs["ratio"] != 1:
             nodes, scale = self._measured_scale(y.name, x, bits, node.attrs["ratio"], per_token=False)
-            zero_point = self._constant(f"onnxcomp/middle.u{bits}", 2 ** (bits - 1), np.uint8)
-            self._replace(node, nodes + self._quantize(y.name, x, scale, zero_point, bits, y))
+            self.digits[y.name] = _Digit(x, y, scale)
+            self._replace(node, nodes + self._quantize(y.name, x, scale, self._middle(bits), bits, y))
             return
         codes, zero_point = (Variable(f"{y.name}/{n}", dtype=np.dtype(np.uint8)) for n in ("codes", "zero_point"))
         scale = Variable(f"{y.name}/scale", dtype=np.dtype(np.float32))
         quantize = _node("DynamicQuantizeLinear", y.name, [x], codes)
         quantize.outputs += [scale, zero_point]
+        self.digits[y.name] = _Digit(x, y, scale)
         self._replace(node, [quantize, _node("DequantizeLinear", y.name, [codes, scale, zero_point], y)])
 
     def _measured_scale(self, name: str, x: Tensor, bits: int, ratio: float, *, per_token: bool) -> tuple[list[Node], Variable]:
@@ -166,16 +178,58 @@ class _Lowering:
         unit, levels = (Variable(f"{y.name}/{n}", dtype=np.dtype(np.float32)) for n in ("unit", "levels"))
         nodes.append(_node("Div", y.name, [x, scale], unit))
         one = self._constant("onnxcomp/one", 1.0, np.float32)
-        zero_point = self._constant(f"onnxcomp/middle.u{bits}", 2 ** (bits - 1), np.uint8)
-        nodes += self._quantize(levels.name, unit, one, zero_point, bits, levels)
-        for consumer in list(y.outputs):
-            assert consumer.op == "MatMul", "per-token ranges stand in front of a MatMul only"
-            consumer.inputs[0] = levels
+        nodes += self._quantize(levels.name, unit, one, self._middle(bits), bits, levels)
+        self.digits[y.name] = _Digit(unit, levels, one, scale)
+        self._read_levels(y, levels, scale)
+        self._replace(node, nodes)
+
+    def _residual(self, node: Node) -> None:
+        """What the quantizer that makes the second input has left of the first, with a step finer by the factor `finer`, or
+        a static range of its own. Readers with one step share it.
+        """
+        before, y, bits, finer = self.digits[node.inputs[1].name], node.outputs[0], node.attrs["bits"], node.attrs["finer"]
+        key = tuple(float(t.values) for t in node.inputs[2:]) or (finer, float(bits))
+        if key not in before.next:
+            rest, value, scale = (Variable(f"{y.name}/{n}", dtype=np.dtype(np.float32)) for n in ("rest", "value", "scale"))
+            nodes, ranges = [_node("Sub", y.name, [before.source, before.value], rest)], (scale, self._middle(bits))
+            if len(node.inputs) == 4:
+                ranges = (node.inputs[2], node.inputs[3])
+            else:
+                factor = Constant(f"{y.name}/finer", np.array(finer, np.float32))
+                nodes.append(_node("Mul", y.name, [before.scale, factor], scale))
+            insert_before(self.graph, node, [*nodes, *self._quantize(y.name, rest, *ranges, bits, value)])
+            before.next[key] = _Digit(rest, value, ranges[0], before.token)
+        found = self.digits[y.name] = before.next[key]
+        self._read_levels(y, found.value, found.token)
+        remove(self.graph, node)
+
+    def _read_levels(self, y: Tensor, levels: Tensor, scale: Tensor | None) -> None:
+        """Let the products that read `y` read `levels` instead, and multiply them by the `scale` of each token."""
+        for consumer in [n for n in list(y.outputs) if n.domain != DOMAIN]:
+            consumer.inputs[[t is y for t in consumer.inputs].index(True)] = levels
             result = consumer.outputs[0]
+            if scale is None or result.name.endswith("/unscaled"):
+                continue
+            assert consumer.op in ("MatMul", "Sum"), "per-token ranges stand in front of a MatMul, or a sum of their terms"
             unscaled = Variable(f"{result.name}/unscaled", dtype=result.dtype)
             consumer.outputs[0] = unscaled
             insert_after(self.graph, consumer, [_node("Mul", consumer.name, [unscaled, scale], result)])
-        self._replace(node, nodes)
+
+    def _scale_once(self, node: Node) -> None:
+        """Multiply a sum of products by the scale of each token, instead of every product."""
+        makers = [t.inputs[0] for t in node.inputs if t.inputs and len(t.outputs) == 1]
+        scaled = [m for m in makers if m.op == "Mul" and m.inputs[0].name.endswith("/unscaled")]
+        if len(scaled) != len(node.inputs) or len({id(mul.inputs[1]) for mul in scaled}) != 1:
+            return
+        scale, result = scaled[0].inputs[1], node.outputs[0]
+        node.inputs = [mul.inputs[0] for mul in scaled]
+        for mul in scaled:
+            remove(self.graph, mul)
+        node.outputs[0] = Variable(f"{result.name}/unscaled", dtype=result.dtype)
+        insert_after(self.graph, node, [_node("Mul", node.name, [node.outputs[0], scale], result)])
+
+    def _middle(self, bits: int) -> Constant:
+        return self._constant(f"onnxcomp/middle.u{bits}", 2 ** (bits - 1), np.uint8)
 
     # --- weights and biases --------------------------------------------------------------------------------------------
 
@@ -187,7 +241,7 @@ class _Lowering:
         codes, scale = node.inputs
         y, axis = node.outputs[0], node.attrs["axis"]
         stored = packed_int4(codes.name, codes.values) if node.attrs["bits"] <= 4 else codes
-        if any(not _is_quantized(reader.inputs[0]) for reader in y.outputs):
+        if any(reader.op == "Sum" or not _is_quantized(reader.inputs[0]) for reader in y.outputs):
             shape = [-1 if i == axis else 1 for i in range(len(codes.shape))]
             floats = Variable(f"{y.name}/codes.f32", dtype=np.dtype(np.float32))
             factor = Constant(scale.name, scale.values.reshape(shape))
@@ -246,26 +300,50 @@ class _Lowering:
         node.outputs[0] = product
         insert_after(self.graph, node, [_node("Sum", node.name, [product, bias], y)])
 
-    def _keep_integer(self, node: Node) -> None:
-        """Keep the runtime from fusing a product of quantized operands with what reads it into a float operator: an Add
-        becomes a Sum, and in front of a ReLU, or of several readers, stands a Sum of one.
-        """
-        y = node.outputs[0]
-        while len(y.outputs) == 1 and y.outputs[0].op in ("Add", "Sum", "Mul") and y.outputs[0].outputs[0].outputs:
-            reader = y.outputs[0]
-            if reader.op == "Add":
-                reader.op = "Sum"
-                return
-            y = reader.outputs[0]
-        y = node.outputs[0]
-        if len(y.outputs) == 1 and y.outputs[0].op not in ("Relu", "Clip", "Add"):
+
+def _absorb(graph: Graph, quantize: Node) -> None:
+    """Drop the Relu or Clip in front of a static quantizer where its bounds lie outside the codes' range."""
+    x, scale, zero_point = quantize.inputs
+    if len(x.inputs) != 1 or len(x.outputs) != 1 or any(t is x for t in graph.outputs):
+        return
+    clip, reader = x.inputs[0], quantize.outputs[0].outputs[0]
+    if clip.op not in ("Relu", "Clip") or any(isinstance(t, Variable) and not t.is_empty() for t in clip.inputs[1:]):
+        return
+    step, zero = float(scale.values), int(zero_point.values)
+    largest = 255 if reader.op != "Clip" else int(reader.inputs[2].values)
+    low, high = lower_bound(clip), clip_bounds(clip)[1] if clip.op == "Clip" else None
+    if low is not None and -zero * step < low:
+        return
+    # The largest code may exceed the bound by a rounding of its scale: no value in between has another code.
+    if high is not None and (largest - zero) * step > high * (1 + 1e-6):
+        return
+    quantize.inputs[0] = clip.inputs[0]
+    remove(graph, clip)
+    if not x.name.endswith("/before-quantize"):
+        dequantize = reader if reader.op != "Clip" else reader.outputs[0].outputs[0]
+        dequantize.outputs[0].name = x.name  # the tensor's name goes on naming its best approximation
+
+
+def _keep_integer(graph: Graph, node: Node) -> None:
+    """Keep the runtime from fusing a product of quantized operands with what reads it into a float operator: an Add
+    becomes a Sum, and in front of a ReLU, or of several readers, stands a Sum of one.
+    """
+    y = node.outputs[0]
+    while len(y.outputs) == 1 and y.outputs[0].op in ("Add", "Sum", "Mul") and y.outputs[0].outputs[0].outputs:
+        reader = y.outputs[0]
+        if reader.op == "Add" or (reader.op == "Sum" and any(is_load_time(t) for t in reader.inputs)):
+            reader.op = "Sum"
             return
-        if len(y.outputs) == 1 and y.outputs[0].op == "Add":
-            y.outputs[0].op = "Sum"
-        elif y.outputs:
-            raw = Variable(f"{y.name}/product", dtype=y.dtype)
-            node.outputs[0] = raw
-            insert_after(self.graph, node, [_node("Sum", node.name, [raw], y)])
+        y = reader.outputs[0]
+    y = node.outputs[0]
+    if len(y.outputs) == 1 and y.outputs[0].op not in ("Relu", "Clip", "Add"):
+        return
+    if len(y.outputs) == 1 and y.outputs[0].op == "Add":
+        y.outputs[0].op = "Sum"
+    elif y.outputs:
+        raw = Variable(f"{y.name}/product", dtype=y.dtype)
+        node.outputs[0] = raw
+        insert_after(graph, node, [_node("Sum", node.name, [raw], y)])
 
 
 def _node(op: str, prefix: str, inputs: Sequence[Tensor], output: Tensor, **attrs: object) -> Node:

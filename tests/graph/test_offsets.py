@@ -103,7 +103,7 @@ def test_the_shift_of_a_layer_norm_takes_it_in():
 def test_the_tensor_is_then_named_for_what_it_holds():
     _, after = fold(model(NORM), tolerance=NEAR)
 
-    assert [list(n.output) for n in after.graph.node] == [["h/noisy"], ["y"]]
+    assert [list(n.output) for n in after.graph.node] == [["h/with-noisyquant"], ["y"]]
 
 
 def test_a_layer_norm_without_a_shift_gets_one():
@@ -284,7 +284,7 @@ def test_all_tensors_on_the_way_are_renamed_and_no_other():
     _, after = fold(model(packed(SPLIT)), tolerance=SOFT)
 
     names = {name for node in after.graph.node for name in node.output}
-    assert {n for n in names if n.endswith("/noisy")} == {f"{n}/noisy" for n in ("z", "z1", "vs", "v2", "v", "a", "a1", "h")}
+    assert {n for n in names if n.endswith("/with-noisyquant")} == {f"{n}/with-noisyquant" for n in ("z", "z1", "vs", "v2", "v", "a", "a1", "h")}
     assert {"q", "k", "p", "y", "qs", "ks"} <= names
 
 

@@ -130,7 +130,7 @@ def test_an_activation_function_that_is_an_output_stays():
 def test_an_absorbed_tensor_goes_on_naming_its_best_approximation():
     model = matmul("h = Relu(x)" + static("h", "a") + "y = Tanh(a)", z=ZERO)
 
-    assert [list(n.output) for n in model.graph.node] == [["h/codes"], ["h"], ["y"]]
+    assert [list(n.output) for n in model.graph.node] == [["a/codes"], ["h"], ["y"]]
 
 
 # --- ranges at run time ----------------------------------------------------------------------------------------------
