@@ -110,14 +110,17 @@ def main() -> None:
 @click.option("--max-drop", type=float, metavar="POINTS", help="Write nothing if more of the answers on --data change.")
 @click.option("--labels", type=click.Path(), help="Let --max-drop count right answers instead: .npy, .npz or .csv.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option("--split", is_flag=True, help="Write a model of each weight term too; for xint of granularity 'model'.")
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
 def quantize(
     model: str, data: str | None, output: str | None, *, max_drop: float | None, labels: str | None,
-    force: bool, all_sites: bool, as_json: bool, **options: Any,
+    force: bool, split: bool, all_sites: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Quantize MODEL and write the result once it is proven to run."""
     if max_drop is not None and data is None:
         raise UsageError("--max-drop is measured on samples. Pass --data.")
+    if split and max_drop is not None:
+        raise UsageError("--split writes its files at once, and --max-drop decides later. Give one of them.")
     if labels is not None and max_drop is None:
         raise UsageError("--labels is for --max-drop. Pass both, or compare the result with `onnxcomp compare`.")
     recipe = _recipe(**options)
@@ -132,8 +135,9 @@ def quantize(
     files.check_output(destination, path, force=force)
     with _progress() as progress:
         result = pipeline.quantize(
-            path, data, recipe, output=None if max_drop is not None else destination, force=force, progress=progress
-        )
+            path, data, recipe, output=None if max_drop is not None else destination, force=force, split=split,
+            progress=progress,
+        )  # fmt: skip
         if max_drop is not None:
             found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
             _demand(found, max_drop)

@@ -39,6 +39,8 @@ class Result:
 
     model: onnx.ModelProto
     report: Report
+    terms: tuple[onnx.ModelProto, ...] = ()
+    """The low-bit model of every weight term, where `split` asked for them."""
 
 
 def ignore(stage: str, done: int, total: int) -> None:
@@ -52,6 +54,7 @@ def quantize(
     *,
     output: str | Path | None = None,
     force: bool = False,
+    split: bool = False,
     progress: Progress = ignore,
 ) -> Result:
     """Quantize `model` as `recipe` says, calibrated on `data`, and write it to `output` once it is proven to run.
@@ -61,6 +64,8 @@ def quantize(
             activations' ranges are measured at run time and nothing is calibrated
     recipe  a Recipe, the name of one, or the path of a TOML file
     output  where the file goes; None writes none
+    split   make a model of each weight term too, of a recipe with xint of granularity "model" and nothing else; written
+            beside `output` as NAME.term1.onnx and so on
 
     Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError.
     """
@@ -91,6 +96,7 @@ def quantize(
     walk.run(progress)
 
     expected = None if store is None else walk.expected(len(feeds))
+    terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
     lowered = target.lower(walk.compressed)
     finished = to_model(lowered, prepared.model)
     progress("verifying", 0, 1)
@@ -103,8 +109,10 @@ def quantize(
         with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
             runtime.Session(pending.path).run(feeds[0])
             pending.commit()
+        for number, term in enumerate(terms, 1):
+            files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
     progress("verifying", 1, 1)
-    return Result(finished, report)
+    return Result(finished, report, terms)
 
 
 def _proof_feeds(store: Store | None, reference: runtime.Session) -> Sequence[Feed]:

@@ -20,6 +20,7 @@ from onnxcomp.methods.base import Compensation
 from onnxcomp.methods.bias import BiasCompensation
 from onnxcomp.methods.nbc import NonlinearBipolarCompensation
 from onnxcomp.methods.noisyquant import NoisyQuant
+from onnxcomp.methods.xint import XInt
 from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import Bits, Recipe, method_name
 from onnxcomp.report.json import from_json
@@ -75,6 +76,19 @@ def test_a_method_at_the_last_place_is_taken_out_to_the_bit(name: str, how: str)
         if ours.name.endswith(("/quantized.scale", "/quantized.zero_point")):  # of the place's output
             theirs.ClearField("raw_data"), ours.ClearField("raw_data")
     assert graph_bytes(stripped.model) == graph_bytes(plain)
+    assert graph_bytes(stripped.model) != graph_bytes(compensated.model)
+
+
+@pytest.mark.parametrize("name", ["mlp", "linear_3d", "transformer", "gemm", "shared"])
+def test_what_is_left_of_a_series_is_its_first_term(name: str):
+    tiny = TINY[name]
+    series = replace(PLAIN, activations="token", compensate=(XInt(weight_terms=2, activation_terms=2, keep="always"),))
+    one = replace(series, compensate=(XInt(weight_terms=1, activation_terms=1, keep="always"),))
+    compensated = quantize(tiny.model, None, replace(series, samples=0))
+
+    stripped = strip(compensated.model, ["xint"])
+
+    assert graph_bytes(stripped.model) == graph_bytes(quantize(tiny.model, None, replace(one, samples=0)).model)
     assert graph_bytes(stripped.model) != graph_bytes(compensated.model)
 
 

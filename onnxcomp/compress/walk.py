@@ -18,6 +18,7 @@ import numpy as np
 
 from onnxcomp.calibrate.samples import Cut, SiteRun, Store, split
 from onnxcomp.compress.quantizers import Progress, Quantizers
+from onnxcomp.errors import UsageError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Edit, Graph, Replacement, Tape, apply, extract
@@ -117,6 +118,13 @@ class Walk:
             for live in found:
                 live.update(session.run({self._entry(name): live[name]}))
         return list(found)
+
+    def split(self) -> list[Graph]:
+        """The low-bit graphs of the weight terms. Raises UsageError unless a series of granularity `model` is all there is."""
+        if len(self.methods) != 1 or not isinstance(self.methods[0], XInt) or self.methods[0].granularity != "model":
+            raise UsageError('Terms can be split off a recipe with xint of granularity "model" and no other method.')
+        k, layers = self.methods[0].weight_terms, [site for site in self.plan.sites if site.kind == "layer"]
+        return [xint.split(self.compressed, layers, k, term) for term in range(1, k + 1)]
 
     def _heads(self) -> dict[str, Site | None]:
         """Where the walk stops: at the plan's heads and at the first reader of every tensor between two blocks."""

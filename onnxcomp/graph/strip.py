@@ -54,7 +54,7 @@ def strip(graph: gs.Graph, prefixes: Collection[str], folds: Sequence[Fold], met
         _unfold(graph, [f for f in folds if (f.node, f.index) == key], methods)
     for tensor in graph.tensors().values():
         for method in methods:
-            tensor.name = tensor.name.removesuffix(f"/with-{method}")
+            tensor.name = tensor.name.removesuffix(f"/with-{method}").replace(f"/before-{method}/", "/")
     graph.cleanup(remove_unused_node_outputs=False)
     return [f for f in folds if f.method not in methods]
 
@@ -68,12 +68,12 @@ def _bypass(graph: gs.Graph, prefix: str) -> None:
         y = node.outputs[0]
         if not any(id(reader) not in inside for reader in y.outputs) and id(y) not in results:
             continue
-        source = _source(node, inside, (prefix, f"{prefix.rstrip('/')}.", "onnxcomp/"))
+        source = _source(node, inside)
         for reader in list(y.outputs):
             if id(reader) not in inside:
                 reader.inputs[reader.inputs.index(y)] = source
         label = prefix.rstrip("/").rpartition("/")[2]
-        if source.name.startswith(f"{y.name}/before-{label}"):
+        if f"/before-{label}" in source.name:
             _take_place(source, y)
         graph.outputs[:] = [source if t is y else t for t in graph.outputs]
 
@@ -84,16 +84,10 @@ def _take_place(tensor: gs.Tensor, of: gs.Tensor) -> None:
     tensor.dtype, tensor.shape = of.dtype, of.shape
 
 
-def _source(node: gs.Node, inside: Collection[int], own: tuple[str, ...]) -> gs.Tensor:
-    """What the method's last node, or the quantizer behind it, adds to: its one input from outside. Constants whose names
-    start like `own` are the method's, or the target's.
-    """
-    while True:
-        for tensor in node.inputs:
-            outside = not tensor.inputs or id(tensor.inputs[0]) not in inside
-            if outside and not (isinstance(tensor, gs.Constant) and tensor.name.startswith(own)):
-                return tensor
-        node = node.inputs[0].inputs[0]
+def _source(node: gs.Node, inside: Collection[int]) -> gs.Tensor:
+    """What the method's last node, or the quantizer behind it, adds to: its first input, and so on back to the outside."""
+    tensor = node.inputs[0]
+    return _source(tensor.inputs[0], inside) if tensor.inputs and id(tensor.inputs[0]) in inside else tensor
 
 
 def _unfold(graph: gs.Graph, folds: Sequence[Fold], methods: Collection[str]) -> None:

@@ -221,12 +221,13 @@ class _Lowering:
         scaled = [m for m in makers if m.op == "Mul" and m.inputs[0].name.endswith("/unscaled")]
         if len(scaled) != len(node.inputs) or len({id(mul.inputs[1]) for mul in scaled}) != 1:
             return
-        scale, result = scaled[0].inputs[1], node.outputs[0]
+        scale, result, name = scaled[0].inputs[1], node.outputs[0], scaled[0].name
         node.inputs = [mul.inputs[0] for mul in scaled]
         for mul in scaled:
             remove(self.graph, mul)
         node.outputs[0] = Variable(f"{result.name}/unscaled", dtype=result.dtype)
-        insert_after(self.graph, node, [_node("Mul", node.name, [node.outputs[0], scale], result)])
+        last = Node("Mul", name, inputs=[node.outputs[0], scale], outputs=[result])  # the layer's own, behind the sum now
+        insert_after(self.graph, node, [last])
 
     def _middle(self, bits: int) -> Constant:
         return self._constant(f"onnxcomp/middle.u{bits}", 2 ** (bits - 1), np.uint8)
