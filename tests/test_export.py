@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,9 +13,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from onnxcomp.errors import ModelError, OnnxcompError, UsageError, VerificationError
-from onnxcomp.export import export
-from onnxcomp.export.network import read_inputs
+from onnxcomp.errors import ModelError, UsageError, VerificationError
+from onnxcomp.export import export, read_inputs
 from onnxcomp.runtime import Session
 
 needs_torch = pytest.mark.skipif(
@@ -58,12 +57,26 @@ class Branch(nn.Module):
 
 class Fixed(nn.Module):
     def forward(self, x):
-        return x + torch.ones(2, 3)
+        return x + torch.ones(x.shape[0] if x.shape[0] == 2 else 4, 3)
 
 
-class Even(nn.Module):
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(3, 3))
+
     def forward(self, x):
-        return x.reshape(2, -1).sum(1)
+        return x + self.rows[: x.shape[0]]
+
+
+class Trees(nn.Module):
+    def forward(self, x):
+        return x, {"last": -x, "pair": (x + 1, None, x + 2)}
+
+
+class Keyword(nn.Module):
+    def forward(self, a, *, b):
+        return a - 2 * b
 
 
 class Pair(nn.Module):
@@ -145,13 +158,13 @@ def test_inputs_with_the_names_of_parameters_are_passed_by_name_and_each_axis_va
     report = export(
         "nets:Ids",
         ["attention_mask=1x8:int64", "input_ids=1x8:int64"],
-        dynamic=["batch,input_ids:1=sequence", "attention_mask:1=sequence"],
+        dynamic=["batch", "input_ids:1=sequence", "attention_mask:1=sequence"],
         output="ids.onnx",
     )
 
-    assert report.inputs == ("attention_mask int64[batch, sequence]", "input_ids int64[batch, sequence]")
+    assert report.inputs == ("input_ids int64[batch, sequence]", "attention_mask int64[batch, sequence]")
     # An output cannot share the name of an input, and one that torch leaves out (None) is none.
-    assert [text.split()[0] for text in report.outputs] == ["logits", "input_ids_out"]
+    assert [text.split()[0] for text in report.outputs] == ["logits", "input_ids_1"]
     feed = {"input_ids": np.ones((3, 5), np.int64), "attention_mask": np.zeros((3, 5), np.int64)}
     bias = next(t for t in onnx.load("ids.onnx").graph.initializer if t.name == "head.bias")
     # A mask of zeros leaves the head's bias alone.
@@ -159,7 +172,7 @@ def test_inputs_with_the_names_of_parameters_are_passed_by_name_and_each_axis_va
 
 
 @needs_torch
-@pytest.mark.parametrize(("name", "output"), [("x", "output"), ("output", "output_out")])
+@pytest.mark.parametrize(("name", "output"), [("x", "output"), ("output", "output_1")])
 def test_a_module_that_returns_its_input_has_two_names_for_it(name: str, output: str):
     import torch
 
@@ -181,11 +194,32 @@ def test_a_saved_program_keeps_its_own_dynamic_axes():
     assert Session(report.path).run({"features": np.ones((7, 3), np.float32)})["output"].shape == (7, 2)
     with pytest.raises(UsageError) as caught:
         export("p.pt2", ["features=2x3"], dynamic=["batch"], output="q.onnx")
-    assert str(caught.value) == (
-        "p.pt2: the dynamic axes of a .pt2 file are those it was saved with. Set dynamic_shapes in torch.export.export instead."
-    )
-    with pytest.raises(UsageError, match=r"^p\.pt2: the program takes \(input\), which the inputs \(a, b\) do not fit\.$"):
+    assert str(caught.value) == ("p.pt2 has the axes it was saved with. Set dynamic_shapes in torch.export.export instead.")
+    with pytest.raises(ModelError, match=r"^p\.pt2 does not run in torch on a float32\[2, 3\], b float32\[2, 3\]: [^\n]+\.$"):
         export("p.pt2", ["a=2x3", "b=2x3"], output="q.onnx")
+
+
+@needs_torch
+@pytest.mark.parametrize("inputs", [["a=2x3", "b=2x3"], ["b=2x3", "a=2x3"], ["x=2x3", "y=2x3"]])
+def test_a_saved_program_takes_its_inputs_by_name_or_in_order(inputs: list[str], monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    monkeypatch.syspath_prepend(Path.cwd())
+    nets = import_module("nets")
+    a, b = np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32)
+    arguments = (torch.from_numpy(a),), {"b": torch.from_numpy(b)}
+    torch.export.save(torch.export.export(nets.Keyword(), *arguments), "k.pt2")
+    report = export("k.pt2", inputs, output="k.onnx")
+    first, second = sorted(text.partition("=")[0] for text in inputs)
+
+    np.testing.assert_array_equal(Session(report.path).run({first: a, second: b})["output"], a - 2 * b)
+
+
+@needs_torch
+def test_outputs_are_named_by_keys_and_places():
+    report = export("nets:Trees", ["x=2x3"], output="m.onnx")
+
+    assert [text.split()[0] for text in report.outputs] == ["output_0", "last", "pair_0", "pair_2"]
 
 
 @needs_torch
@@ -233,7 +267,7 @@ def test_an_existing_file_is_kept_unless_forced(folder: Path):
             (),
             r"^nets:Branch: torch cannot export it: Could not guard on data-dependent expression [^\n]*\.$",
         ),
-        ("nets:Fixed", ("batch",), r"^nets:Fixed: torch cannot export it: [^\n]*inferred a static shape of 2[^\n]*\.$"),
+        ("nets:Fixed", ("batch",), r"^nets:Fixed: torch cannot export it: [^\n]*inferred a static shape of 4[^\n]*\.$"),
     ],
 )
 def test_what_torch_cannot_export_is_one_line(spec: str, dynamic: tuple[str, ...], text: str):
@@ -242,67 +276,55 @@ def test_what_torch_cannot_export_is_one_line(spec: str, dynamic: tuple[str, ...
 
 
 @needs_torch
-def test_the_other_sizes_must_run_in_torch_too():
+def test_axes_that_vary_must_run_twice_as_long_in_torch_too():
     with pytest.raises(ModelError) as caught:
-        export("nets:Even", ["x=2x3"], dynamic=["batch"], output="m.onnx")
+        export("nets:Table", ["x=2x3"], dynamic=["batch"], output="m.onnx")
     assert str(caught.value) == (
-        "nets:Even does not run in torch on x float32[3, 3]: shape '[2, -1]' is invalid for input of size 9."
+        "nets:Table does not run in torch on x float32[4, 3]: The size of tensor a (4) must match the size of tensor b (3) "
+        "at non-singleton dimension 0."
     )
 
 
 @needs_torch
 @pytest.mark.parametrize(
-    ("kind", "spec", "text"),
+    ("spec", "reason"),
     [
-        (UsageError, "nets", "'nets' is neither PACKAGE.MODULE:FACTORY, such as nets.vit:tiny, nor a .pt2 file."),
-        (
-            UsageError,
-            "no_such.nets:vit",
-            "no_such.nets:vit: there is no module 'no_such'. Run from the folder that holds it, or install it.",
-        ),
-        (
-            UsageError,
-            "needy:vit",
-            "needy:vit: 'needy' needs the module 'a_package_nobody_has', which is not installed.",
-        ),
-        (
-            UsageError,
-            "nets:convolutoin",
-            "nets:convolutoin: module 'nets' has no 'convolutoin'. Did you mean 'convolution'?",
-        ),
-        (UsageError, "nets:width", "nets:width: 'width' is of type int, not a module or a function that makes one."),
-        (
-            UsageError,
-            "nets:with_argument",
-            "nets:with_argument: 'with_argument' is called without arguments, but is missing a required argument: 'width'.",
-        ),
-        (
-            UsageError,
-            "nets:dictionary",
-            "nets:dictionary: 'dictionary' returned something of type dict, not a torch.nn.Module.",
-        ),
-        (UsageError, "nets:Pair", "nets:Pair: forward takes (a, b), which the inputs (x) do not fit."),
-        (
-            ModelError,
-            "nets:Text",
-            "The module returns something of type str. It must return tensors, in tuples, lists or dicts.",
-        ),
-        (
-            ModelError,
-            "nets:convolution",
-            "nets:convolution does not run in torch on x float32[2, 3]: Expected 3D (unbatched) or 4D (batched) input "
-            "to conv2d, but got input of size: [2, 3].",
-        ),
-        (ModelError, "absent.pt2", "absent.pt2 does not exist."),
-        (ModelError, "nets.pt2", "nets.pt2 cannot be read as a torch.export program."),
+        ("nets", "'module' object is not callable."),
+        ("no_such.nets:vit", "No module named 'no_such'."),
+        ("needy:vit", "No module named 'a_package_nobody_has'."),
+        ("nets:convolutoin", "module 'nets' has no attribute 'convolutoin'."),
+        ("nets:width", "'int' object is not callable."),
+        ("nets:with_argument", "with_argument() missing 1 required positional argument: 'width'."),
+        ("nets:dictionary", "it returned something of type dict, not a torch.nn.Module."),
+        ("absent.pt2", "[Errno 2] No such file or directory: 'absent.pt2'."),
+        ("nets.pt2", "File is not a zip file."),
     ],
 )
-def test_what_cannot_be_loaded_or_run_is_told_in_one_line(kind: type[OnnxcompError], spec: str, text: str):
+def test_what_cannot_be_loaded_is_told_in_one_line(spec: str, reason: str):
     Path("nets.pt2").write_text("no program")
 
-    with pytest.raises(kind) as caught:
+    with pytest.raises(ModelError) as caught:
         export(spec, ["x=2x3"], output="m.onnx")
-    assert str(caught.value) == text
+    assert str(caught.value) == f"{spec} is no PACKAGE.MODULE:FACTORY or .pt2 file that can be loaded: {reason}"
+    assert not Path("m.onnx").exists()
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("nets:Pair", "Pair.forward() missing 1 required positional argument: 'b'."),
+        ("nets:Text", "it returns something of type str, not tensors in tuples, lists or dicts."),
+        (
+            "nets:convolution",
+            "Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: [2, 3].",
+        ),
+    ],
+)
+def test_what_does_not_run_in_torch_is_told_in_one_line(spec: str, reason: str):
+    with pytest.raises(ModelError) as caught:
+        export(spec, ["x=2x3"], output="m.onnx")
+    assert str(caught.value) == f"{spec} does not run in torch on x float32[2, 3]: {reason}"
     assert not Path("m.onnx").exists()
 
 
@@ -313,49 +335,31 @@ def test_without_torch_one_sentence_says_what_to_install(package: str, monkeypat
 
     with pytest.raises(UsageError) as caught:
         export("nets:convolution", ["x=1x2x4x4"], output="m.onnx")
-    assert str(caught.value) == (
-        f"Exporting needs the package {package}, which is not installed. Run: pip install 'onnxcomp[torch]'"
-    )
+    assert str(caught.value) == (f"Exporting needs the package {package}. Run: pip install 'onnxcomp[torch]'")
 
 
 def test_a_name_alone_makes_the_first_axis_of_every_input_vary():
-    ids, mask = read_inputs(["ids=1x16:int64", "mask=1x16:bool"], ["batch,ids:1=sequence"])
+    ids, mask = read_inputs(["ids=1x16:int64", "mask=1x16:bool"], ["batch", "ids:1=sequence"])
 
-    assert (ids.shape, ids.dtype, ids.axes) == ((1, 16), np.dtype(np.int64), {0: "batch", 1: "sequence"})
-    assert (mask.dtype, mask.axes) == (np.dtype(bool), {0: "batch"})
+    assert (ids.shape, ids.dtype, ids.axes) == ((1, 16), "int64", {0: "batch", 1: "sequence"})
+    assert (mask.dtype, mask.axes) == ("bool", {0: "batch"})
 
 
-@pytest.mark.parametrize(
-    ("inputs", "dynamic", "text"),
-    [
-        (
-            ["x=1x3xfoo"],
-            [],
-            "Input 'x=1x3xfoo' cannot be understood. Write NAME=SIZExSIZE or NAME=SIZExSIZE:TYPE, for example "
-            "pixel_values=1x3x224x224 or input_ids=1x16:int64.",
-        ),
-        (["x=0x3"], [], "Input 'x=0x3' cannot be understood."),
-        (
-            ["x=1x3:float23"],
-            [],
-            "Input 'x=1x3:float23': unknown type 'float23'. Types are float32, float64, float16, int64, int32, int8, "
-            "uint8, bool.",
-        ),
-        (["x=1", "x=2"], [], "Input 'x' is given twice."),
-        (
-            ["x=1x3"],
-            ["x:1"],
-            "Dynamic axis 'x:1' cannot be understood. Write a name for the first axis of every input, such as batch, "
-            "or INPUT:AXIS=NAME, such as input_ids:1=sequence.",
-        ),
-        (
-            ["pixels=1x3"],
-            ["pixel:0=batch"],
-            "Dynamic axis 'pixel:0=batch': there is no input 'pixel'. Did you mean 'pixels'?",
-        ),
-        (["x=1x3"], ["x:2=width"], "Dynamic axis 'x:2=width': the axes of 'x' end at 1."),
-    ],
-)
-def test_a_description_that_cannot_be_understood_is_told_in_one_line(inputs: list[str], dynamic: list[str], text: str):
-    with pytest.raises(UsageError, match=f"^{re.escape(text)}"):
-        read_inputs(inputs, dynamic)
+@pytest.mark.parametrize("inputs", [["x=1x3xfoo"], ["x=0x3"], ["x=1x3:float23"], ["x=1", "x=2"]])
+def test_an_input_that_cannot_be_understood_is_told_in_one_line(inputs: list[str]):
+    with pytest.raises(UsageError) as caught:
+        read_inputs(inputs, [])
+    assert str(caught.value) == (
+        f"Input '{inputs[-1]}' cannot be understood. Write each NAME once, as NAME=SIZExSIZE or NAME=SIZExSIZE:TYPE, TYPE "
+        "being float32, float64, float16, int64, int32, int8, uint8, bool."
+    )
+
+
+@pytest.mark.parametrize("axis", ["x:1", "pixel:0=batch", "x:2=width", "batch,x:1=width"])
+def test_a_dynamic_axis_that_no_input_has_is_told_in_one_line(axis: str):
+    with pytest.raises(UsageError) as caught:
+        read_inputs(["x=1x3"], [axis])
+    assert str(caught.value) == (
+        f"Dynamic axis '{axis}' is none of the inputs x=1x3. Write INPUT:AXIS=NAME, or a name alone, such as batch, for the "
+        "first axis of every input."
+    )

@@ -1,16 +1,17 @@
-"""Why ONNX Runtime's CPU provider runs a site in float: its rules for integer kernels, one function each.
+"""Why ONNX Runtime's CPU provider runs a site in float: its rules for integer kernels.
 
-A rule looks at one operator of the lowered graph and yields a sentence for each way in which it is broken. They are
-asked in order, from what makes the others pointless (an operator without an integer kernel) to the finest (a ReLU that
-a zero point does not absorb). Measured on ONNX Runtime 1.31.1; every rule has a probe in the tests.
+Each rule looks at one operator of the lowered graph and is one sentence. They are asked in order, from what makes the
+others pointless (an operator without an integer kernel) to the finest (a ReLU that a zero point does not absorb).
+Measured on ONNX Runtime 1.31.1; every sentence has a probe in the tests.
 
 Limits: CPU provider, x86-64; tensors inside control flow are not followed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -26,11 +27,12 @@ MOVES = frozenset({
 SELECTIONS = MOVES | {"ArgMax", "DepthToSpace", "GatherElements", "MaxPool", "ReduceMax", "ReduceMin", "Resize"}
 """Operators whose output is a selection of their input: integers in, integers out, if both share one scale."""
 
-_PRODUCTS = frozenset({"MatMul", "Gemm"})
 STORED = frozenset({
     "Conv", "Add", "Mul", "Concat", "Where", "Sigmoid", "LeakyRelu", "Softmax", "AveragePool", "GlobalAveragePool",
 })  # fmt: skip
 """Operators with an integer kernel that needs a QuantizeLinear behind it."""
+
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "MatMulInteger", "ConvInteger")
 
 
 @dataclass(frozen=True)
@@ -44,196 +46,104 @@ class Case:
 
 def explain(case: Case, version: str) -> str:
     """One sentence: the first rule that does not hold, or that ONNX Runtime `version` did not fuse the operator."""
-    reasons = (reason for rule in RULES for reason in rule(case))
+    reasons = chain(_ask_inputs(case.node), _ask_product(case.node), _ask_output(case))
     return next(reasons, f"ONNX Runtime {version} did not fuse it.")
 
 
 def is_quantized(tensor: Tensor) -> bool:
     """Whether the tensor comes from DequantizeLinear or consists of codes of at most 8 bits."""
-    return _dequantizer(tensor) is not None or _code_type(tensor) in (np.uint8, np.int8)
+    return _dequantizer(tensor) is not None or _type(tensor) in ("int8", "uint8")
 
 
-def no_integer_kernel(case: Case) -> Iterator[str]:
-    """Only some operators have an integer kernel at all; ConvInteger has, but a slow one, and MatMulInteger always."""
-    if case.node.op not in _PRODUCTS | STORED | SELECTIONS | {"MatMulInteger", "ConvInteger"}:
-        yield f"ONNX Runtime has no integer kernel for {case.node.op}."
-
-
-def input_not_quantized(case: Case) -> Iterator[str]:
-    """Every input must come from DequantizeLinear, constants too; a bias is asked separately."""
-    for tensor in _operands(case.node):
+def _ask_inputs(node: Node) -> Iterator[str]:
+    """ConvInteger has an integer kernel, but a slow one, and MatMulInteger always runs on one."""
+    if node.op not in {*_PRODUCTS, *STORED, *SELECTIONS}:
+        yield f"ONNX Runtime has no integer kernel for {node.op}."
+    for tensor in _operands(node):
+        source, codes, is_constant = _dequantizer(tensor), _codes(tensor), _is_constant(tensor)
+        role = "input" if not is_constant else "weight" if node.op in _PRODUCTS else "constant operand"
         # A float weight of a Conv between quantized activations is quantized by ONNX Runtime itself.
-        if not is_quantized(tensor) and not (case.node.op == "Conv" and _is_constant(tensor)):
-            yield f"Its {_role(case.node, tensor)} '{tensor.name}' is not quantized."
-
-
-def sixteen_bits(case: Case) -> Iterator[str]:
-    """No kernel computes with 16-bit codes."""
-    for tensor, kind in _code_types(case.node):
-        if kind in ("int16", "uint16"):
-            yield f"Its {_role(case.node, tensor)} has 16-bit codes, for which there is no integer kernel."
-
-
-def four_bit_type(case: Case) -> Iterator[str]:
-    """int4 codes stay integers only behind a Cast to int8, uint4 codes not at all."""
-    for tensor, kind in _code_types(case.node):
-        if kind in ("int4", "uint4", "int2", "uint2") and _is_constant(tensor):
-            yield f"Its {kind} weight goes straight into DequantizeLinear; behind a Cast to int8 it would fuse."
-        elif kind in ("int4", "uint4", "int2", "uint2"):
-            yield f"Its input is quantized to {kind}; QuantizeLinear to uint8 and an integer Clip would fuse."
-
-
-def half_precision(case: Case) -> Iterator[str]:
-    """Around float16 scales ONNX Runtime inserts Casts, and nothing fuses."""
-    for tensor in _operands(case.node):
-        source = _dequantizer(tensor)
+        if not is_quantized(tensor) and not (node.op == "Conv" and is_constant):
+            yield f"Its {role} '{tensor.name}' is not quantized."
+        if codes in ("int16", "uint16"):
+            yield f"Its {role} has 16-bit codes, for which there is no integer kernel."
+        if codes in ("int4", "uint4", "int2", "uint2") and is_constant:
+            yield f"Its {codes} weight goes straight into DequantizeLinear; behind a Cast to int8 it would fuse."
+        elif codes in ("int4", "uint4", "int2", "uint2"):
+            yield f"Its input is quantized to {codes}; QuantizeLinear to uint8 and an integer Clip would fuse."
+        # ONNX Runtime puts Casts around float16 scales.
         if source is not None and source.inputs[1].dtype == np.float16:
             yield f"The scale of '{tensor.name}' is float16; only float32 scales fuse on the CPU."
-
-
-def signed_constant(case: Case) -> Iterator[str]:
-    """On x86 signed activations are rewritten to unsigned ones, constants are not, and the two must agree."""
-    for tensor, kind in _code_types(case.node):
-        if case.node.op in ("Add", "Mul") and kind == "int8" and _is_constant(tensor):
+        # On x86 signed activations are rewritten to unsigned ones, constants are not, and the two must agree.
+        if node.op in ("Add", "Mul") and codes == "int8" and is_constant:
             yield f"Its constant operand '{tensor.name}' is int8; quantized to uint8 it would fuse."
 
 
-def scaled_gemm(case: Case) -> Iterator[str]:
-    """QGemm knows neither alpha nor beta."""
+def _ask_product(node: Node) -> Iterator[str]:
+    """QGemm knows neither alpha nor beta, and takes the weight's zero point from its DequantizeLinear."""
     for key in ("alpha", "beta"):
-        value = case.node.attrs.get(key, 1.0)
-        if case.node.op == "Gemm" and value != 1.0:
-            yield f"Its {key} is {value:g}; only a Gemm with alpha and beta 1 fuses."
-
-
-def weight_without_zero_point(case: Case) -> Iterator[str]:
-    """QGemm takes the weight's zero point from its DequantizeLinear."""
-    source = _dequantizer(case.node.inputs[1]) if case.node.op == "Gemm" else None
+        if node.op == "Gemm" and node.attrs.get(key, 1.0) != 1.0:
+            yield f"Its {key} is {node.attrs[key]:g}; only a Gemm with alpha and beta 1 fuses."
+    source, bias = _dequantizer(node.inputs[1]) if node.op == "Gemm" else None, input_at(node, 2)
     if source is not None and len(source.inputs) < 3:
         yield "The DequantizeLinear of its weight has no zero point; a Gemm needs one, of the scale's shape."
-
-
-def bias_type(case: Case) -> Iterator[str]:
-    """A quantized bias is int32, and a Gemm with a float bias needs a QuantizeLinear behind it."""
-    bias = input_at(case.node, 2) if case.node.op in ("Conv", "Gemm") else None
-    kind = None if bias is None else _code_type(_codes(bias))
-    if kind is not None and kind != np.int32:
-        yield f"Its bias is stored as {kind.name}; only an int32 bias fuses."
-    if bias is not None and kind is None and case.node.op == "Gemm" and not _quantizers(case.node.outputs[0]):
+    if node.op in ("Conv", "Gemm") and bias is not None and _codes(bias) not in ("int32", ""):
+        yield f"Its bias is stored as {_codes(bias)}; only an int32 bias fuses."
+    if node.op == "Gemm" and bias is not None and _codes(bias) == "" and not _quantizers(node.outputs[0]):
         yield "Its bias is float and no QuantizeLinear follows; an int32 bias would fuse."
-
-
-def bias_add(case: Case) -> Iterator[str]:
-    """MatMul and the Add of a constant become a Gemm, which is float unless the bias is int32."""
-    readers = case.node.outputs[0].outputs
-    is_pair = case.node.op == "MatMul" and [reader.op for reader in readers] == ["Add"]
-    if is_pair and any(isinstance(tensor, Constant) for tensor in readers[0].inputs):
+    readers = node.outputs[0].outputs if node.op == "MatMul" else []
+    if [reader.op for reader in readers] == ["Add"] and any(isinstance(tensor, Constant) for tensor in readers[0].inputs):
         yield "The Add behind it makes it a Gemm with a float bias; Sum in its place, or an int32 bias, would fuse."
 
 
-def output_not_stored(case: Case) -> Iterator[str]:
-    """Integer kernels other than MatMul and Gemm write integers: exactly one QuantizeLinear reads their result."""
-    if case.node.op not in STORED:
-        return
-    tensor = _tail(case.node)
-    for output in (case.node.outputs[0], tensor):
-        if output.name in case.outputs:
-            yield f"Its output '{output.name}' is a graph output, so it is computed in float."
+def _ask_output(case: Case) -> Iterator[str]:
+    """Integer kernels other than MatMul and Gemm write integers: exactly one QuantizeLinear reads their result.
+
+    A selection of values runs on integers if nothing is rescaled.
+    """
+    node, tensor = case.node, _tail(case.node)
     quantizers = _quantizers(tensor)
-    for reader in tensor.outputs:
-        if reader.op != "QuantizeLinear":
-            also = "also " if quantizers else ""
-            yield f"Its output '{tensor.name}' is {also}read in float by {_label(reader)}."
-    if len(quantizers) > 1:
-        yield f"Its output '{tensor.name}' is quantized {len(quantizers)} times; one QuantizeLinear must serve all."
-
-
-def clip_not_absorbed(case: Case) -> Iterator[str]:
-    """A ReLU or Clip in front of QuantizeLinear vanishes only if the codes cannot leave its bounds."""
-    tensor = _tail(case.node)
-    quantizers = _quantizers(tensor)
-    if case.node.op not in STORED or tensor is case.node.outputs[0] or not quantizers:
-        return
-    clip, inputs = tensor.inputs[0], quantizers[0].inputs
-    scale, zero_point = _scalar(inputs[1]), _scalar(inputs[2]) if len(inputs) > 2 else np.zeros((), np.uint8)
-    if zero_point is None or zero_point.dtype not in (np.uint8, np.int8) or (clip.op == "Clip" and scale is None):
-        yield f"The {clip.op} behind it stays: the range of its QuantizeLinear is not constant."
-        return
-    least, most, point = np.iinfo(zero_point.dtype).min, np.iinfo(zero_point.dtype).max, int(zero_point)
-    if clip.op == "Relu" and point != least:
-        yield f"The Relu behind it stays: the zero point of its QuantizeLinear is {point}, not {least}."
-    if clip.op == "Clip" and scale is not None:
-        low, high = (least - point) * float(scale), (most - point) * float(scale)
-        bounds = [open_end if b is None else b for b, open_end in zip(clip_bounds(clip), (-np.inf, np.inf), strict=True)]
-        if low < bounds[0] or bounds[1] < high:
-            limits = f"[{bounds[0]:g}, {bounds[1]:g}]"
-            yield f"The Clip to {limits} behind it stays: its QuantizeLinear reaches from {low:g} to {high:g}."
-
-
-def scales_differ(case: Case) -> Iterator[str]:
-    """A selection of values runs on integers if nothing has to be rescaled."""
-    source, quantizers = _producer(case.node.inputs[0]), _quantizers(case.node.outputs[0])
-    if case.node.op not in SELECTIONS or source is None or not quantizers:
-        return
-    if _parameters(source) != _parameters(quantizers[0]):
+    if node.op in STORED:
+        for output in (node.outputs[0], tensor):
+            if output.name in case.outputs:
+                yield f"Its output '{output.name}' is a graph output, so it is computed in float."
+        for reader in tensor.outputs:
+            if reader.op != "QuantizeLinear":
+                label = f"{reader.name} ({reader.op})" if reader.name else reader.op
+                yield f"Its output '{tensor.name}' is {'also ' if quantizers else ''}read in float by {label}."
+        if len(quantizers) > 1:
+            yield f"Its output '{tensor.name}' is quantized {len(quantizers)} times; one QuantizeLinear must serve all."
+        if quantizers and tensor is not node.outputs[0]:
+            yield from _ask_clip(tensor.inputs[0], quantizers[0])
+        # On x86 int8 activations are rewritten to uint8, but not those that two operators read: the types then differ.
+        codes = [_codes(x) for x in _operands(node) if not _is_constant(x)] + [_type(q.outputs[0]) for q in quantizers]
+        if "int8" in codes:
+            yield "Its activations are int8, which ONNX Runtime rewrites only in part; uint8 ones would fuse."
+    ends = [_dequantizer(node.inputs[0]), *_quantizers(node.outputs[0])[:1]] if node.op in SELECTIONS else []
+    if len({tuple(parameter.name for parameter in end.inputs[1:]) for end in ends if end is not None}) > 1:
         yield "Its input and its output do not share one scale and zero point."
 
 
-def signed_activations(case: Case) -> Iterator[str]:
-    """On x86 int8 activations are rewritten to uint8, but not those that two operators read: the types then differ."""
-    kinds = [_code_type(_codes(t)) for t in _operands(case.node) if not _is_constant(t)]
-    kinds += [_code_type(quantizer.outputs[0]) for quantizer in _quantizers(_tail(case.node))]
-    if case.node.op in STORED and np.dtype(np.int8) in kinds:
-        yield "Its activations are int8, which ONNX Runtime rewrites only in part; uint8 ones would fuse."
-
-
-Rule = Callable[[Case], Iterator[str]]
-
-RULES: tuple[Rule, ...] = (
-    no_integer_kernel,
-    input_not_quantized,
-    sixteen_bits,
-    four_bit_type,
-    half_precision,
-    signed_constant,
-    scaled_gemm,
-    weight_without_zero_point,
-    bias_type,
-    bias_add,
-    output_not_stored,
-    clip_not_absorbed,
-    scales_differ,
-    signed_activations,
-)
+def _ask_clip(clip: Node, quantizer: Node) -> Iterator[str]:
+    """A ReLU or Clip in front of QuantizeLinear vanishes only if the codes cannot leave its bounds."""
+    scale, point = (*(_scalar(tensor) for tensor in quantizer.inputs[1:]), np.uint8(0))[:2]
+    if point is None or point.dtype not in (np.uint8, np.int8) or (clip.op == "Clip" and scale is None):
+        yield f"The {clip.op} behind it stays: the range of its QuantizeLinear is not constant."
+        return
+    limits = np.iinfo(point.dtype)
+    if clip.op == "Relu" and point != limits.min:
+        yield f"The Relu behind it stays: the zero point of its QuantizeLinear is {point}, not {limits.min}."
+    if clip.op == "Clip" and scale is not None:
+        low, high = (limits.min - int(point)) * float(scale), (limits.max - int(point)) * float(scale)
+        bottom, top = (end if bound is None else bound for bound, end in zip(clip_bounds(clip), (-np.inf, np.inf), strict=True))
+        if low < bottom or top < high:
+            yield f"The Clip to [{bottom:g}, {top:g}] behind it stays: its QuantizeLinear reaches from {low:g} to {high:g}."
 
 
 def _operands(node: Node) -> list[Tensor]:
-    """The inputs that carry activations and weights: two for a product or Conv, all for a join, one for a selection."""
-    inputs = node.inputs
-    if node.op in SELECTIONS:
-        inputs = inputs[:1]
-    elif node.op in _PRODUCTS | {"Conv", "ConvInteger", "MatMulInteger"}:
-        inputs = inputs[:2]
-    return [tensor for tensor in inputs if not tensor.is_empty()]
-
-
-def _role(node: Node, tensor: Tensor) -> str:
-    if not _is_constant(tensor):
-        return "input"
-    return "weight" if node.op in _PRODUCTS | {"Conv"} else "constant operand"
-
-
-def _parameters(node: Node) -> list[str]:
-    """The names of the scale and zero point of a QuantizeLinear or DequantizeLinear."""
-    return [tensor.name for tensor in node.inputs[1:]]
-
-
-def _producer(tensor: Tensor) -> Node | None:
-    """The operator that computes the tensor, moves of it left aside."""
-    node = tensor.inputs[0] if tensor.inputs else None
-    while node is not None and node.op in MOVES:
-        node = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
-    return node
+    """The inputs that carry activations and weights: two of a product, all of a join, one of a selection."""
+    count = 1 if node.op in SELECTIONS else 2 if node.op in _PRODUCTS else None
+    return [tensor for tensor in node.inputs[:count] if not tensor.is_empty()]
 
 
 def _is_constant(tensor: Tensor) -> bool:
@@ -245,46 +155,32 @@ def _is_constant(tensor: Tensor) -> bool:
 
 def _dequantizer(tensor: Tensor) -> Node | None:
     """The DequantizeLinear that the tensor comes from, moves of it left aside."""
-    producer = _producer(tensor)
-    return producer if producer is not None and producer.op == "DequantizeLinear" else None
+    while tensor.inputs and tensor.inputs[0].op in MOVES:
+        tensor = tensor.inputs[0].inputs[0]
+    return tensor.inputs[0] if tensor.inputs and tensor.inputs[0].op == "DequantizeLinear" else None
 
 
-def _codes(tensor: Tensor) -> Tensor | None:
+def _codes(tensor: Tensor) -> str:
+    """The type of the codes that the tensor comes from, empty for one that comes from none."""
     source = _dequantizer(tensor)
-    return None if source is None else source.inputs[0]
+    return "" if source is None else _type(source.inputs[0])
 
 
-def _code_types(node: Node) -> list[tuple[Tensor, str]]:
-    """The operands that come from codes, and the names of the codes' types."""
-    found = [(tensor, _code_type(_codes(tensor))) for tensor in _operands(node)]
-    return [(tensor, kind.name) for tensor, kind in found if kind is not None]
-
-
-def _code_type(codes: Tensor | None) -> np.dtype | None:
-    """The type of integer codes, from the operators that make or read them; None for what holds no codes."""
-    if codes is None or isinstance(codes, Constant):
-        return _type(codes)
-    makers = [node for node in codes.inputs if node.op == "QuantizeLinear"]
+def _type(codes: Tensor) -> str:
+    """The type of integer codes, from the operators that make or read them; empty where nothing tells it."""
+    makers = [node for node in codes.inputs if node.op in ("QuantizeLinear", "DynamicQuantizeLinear")]
     readers = [node for node in codes.outputs if node.op == "DequantizeLinear" and node.inputs[0] is codes]
-    for node in (*makers, *readers):
-        if len(node.inputs) > 2:
-            return _type(node.inputs[2])
-    if makers or any(node.op == "DynamicQuantizeLinear" for node in codes.inputs):
-        return np.dtype(np.uint8)
-    return _type(codes)
-
-
-def _type(tensor: Tensor | None) -> np.dtype | None:
+    dtypes = [tensor.dtype for tensor in (*(node.inputs[2] for node in (*makers, *readers) if len(node.inputs) > 2), codes)]
+    if makers and len(dtypes) == 1:
+        return "uint8"
     # Where no array type exists, graphsurgeon answers with the number that ONNX gives the type.
-    return None if tensor is None or tensor.dtype is None or isinstance(tensor.dtype, int) else np.dtype(tensor.dtype)
+    return "" if dtypes[0] is None or isinstance(dtypes[0], int) else np.dtype(dtypes[0]).name
 
 
 def _tail(node: Node) -> Tensor:
     """The operator's output, or that of the ReLU or Clip which alone reads it."""
-    tensor = node.outputs[0]
-    if len(tensor.outputs) == 1 and tensor.outputs[0].op in ("Relu", "Clip"):
-        return tensor.outputs[0].outputs[0]
-    return tensor
+    readers = node.outputs[0].outputs
+    return readers[0].outputs[0] if len(readers) == 1 and readers[0].op in ("Relu", "Clip") else node.outputs[0]
 
 
 def _quantizers(tensor: Tensor) -> list[Node]:
@@ -293,10 +189,5 @@ def _quantizers(tensor: Tensor) -> list[Node]:
 
 def _scalar(tensor: Tensor) -> np.ndarray | None:
     """The value of a constant with one element, without axes."""
-    if not isinstance(tensor, Constant) or np.size(tensor.values) != 1:
-        return None
-    return np.asarray(tensor.values).reshape(())
-
-
-def _label(node: Node) -> str:
-    return f"{node.name} ({node.op})" if node.name else node.op
+    is_scalar = isinstance(tensor, Constant) and np.size(tensor.values) == 1
+    return np.asarray(tensor.values).reshape(()) if is_scalar else None
