@@ -29,7 +29,7 @@ from onnxcomp.graph.sites import Site, matches
 from onnxcomp.graph.tidy import fold_bias
 from onnxcomp.methods import weights, xint
 from onnxcomp.methods.base import Array, Compensation, InputMethod, Outcome, add_bias
-from onnxcomp.methods.bias import TRIM, SampleErrors, decibel
+from onnxcomp.methods.bias import TRIM, BiasCompensation, SampleErrors, decibel
 from onnxcomp.methods.xint import XInt
 from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
@@ -209,7 +209,8 @@ class Walk:
             return weights.fit(site, w, bits)
         attrs = next(n for n in self.reference.nodes if n.name == site.name).attrs
         cut = Cut(self.store.batches, aliases={"xh": site.x})
-        return weights.fit_gptq(site, w, bits, cut, attrs, self.quantizers.fake(site))
+        centred = any(isinstance(m, BiasCompensation) and m.scope == "layer" and matches(m.where, site) for m in self.methods)
+        return weights.fit_gptq(site, w, bits, cut, attrs, self.quantizers.fake(site), centred=centred)
 
     def _weight_bits(self, site: Site) -> int:
         return self.plan.settings[site.name].weight_bits

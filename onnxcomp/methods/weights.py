@@ -30,13 +30,22 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class Gram:
-    """X'X of a layer's inputs, for fitted and for held-out samples: [2, groups, K, K]."""
+    """Of a layer's inputs X, for fitted and for held-out samples: X'X [2, groups, K, K], the sum of its rows [2, groups, K]
+    and their number [2].
+    """
 
     products: Array
+    sums: Array
+    count: Array
 
     def merge(self, other: Gram) -> Gram:
         """The sum of both."""
-        return Gram(self.products + other.products)
+        return Gram(self.products + other.products, self.sums + other.sums, self.count + other.count)
+
+    def centred(self) -> Array:
+        """X'X of the inputs without their mean, whose error a bias takes up."""
+        means = self.sums / np.maximum(self.count, 1)[:, None, None]
+        return self.products - self.sums[..., None] * means[..., None, :]
 
 
 def fit(site: Site, w: Array, bits: int) -> Fit:
@@ -46,12 +55,16 @@ def fit(site: Site, w: Array, bits: int) -> Fit:
 
 
 def fit_gptq(
-    site: Site, w: Array, bits: int, samples: Samples, attrs: Mapping[str, Any], fake: Callable[[Array], Array]
-) -> Fit:
-    """The same by GPTQ. `samples` offers the layer's input as `xh`, `fake` quantizes it; `attrs` are the operator's."""
+    site: Site, w: Array, bits: int, samples: Samples, attrs: Mapping[str, Any], fake: Callable[[Array], Array],
+    *, centred: bool = False,
+) -> Fit:  # fmt: skip
+    """The same by GPTQ. `samples` offers the layer's input as `xh`, `fake` quantizes it; `attrs` are the operator's.
+    `centred`: a bias compensation follows, so the mean error does not count.
+    """
     q = weight_qparams(w, site.weight_axis, bits, "mse")
     groups = int(attrs.get("group", 1))
-    gram = samples.reduce(lambda batch: _gram(batch, site, groups, w, attrs, fake), frozenset({"xh"})).products
+    seen = samples.reduce(lambda batch: _gram(batch, site, groups, w, attrs, fake), frozenset({"xh"}))
+    gram = seen.centred() if centred else seen.products
     columns = _columns(w, site, groups)
     scale = q.scale.astype(np.float64).reshape(groups, 1, -1)
     nearest = _columns(q.quantize(w), site, groups).astype(np.float64)
@@ -104,14 +117,17 @@ def _columns(w: Array, site: Site, groups: int) -> Array:
 
 def _gram(batch: Batch, site: Site, groups: int, w: Array, attrs: Mapping[str, Any], fake: Callable[[Array], Array]) -> Gram:
     size = math.prod(w.shape[1:]) if site.op == "Conv" else w.shape[0]
-    total = np.zeros((2, groups, size, size))
+    total = Gram(np.zeros((2, groups, size, size)), np.zeros((2, groups, size)), np.zeros(2))
     for number, x in zip(batch.indices, batch.read("xh"), strict=False):
         if site.op == "Conv":
             rows = _patches(fake(x), w.shape[2:], attrs).reshape(-1, groups, size).swapaxes(0, 1)
         else:
             rows = fake(x[_spread(x.shape[:-1], ROWS_PER_SAMPLE)])[None]
-        total[int(number % HOLD_OUT == HOLD_OUT - 1)] += rows.swapaxes(1, 2) @ rows
-    return Gram(total)
+        part = int(number % HOLD_OUT == HOLD_OUT - 1)
+        total.products[part] += rows.swapaxes(1, 2) @ rows
+        total.sums[part] += rows.sum(axis=1, dtype=np.float64)
+        total.count[part] += rows.shape[1]
+    return total
 
 
 def _spread(shape: tuple[int, ...], limit: int) -> tuple[Array, ...]:
