@@ -6,7 +6,7 @@ seed give the same bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Decision:
     gain_db: float | None
     """Fall of the site's output error on held-out samples, dB."""
     added_bytes: int
-    added_ms: float | None = None
+    added_ms: float | None = field(default=None, compare=False)
     """Time that its operators take for one sample, measured on this machine with one thread, ms. None where it has none,
     being folded into constants, or where the report was read from a file."""
 
