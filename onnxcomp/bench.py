@@ -54,7 +54,7 @@ def bench(
     if data is None:
         feeds = [made_up(specs[0], shapes or {}, notes)]
     else:
-        feeds = list(islice(open_data(data, specs[0], preprocess=preprocess).samples, FEEDS))
+        feeds = list(islice(open_data(data, specs[0], preprocess=preprocess), FEEDS))
     watch = None if progress is None else lambda done, total: progress("timing", done, total)
     latencies = runtime.measure(models, feeds, threads=threads, rounds=rounds, progress=watch)
     timings = []

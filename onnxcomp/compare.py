@@ -60,7 +60,7 @@ def compare(
     opened = open_data(data, specs, preprocess=preprocess, labels=labels, limit=limit, seed=seed)
     outputs = [_Output(name) for name, kind in left.outputs if kind.dtype is not None and kind.dtype.kind != "O"]
     names = [output.name for output in outputs]
-    for number, feed in enumerate(opened.samples, 1):
+    for number, feed in enumerate(opened, 1):
         r, o = left.run(feed, names), right.run(feed, names)
         for output in outputs:
             output.add(r[output.name], o[output.name])

@@ -82,13 +82,13 @@ def quantize(
     samples, store = None, None
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
-        stackable = can_stack(reference, samples.samples)
+        stackable = can_stack(reference, samples)
         sites, blocks = (
-            confirm_tokens(prepared.graph, prepared.model, places, samples.samples, stackable=stackable)
+            confirm_tokens(prepared.graph, prepared.model, places, samples, stackable=stackable)
             for places in (choice.sites, choice.blocks)
         )
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
-        store = Store(samples.samples, batchable=stackable)
+        store = Store(samples, batchable=stackable)
     plan = target.plan(prepared.graph, choice.sites, choice.settings)
     feeds = _proof_feeds(store, reference)
 

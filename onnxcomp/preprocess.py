@@ -1,4 +1,4 @@
-"""From pixels to the tensor a model takes: resize, centre crop, colour, normalize, layout.
+"""From pixels to the tensor a model takes: colour, resize, centre crop, normalize, layout.
 
     x = (pixels * scale - mean) / std          pixels 0..255; one mean and std for all channels, or three
 
@@ -12,20 +12,14 @@ Limits  8-bit images; square crops; the EXIF orientation tag is ignored, as the 
 from __future__ import annotations
 
 import io
-import math
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from types import ModuleType
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from onnxcomp.errors import DataError, UsageError, did_you_mean
-
-Numbers = float | tuple[float, ...]
-LAYOUTS = ("nchw", "nhwc")
-COLORS = ("rgb", "bgr", "gray")
 
 
 @dataclass(frozen=True)
@@ -34,8 +28,8 @@ class Preprocess:
 
     resize: int | None = None
     crop: int | None = None
-    mean: Numbers = 0.0
-    std: Numbers = 1.0
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
     scale: float = 1 / 255
     layout: str = "nchw"
     color: str = "rgb"
@@ -45,16 +39,14 @@ class Preprocess:
             ("resize", _is_size(self.resize), "a positive whole number of pixels"),
             ("crop", _is_size(self.crop), "a positive whole number of pixels"),
             ("mean", _are_numbers(self.mean), "one number or three"),
-            ("std", _are_numbers(self.std), "one number or three"),
+            ("std", _are_numbers(self.std) and np.all(self.std), "one number or three, none of them 0"),
             ("scale", _is_number(self.scale) and self.scale > 0, "a positive number"),
-            ("layout", self.layout in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),
-            ("color", self.color in COLORS, f"one of {', '.join(COLORS)}"),
+            ("layout", self.layout in ("nchw", "nhwc"), "nchw or nhwc"),
+            ("color", self.color in ("rgb", "bgr", "gray"), "rgb, bgr or gray"),
         )
         for key, holds, rule in rules:
             if not holds:
                 raise UsageError(f"preprocess: {key} must be {rule}, found '{_format(getattr(self, key))}'.")
-        if not np.all(self.std):
-            raise UsageError("preprocess: std must not be 0.")
 
     @classmethod
     def parse(cls, text: str) -> Preprocess:
@@ -84,132 +76,96 @@ class Preprocess:
 
     def to_table(self) -> dict[str, int | float | str | list[float]]:
         """The fields that differ from their defaults, as TOML values; `from_table` reads them back."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in changed.items()}
+        changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in changed}
 
     def __str__(self) -> str:
         """The text that `parse` reads back."""
         return " ".join(f"{key}={_format(value)}" for key, value in self.to_table().items())
 
-    @property
-    def keeps_pixels(self) -> bool:
-        """True if the arithmetic is the identity, so that an integer input can be fed."""
-        return self.scale == 1 and not np.any(self.mean) and bool(np.all(np.equal(self.std, 1)))
+    def apply(self, pixels: np.ndarray, where: str, dtype: np.dtype | type = np.float32) -> np.ndarray:
+        """uint8 [H, W, 3] (red first) or [H, W, 1] -> [C, H', W'] or [H', W', C] of the model's type by layout.
 
-    def apply(self, pixels: np.ndarray, where: str) -> np.ndarray:
-        """uint8 [H, W, 3] (red first) or [H, W, 1] -> float32 [C, H', W'] or [H', W', C] by layout.
-
-        A picture with one channel keeps one. Raises DataError, naming `where`, if the picture cannot be used.
+        A picture with one channel keeps one. Raises DataError, naming `where`, if the picture cannot be used, or if the
+        model takes whole numbers and the arithmetic is not the identity.
         """
-        if pixels.shape[2] not in (1, 3):
-            raise DataError(
-                f"{where}: expected pixels [height, width, 1 or 3 channels], found {list(pixels.shape)}. "
-                "Store images channels last; layout=nchw turns them around for the model."
-            )
-        if self.color == "gray" and pixels.shape[2] == 3:
-            pixels = np.asarray(_pillow(where).fromarray(pixels).convert("L"))[:, :, None]
-        if self.resize is not None:
-            pixels = _resize(pixels, self.resize, where)
-        if self.crop is not None:
-            pixels = _crop_centre(pixels, self.crop, where)
-        if self.color == "bgr":
-            pixels = pixels[:, :, ::-1]
         channels = pixels.shape[2]
-        for key in ("mean", "std"):
-            if np.size(getattr(self, key)) not in (1, channels):
-                raise DataError(f"{where}: {key} has 3 values, but the image has 1 channel. Give {key} one value.")
+        if channels not in (1, 3):
+            text = f"expected pixels [height, width, 1 or 3 channels], found {list(pixels.shape)}. Store channels last."
+            raise DataError(f"{where}: {text}")
+        picture = Image.fromarray(pixels if channels == 3 else pixels[:, :, 0])
+        if self.color == "gray":
+            picture = picture.convert("L")
+        if self.resize is not None:
+            width, height = (int(self.resize * side / min(picture.size)) for side in picture.size)
+            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+        if self.crop is not None:
+            width, height = picture.size
+            if min(width, height) < self.crop:
+                text = f"{height}x{width}, too small for crop={self.crop}. Add resize={self.crop} to --preprocess."
+                raise DataError(f"{where}: the image is {text}")
+            left, top = (width - self.crop) // 2, (height - self.crop) // 2
+            picture = picture.crop((left, top, left + self.crop, top + self.crop))
+        x = np.atleast_3d(np.asarray(picture))[:, :, :: -1 if self.color == "bgr" else 1]
         # One entry per pixel value and channel, worked out in float64, so each result is rounded once.
-        table = np.broadcast_to((np.arange(256.0)[:, None] * self.scale - self.mean) / self.std, (256, channels))
-        x = table.astype(np.float32)[pixels, np.arange(channels)]
+        levels = np.arange(256.0)[:, None]
+        table = (levels * self.scale - self.mean) / self.std
+        if table.shape[1] > x.shape[2]:
+            raise DataError(f"{where}: the image has 1 channel, so mean and std must be one number each.")
+        if np.dtype(dtype).kind != "f" and np.any(table != levels):
+            raise DataError(f"{where}: the input takes {np.dtype(dtype)} pixels. Preprocess with scale=1, no mean, no std.")
+        x = np.broadcast_to(table.astype(dtype), (256, x.shape[2]))[x, np.arange(x.shape[2])]
         return np.ascontiguousarray(x.transpose(2, 0, 1) if self.layout == "nchw" else x)
 
 
-def decode_image(encoded: bytes, color: str, where: str) -> np.ndarray:
-    """The bytes of an image file -> uint8 [H, W, 3], red first, or [H, W, 1] for color "gray"; alpha is dropped.
+def decode_image(encoded: bytes, where: str) -> np.ndarray:
+    """The bytes of an image file -> uint8 [H, W, 3], red first; a gray image has three channels alike, alpha is dropped.
 
     Raises DataError if the bytes are no image, are damaged, or hold more than 8 bits a channel.
     """
-    pillow = _pillow(where)
-    broken = (OSError, SyntaxError, ValueError, EOFError, struct.error, pillow.DecompressionBombError)
     try:
-        with pillow.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded)) as image:
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{where}: expected 8 bits a channel, found mode {image.mode}. Convert it to 8 bits.")
             # Pillow warns when a palette with transparency is made RGB in one step.
             flat = image.convert("RGBA") if "transparency" in image.info else image
-            pixels = np.asarray(flat.convert("L" if color == "gray" else "RGB"))
-    except broken as error:
-        # Pillow's text for bytes it does not know names an object in memory.
-        reason = "unknown format" if "identify" in str(error) else " ".join(str(error).split())
-        raise DataError(f"{where}: cannot be decoded as an image: {reason}.") from error
-    return pixels.reshape(*pixels.shape[:2], -1)
+            return np.asarray(flat.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: cannot be decoded as an image. Replace or remove it.") from error
 
 
-def suggest(current: Preprocess | None, shape: tuple[int | str | None, ...], size: tuple[int, int]) -> str | None:
-    """The `--preprocess` text that brings an image of `size` (height, width) to `shape` of rank 4; None if none can."""
-    layout = "nhwc" if shape[3] in (1, 3) and shape[1] not in (1, 3) else "nchw"
-    channels, height, width = (shape[3], *shape[1:3]) if layout == "nhwc" else shape[1:]
-    base = current or Preprocess()
-    color = "rgb" if base.color == "gray" else base.color
-    wanted = replace(base, layout=layout, color="gray" if channels == 1 else color)
-    if isinstance(height, int) and height == width and (height, width) != size:
-        shorter = base.resize or min(size)
-        wanted = replace(wanted, crop=height, resize=height if shorter < height else base.resize)
-    if wanted == current:
-        return None
-    return str(wanted) if "layout=" in str(wanted) else f"{wanted} layout={layout}".strip()
-
-
-def _resize(pixels: np.ndarray, shorter: int, where: str) -> np.ndarray:
-    *sides, channels = pixels.shape
-    if min(sides) == shorter:
-        return pixels
-    height, width = (int(shorter * side / min(sides)) for side in sides)
-    pillow = _pillow(where)
-    picture = pillow.fromarray(pixels if channels == 3 else pixels[:, :, 0])
-    return np.asarray(picture.resize((width, height), pillow.Resampling.BILINEAR)).reshape(height, width, channels)
-
-
-def _crop_centre(pixels: np.ndarray, side: int, where: str) -> np.ndarray:
-    height, width = pixels.shape[:2]
-    if min(height, width) < side:
-        text = f"the image is {height}x{width} (height x width), smaller than crop={side}."
-        raise DataError(f"{where}: {text} Add resize={side} to --preprocess.")
-    top, left = (height - side) // 2, (width - side) // 2
-    return pixels[top : top + side, left : left + side]
-
-
-def _pillow(where: str) -> ModuleType:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DataError(f"{where}: images need Pillow, which is not installed. Run: pip install pillow.") from error
-    return Image
+def suggest(shape: tuple[int | str | None, ...] | None) -> str:
+    """How pictures could be made to fit an input of this shape; empty if it has no axis of colours."""
+    if shape is None or len(shape) != 4 or not {shape[1], shape[3]} & {1, 3}:
+        return ""
+    layout, channels, side = ("nhwc", shape[3], shape[1]) if shape[3] in (1, 3) else ("nchw", shape[1], shape[3])
+    crop = f"crop={side} " if isinstance(side, int) and side == shape[2] else ""
+    color = "color=gray " if channels == 1 else ""
+    return f' Pictures fit with --preprocess "{crop}{color}layout={layout}" and the mean and std of their training.'
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def _are_numbers(value: object) -> bool:
     return all(map(_is_number, value)) if isinstance(value, tuple) and len(value) == 3 else _is_number(value)
 
 
-def _is_size(value: int | None) -> bool:
-    return value is None or (_is_number(value) and isinstance(value, int) and value > 0)
+def _is_size(value: object) -> bool:
+    return value is None or (type(value) is int and value > 0)
 
 
 def _parse_value(text: str) -> object:
-    """An int, a float, a tuple of three from a comma list; anything else stays text for the check of its key."""
+    """An int, a float, a tuple of them from a comma list; anything else stays text for the check of its key."""
     if "," in text:
-        return tuple(_parse_value(part) for part in text.split(","))
-    if text.isdecimal():
-        return int(text)
-    top, slash, bottom = text.partition("/")
+        return tuple(map(_parse_value, text.split(",")))
+    top, _, bottom = text.partition("/")
     try:
-        return float(top) / float(bottom) if slash else float(text)
+        value = float(top) / float(bottom or 1)
     except (ValueError, ZeroDivisionError):
         return text
+    return int(value) if value.is_integer() else value
 
 
 def _format(value: object) -> str:

@@ -24,7 +24,7 @@ PAIR = (spec("N", "T", name="ids", dtype=np.int64), spec("N", "T", name="mask", 
 
 
 def gather(data: Data, name: str = "x") -> np.ndarray:
-    return np.concatenate([feed[name] for feed in data.samples])
+    return np.concatenate([feed[name] for feed in data])
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -33,9 +33,9 @@ def test_npz_rows_are_samples_of_batch_one_and_can_be_read_again(tmp_path: Path,
 
     data = open_data(tmp_path / "d.npz", [ROW])
 
-    assert len(data) == len(data.samples) == 10
+    assert len(data) == 10
     for _ in range(2):
-        for row, feed in zip(ROWS, data.samples, strict=True):
+        for row, feed in zip(ROWS, data, strict=True):
             np.testing.assert_array_equal(feed["x"], row[None], strict=True)
     assert data.labels is not None
     np.testing.assert_array_equal(data.labels, np.arange(10))
@@ -44,7 +44,7 @@ def test_npz_rows_are_samples_of_batch_one_and_can_be_read_again(tmp_path: Path,
 def test_a_sample_is_a_plain_copy_in_c_order(tmp_path: Path):
     np.savez(tmp_path / "d.npz", x=np.asfortranarray(ROWS))
 
-    found = open_data(tmp_path / "d.npz", [ROW]).samples[3]["x"]
+    found = open_data(tmp_path / "d.npz", [ROW])[3]["x"]
 
     assert type(found) is np.ndarray
     assert found.flags.c_contiguous
@@ -55,22 +55,20 @@ def test_a_sample_is_a_plain_copy_in_c_order(tmp_path: Path):
 def test_an_array_of_no_elements_is_fed():
     data = open_data([{"x": ROWS[:1], "past": np.zeros((1, 0, 4), np.float32)}], [ROW, spec("N", "P", 4, name="past")])
 
-    assert data.samples[0]["past"].shape == (1, 0, 4)
+    assert data[0]["past"].shape == (1, 0, 4)
 
 
-def test_uncompressed_rows_are_mapped_and_one_compressed_file_is_held(tmp_path: Path):
+def test_a_npy_is_mapped_and_one_npz_is_held(tmp_path: Path):
     block = np.ones((64, 16384), np.float32)  # 4 MiB
     wide = [spec("N", 16384)]
-    np.savez(tmp_path / "stored.npz", x=block)
     np.save(tmp_path / "plain.npy", block)
     (tmp_path / "folder").mkdir()
     for number in range(3):
         np.savez_compressed(tmp_path / "folder" / f"{number}.npz", x=block)
 
     # Beyond the arrays, reading a .npz takes its decompressor and the blocks it hands over: less than 1 MiB.
-    assert peak_memory(lambda: sum(len(f) for f in open_data(tmp_path / "stored.npz", wide).samples)) < 1 << 20
-    assert peak_memory(lambda: sum(len(f) for f in open_data(tmp_path / "plain.npy", wide).samples)) < 1 << 20
-    assert peak_memory(lambda: sum(len(f) for f in open_data(tmp_path / "folder", wide).samples)) < 5 << 20
+    assert peak_memory(lambda: sum(len(f) for f in open_data(tmp_path / "plain.npy", wide))) < 1 << 20
+    assert peak_memory(lambda: sum(len(f) for f in open_data(tmp_path / "folder", wide))) < 5 << 20
 
 
 def peak_memory(act: Callable[[], object]) -> int:
@@ -96,21 +94,21 @@ def test_an_input_called_y_is_an_input(tmp_path: Path):
     data = open_data(tmp_path / "d.npz", [ROW, spec("N", 3, name="y")])
 
     assert data.labels is None
-    assert set(data.samples[0]) == {"x", "y"}
+    assert set(data[0]) == {"x", "y"}
 
 
 @pytest.mark.parametrize("first", ["N", None, 1])
 def test_a_free_or_single_batch_takes_rows_one_by_one(first: str | int | None):
     data = open_data(ROWS, [spec(first, 3)])
 
-    assert [feed["x"].shape for feed in data.samples] == [(1, 3)] * 10
+    assert [feed["x"].shape for feed in data] == [(1, 3)] * 10
 
 
 def test_a_fixed_batch_takes_whole_groups_of_rows_and_their_labels():
     data = open_data({"x": ROWS, "labels": np.arange(10)}, [spec(4, 3)])
 
     assert len(data) == 2
-    np.testing.assert_array_equal(data.samples[1]["x"], ROWS[4:8])
+    np.testing.assert_array_equal(data[1]["x"], ROWS[4:8])
     assert data.labels is not None
     np.testing.assert_array_equal(data.labels, np.arange(8).reshape(2, 4))
 
@@ -128,14 +126,14 @@ def test_an_array_without_batch_axis_is_one_sample():
     data = open_data(ROWS[0], [ROW])
 
     assert len(data) == 1
-    np.testing.assert_array_equal(data.samples[0]["x"], ROWS[:1])
+    np.testing.assert_array_equal(data[0]["x"], ROWS[:1])
 
 
-def test_an_unknown_rank_takes_the_leading_axis_of_stored_arrays_and_feeds_as_they_are():
+def test_the_leading_axis_of_an_unknown_rank_are_its_rows():
     anything = InputSpec("x", np.dtype(np.float32), None)
 
-    assert [feed["x"].shape for feed in open_data(ROWS, [anything]).samples] == [(1, 3)] * 10
-    assert [feed["x"].shape for feed in open_data([ROWS, ROWS[0]], [anything]).samples] == [(10, 3), (3,)]
+    assert [feed["x"].shape for feed in open_data(ROWS, [anything])] == [(1, 3)] * 10
+    assert [feed["x"].shape for feed in open_data([ROWS[:2], ROWS[:1, :2]], [anything])] == [(1, 3), (1, 3), (1, 2)]
 
 
 def test_inputs_that_do_not_share_rows_are_one_sample():
@@ -144,7 +142,7 @@ def test_inputs_that_do_not_share_rows_are_one_sample():
 
     data = open_data(feed, inputs)
 
-    assert {name: array.shape for name, array in data.samples[0].items()} == {
+    assert {name: array.shape for name, array in data[0].items()} == {
         "x": (10, 3),
         "table": (2, 5),
         "alpha": (),
@@ -161,18 +159,22 @@ def test_a_folder_of_arrays_is_read_in_order_of_name_and_may_be_ragged(tmp_path:
 
     data = open_data(tmp_path, PAIR)
 
-    assert [feed["ids"].shape for feed in data.samples] == [(1, 2), (1, 5), (1, 7)]
+    assert [feed["ids"].shape for feed in data] == [(1, 2), (1, 5), (1, 7)]
     assert data.labels is not None
     assert data.labels.tolist() == [2, 5, 7]
 
 
 def test_a_slice_of_samples_is_lazy_and_an_index_counts_from_both_ends():
-    samples = open_data(ROWS, [ROW]).samples
+    data = open_data({"x": np.concatenate([ROWS, [[np.nan] * 3]]), "y": np.arange(11)}, [ROW])
 
-    assert [feed["x"][0, 0] for feed in samples[2:8:3]] == [6, 15]
-    assert samples[-1]["x"][0, 0] == 27
+    some = data[2:11:3]
+    assert [some[i]["x"][0, 0] for i in range(2)] == [6, 15]
+    assert some.labels is not None
+    assert some.labels.tolist() == [2, 5, 8]
+    assert data[-2]["x"][0, 0] == 27
+    assert len(data[10:]) == 1  # which cannot be fed
     with pytest.raises(IndexError):
-        samples[10]
+        data[11]
 
 
 @pytest.mark.parametrize("stored", [np.float16, np.float64, ">f4"])
@@ -238,10 +240,16 @@ def test_feeds_may_carry_labels():
     assert data.labels.tolist() == list(range(10))
 
 
-def test_a_feed_for_a_fixed_batch_is_one_sample():
-    data = open_data([ROWS[:2], ROWS[2:4]], [spec(2, 3)])
+@pytest.mark.parametrize("source", [[ROWS[:2], ROWS[2:4]], [ROWS[:3], ROWS[3:5]], list(ROWS[:5])])
+def test_feeds_for_a_fixed_batch_are_dealt_out_by_their_rows(source: list[np.ndarray]):
+    data = open_data(source, [spec(2, 3)])
 
-    assert [feed["x"].shape for feed in data.samples] == [(2, 3)] * 2
+    np.testing.assert_array_equal([feed["x"] for feed in data], ROWS[:4].reshape(2, 2, 3))
+
+
+def test_an_array_or_a_feed_of_one_array_may_be_called_anything():
+    np.testing.assert_array_equal(gather(open_data([{"z": ROWS}], [ROW])), ROWS)
+    np.testing.assert_array_equal(gather(open_data({"z": ROWS}, [ROW])), ROWS)
 
 
 def test_limit_takes_the_first_of_a_seeded_permutation_in_original_order():
@@ -300,6 +308,17 @@ def test_labels_may_be_given_as_array_npy_npz_or_csv_of_floats(tmp_path: Path):
         found = open_data(tmp_path, [ROW], labels=labels).labels
         assert found is not None
         np.testing.assert_array_equal(found, scores, strict=True)
+
+
+def test_a_labels_csv_in_a_folder_of_arrays_labels_its_files(tmp_path: Path):
+    for number in range(2):
+        np.savez(tmp_path / f"{number}.npz", x=ROWS[number], y=[9])
+    (tmp_path / "labels.csv").write_text("file,label\n1.npz,1\n0.npz,0\n")
+
+    found = open_data(tmp_path, [ROW]).labels
+
+    assert found is not None
+    np.testing.assert_array_equal(found, np.arange(2), strict=True)
 
 
 def test_given_labels_replace_those_of_the_source():

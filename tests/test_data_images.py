@@ -16,7 +16,7 @@ def spec(*shape: int | str | None, name: str = "x", dtype: type = np.float32) ->
 
 
 def gather(data: Data, name: str = "x") -> np.ndarray:
-    return np.concatenate([feed[name] for feed in data.samples])
+    return np.concatenate([feed[name] for feed in data])
 
 
 def write_images(folder: Path, count: int = 3, size: tuple[int, int] = (4, 4)) -> np.ndarray:
@@ -41,6 +41,17 @@ def test_one_image_file_is_one_sample(tmp_path: Path):
     write_images(tmp_path, 1)
 
     assert len(open_data(tmp_path / "0.png", [spec("N", 3, 4, 4)], preprocess=Preprocess())) == 1
+
+
+def test_a_gray_image_is_gray_or_three_channels_alike(tmp_path: Path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+
+    gray = open_data(tmp_path, [spec("N", 1, 4, 4)], preprocess=Preprocess(scale=1, color="gray"))
+    three = open_data(tmp_path, [spec("N", 3, 4, 4)], preprocess=Preprocess(scale=1))
+
+    np.testing.assert_array_equal(gray[0]["x"], pixels[None, None].astype(np.float32))
+    np.testing.assert_array_equal(three[0]["x"], np.broadcast_to(pixels, (1, 3, 4, 4)).astype(np.float32))
 
 
 def test_images_fill_a_fixed_batch(tmp_path: Path):
@@ -97,7 +108,7 @@ def test_kwt_features_of_half_precision_become_float(data_dir: Path):
     assert len(data) == 8
     first = np.sort(np.random.default_rng(0).permutation(256)[:8])[0]
     with np.load(path) as stored:
-        np.testing.assert_array_equal(data.samples[0]["features"][0], stored["features"][first].astype(np.float32))
+        np.testing.assert_array_equal(data[0]["features"][0], stored["features"][first].astype(np.float32))
 
 
 @pytest.mark.real
@@ -113,7 +124,7 @@ def test_cifar_pixels_become_normalized_nchw(data_dir: Path):
     assert data.labels is not None
     np.testing.assert_array_equal(data.labels, y)
     expected = ((x[5] * (1 / 255) - mean) / std).astype(np.float32)  # float64 until the end, as the module says
-    np.testing.assert_array_equal(data.samples[5]["input"], expected.transpose(2, 0, 1)[None], strict=True)
+    np.testing.assert_array_equal(data[5]["input"], expected.transpose(2, 0, 1)[None], strict=True)
 
 
 @pytest.mark.real
@@ -143,4 +154,4 @@ def test_imagenet_files_are_cropped_and_labelled(data_dir: Path):
     with Image.open(files[chosen[0]]) as image:
         pixels = np.asarray(image.convert("RGB"))[1:225, 1:225]
     expected = ((pixels * (1 / 255) - 0.5) / 0.5).astype(np.float32)
-    np.testing.assert_array_equal(data.samples[0]["pixel_values"], expected.transpose(2, 0, 1)[None], strict=True)
+    np.testing.assert_array_equal(data[0]["pixel_values"], expected.transpose(2, 0, 1)[None], strict=True)

@@ -41,7 +41,7 @@ def scores(name: str, folder: Path, *files: Path) -> list[float]:
     specs = [InputSpec(n, kind.dtype, kind.shape) for n, kind in sessions[0].inputs]
     test = bench.load(subject, folder, "test", specs, None)
     if subject.language:
-        feeds = [test.samples[i] for i in range(len(test))]
+        feeds = [test[i] for i in range(len(test))]
         return [bench.perplexity(session, feeds) for session in sessions]
     batches = bench.stacked(test, sessions[0])
     return [bench.accuracy(session, batches) for session in sessions]

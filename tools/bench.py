@@ -117,7 +117,7 @@ def stacked(data: Data, session: runtime.Session) -> list[tuple[Mapping[str, np.
     size = 25 if free else 1
     batches = []
     for start in range(0, len(data), size):
-        feeds = [data.samples[i] for i in range(start, min(start + size, len(data)))]
+        feeds = [data[i] for i in range(start, min(start + size, len(data)))]
         feed = {name: np.concatenate([f[name] for f in feeds]) for name in feeds[0]}
         batches.append((feed, np.asarray(data.labels[start : start + size]).astype(int)))
     return batches
@@ -129,7 +129,7 @@ def run(name: str, subject: Subject, folder: Path, samples: int, rounds: int) ->
     reference = runtime.Session(path)
     specs = [InputSpec(n, kind.dtype or np.dtype(np.float32), kind.shape) for n, kind in reference.inputs]
     test = load(subject, folder, "test", specs, None)
-    feeds = [test.samples[i] for i in range(len(test))] if subject.language else stacked(test, reference)
+    feeds = [test[i] for i in range(len(test))] if subject.language else stacked(test, reference)
 
     def score(file: Path) -> float:
         session = runtime.Session(file)
@@ -147,7 +147,7 @@ def run(name: str, subject: Subject, folder: Path, samples: int, rounds: int) ->
             start = time.perf_counter()
             result = quantize(path, stories(source) if subject.language else source, recipe, output=output)
             made.append((f"{bits} {recipe_name}", output, result.report, time.perf_counter() - start))
-        single = [test.samples[0]]
+        single = [test[0]]
         latencies = runtime.measure([path, *(m[1] for m in made)], single, threads=1, rounds=rounds, warmup=5)
         base, bytes_before = score(path), path.stat().st_size
         yield Row(name, "fp32", base, 0.0, bytes_before / 1e6, 1.0, "", 0.0, latencies[0])

@@ -7,17 +7,17 @@
 
 A *sample* is what one run of the model is fed. Where the inputs share their leading axis, each row is a sample of
 batch 1, or each B rows are if the model's batch is fixed at B (an incomplete tail is dropped). An array without the
-batch axis is one row. Arrays that do not share a leading length are one sample as they are, and so is a feed from an
-iterable for a model of fixed batch or unknown rank. Samples may differ in shape from one to the next.
+batch axis is one row. Arrays that do not share a leading length are one sample as they are. Samples may differ in shape
+from one to the next.
 
-Names, types, ranks and dimensions are checked on opening, from headers; values and pixels when a sample is made.
-Samples are made on demand: one file is held at a time, and uncompressed arrays are mapped, not read. A callable runs
-anew for every pass and must give the same feeds each time; an iterable must end, for it is read before a limit picks.
+Names, types, ranks and dimensions are checked on opening; values and pixels when a sample is made. Samples are made on
+demand: one file is held at a time, and a .npy is mapped, not read. A callable runs anew for every pass and must give
+the same feeds each time; an iterable must end, for it is read before a limit picks.
 """
 
 from onnxcomp.data.inputs import InputSpec
-from onnxcomp.data.samples import Data, Samples, open_data
+from onnxcomp.data.samples import Data, open_data
 from onnxcomp.data.sources import Feed
 from onnxcomp.preprocess import Preprocess
 
-__all__ = ["Data", "Feed", "InputSpec", "Preprocess", "Samples", "open_data"]
+__all__ = ["Data", "Feed", "InputSpec", "Preprocess", "open_data"]
