@@ -19,19 +19,19 @@ from onnxcomp.report.json import from_json
 from onnxcomp.verify import made_up_feed
 
 if TYPE_CHECKING:
-    import onnx
+    from onnxcomp.graph.files import ModelProto
 
 
 @dataclass(frozen=True)
 class Stripped:
     """The model without the methods, and the places that they were taken out of."""
 
-    model: onnx.ModelProto
+    model: ModelProto
     places: tuple[str, ...]
 
 
 def strip(
-    model: str | Path | bytes | onnx.ModelProto,
+    model: str | Path | bytes | ModelProto,
     methods: Collection[str],
     *,
     output: str | Path | None = None,

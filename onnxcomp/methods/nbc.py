@@ -31,10 +31,10 @@ from onnxcomp.errors import RecipeError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Tape
 from onnxcomp.methods.activations import RatioErrors
-from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, S, Samples
+from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, Samples
 from onnxcomp.methods.bias import HOLD_OUT, TRIM
 from onnxcomp.numerics.affine import QParams, Scheme, from_range, weight_qparams
-from onnxcomp.numerics.prices import block_ns, branch_ns
+from onnxcomp.numerics.prices import X86
 from onnxcomp.numerics.regression import Regression, Sums, rows, times
 from onnxcomp.numerics.statistics import Extremes, Moments
 
@@ -48,9 +48,8 @@ GROUP = 64
 """Channels per group of a Conv."""
 TOKENS = 1024
 """Tokens of a sample that are looked at."""
-DEAD = 1e-6
-"""A channel whose standard deviation is this far below the largest one's counts as constant."""
-TINY = 1e-30
+DEAD, TINY = 1e-6, 1e-30
+"""Where a channel's standard deviation counts as nothing: beside the largest one, and at all."""
 ONE, HUGE = np.array(1.0, np.float32), np.array(1e30, np.float32)
 
 
@@ -83,19 +82,19 @@ class Spread:
 
 @dataclass(frozen=True)
 class Products:
-    """For every pair of c: the sums over fitted and over held-out samples, the largest |V| of each channel [C_out], and the
+    """For every pair of c: the sums over the samples to fit to, and over all the largest |V| of each channel [C_out] and the
     extremes of U.
     """
 
-    fitted: tuple[Sums, ...]
-    held_out: tuple[Sums, ...]
+    sums: tuple[Sums, ...]
     bound: tuple[Array, ...]
     u: tuple[Extremes, ...]
 
     def merge(self, other: Products) -> Products:
         """Both."""
-        fitted, held_out = _merged(self.fitted, other.fitted), _merged(self.held_out, other.held_out)
-        return Products(fitted, held_out, tuple(map(np.maximum, self.bound, other.bound)), _merged(self.u, other.u))
+        sums = tuple(a.merge(b) for a, b in zip(self.sums, other.sums, strict=True))
+        u = tuple(a.merge(b) for a, b in zip(self.u, other.u, strict=True))
+        return Products(sums, tuple(map(np.maximum, self.bound, other.bound)), u)
 
 
 @dataclass(frozen=True)
@@ -158,60 +157,53 @@ class NonlinearBipolarCompensation(Compensation):
             return Outcome(None, "its input and output do not line up")
         if not spread.e.squares.any():
             return Outcome(None, "there is no error to correct")
-        scales = Scales.of(spread, ((self.alpha, self.alpha),) if self.alpha else GRID)
-        products = samples.reduce(lambda batch: _products(batch, place, scales), self.reads)
-        tokens = spread.tokens / len(spread.index)
-        branches = self._branches(place, scales, products, products.fitted, tokens)
-        judged = {i for i in spread.index if i % HOLD_OUT == HOLD_OUT - 1} or set(spread.index)
-        errors = samples.reduce(lambda batch: _errors(batch, place, branches, judged), self.reads).errors
-        db = -10.0 * np.log10(np.maximum(errors / len(judged), TINY))
-        gains, percents = db[1:] - db[0], np.array([branch.percent for branch in branches])
         always = self.keep == "always"
-        best = int(np.argmax(gains - (0.0 if always else self.price) * percents))
-        gain, price = float(gains[best]), self.price * float(percents[best])
-        before_db, after_db = float(db[0]), float(db[best + 1])
+        held_out = set() if always else {i for i in spread.index if i % HOLD_OUT == HOLD_OUT - 1}
+        scales = Scales.of(spread, ((self.alpha, self.alpha),) if self.alpha else GRID)
+        products = samples.reduce(lambda batch: _products(batch, place, scales, held_out), self.reads)
+        branches = self._branches(place, scales, products, spread.tokens / len(spread.index))
+        judges = held_out or set(spread.index)
+        errors = samples.reduce(lambda batch: _errors(batch, place, branches, judges), self.reads).errors
+        db = -10.0 * np.log10(np.maximum(errors / len(judges), TINY))
+        gains, prices = db[1:] - db[0], np.array([0.0 if always else self.price * branch.percent for branch in branches])
+        best = int(np.argmax(gains - prices))
+        gain, before_db, chosen = float(gains[best]), float(db[0]), branches[best]
         if gains.max() <= 0 and not always:
             return Outcome(None, "held-out samples do not improve", float(gains.max()), before_db, before_db)
-        if gain <= price and not always:
-            reason = f"{gain:.2f} dB are not worth {percents[best]:.1f} % of the block's time"
+        if gain <= prices[best] and not always:
+            reason = f"{gain:.2f} dB are not worth {chosen.percent:.1f} % of the block's time"
             return Outcome(None, reason, gain, before_db, before_db)
-        everything = _merged(products.fitted, products.held_out)
-        chosen = self._branches(place, scales, products, everything, tokens)[best]
         time = f", {chosen.percent:.1f} % of the block's time" if place.macs else ""
-        return Outcome(chosen.fit, chosen.name + time, gain, before_db, after_db)
+        return Outcome(chosen.fit, chosen.name + time, gain, before_db, float(db[best + 1]))
 
-    def _branches(self, block: Block, scales: Scales, products: Products, sums: Sequence[Sums], tokens: float) -> list[Branch]:
-        """Every branch to try, fitted to `sums`; the same ones in the same order for any."""
+    def _branches(self, block: Block, scales: Scales, products: Products, tokens: float) -> list[Branch]:
+        """Every branch to try."""
         found: list[Branch] = []
         integer = block.channel_axis == -1
         for i, (c_x, c_e) in enumerate(scales.grid):
-            regression = Regression.of(sums[i], self.ridge)
+            regression = Regression.of(products.sums[i], self.ridge)
             groups = len(regression.weight)
-            unit = scales.e[i].reshape(groups, 1, -1)
-            # Where x is not bent its factors are in W. A linear branch ends behind its bias; any other has W in units of the
-            # bound and goes on with clip and L^-1.
-            before, behind, common = 1.0, unit, dict[str, Array]()
-            if math.isfinite(c_e):
+            unit, inverse = scales.e[i].reshape(groups, 1, -1), scales.x[i].reshape(groups, -1, 1)
+            # A linear branch ends behind its bias; any other has W in units of the bound and goes on with clip and L^-1.
+            behind, common = unit, dict[str, Array]()
+            if c_e != INF:
                 behind = 1.0 / np.maximum(products.bound[i], TINY).reshape(groups, 1, -1)
                 common |= {"bound": products.bound[i], "unit": scales.e[i]}
-            if math.isfinite(c_x):
+            if c_x != INF:
                 common |= {"factor": scales.x[i], "log": ONE}
-            else:
-                before = scales.x[i].reshape(groups, -1, 1)
             bent = "linear" if c_e == INF else f"c = {c_e:g}" + (" on the error" if c_x == INF else "")
             for form, left, right in self._factors(regression, unit, integer=integer):
                 w = left if right is None else left @ right
                 arrays = common | {"bias": (regression.bias(w) * behind).reshape(-1)}
-                if right is not None:
-                    arrays |= {"left": rows(before * left), "right": rows(right * behind)}
-                elif form == "int8" and integer:
+                if form == "int8" and integer:
                     q = from_range(products.u[i].min, products.u[i].max, Scheme(8))
                     arrays |= {"factor": scales.x[i], "input_scale": q.scale, "input_zero_point": q.zero_point}
-                    arrays |= _codes(_rounded(rows(w * behind)))
-                elif form == "int8":
-                    arrays |= _codes(_rounded(rows(before * w * behind)))
+                if "factor" not in arrays:
+                    left = inverse * left
+                if right is not None:
+                    arrays |= {"left": rows(left), "right": rows(right * behind)}
                 else:
-                    arrays["weight"] = rows(before * w * behind)
+                    arrays |= _codes(rows(left * behind)) if form == "int8" else {"weight": rows(left * behind)}
                 arrays = {k: v if v.dtype.kind in "iu" else _rounded(v).astype(np.float32) for k, v in arrays.items()}
                 percent = 100.0 * _time(arrays, block, tokens) if block.macs else 0.0
                 found.append(Branch(f"{bent}, {form}", arrays, percent))
@@ -309,32 +301,25 @@ def _bent(t: Array) -> Array:
 
 
 def _rounded(a: Array) -> Array:
-    """To 16 significant bits, which do not tell in which order several threads have added up."""
+    """To 16 significant bits, which do not tell in which order the threads of a product have added up."""
     mantissa, exponent = np.frexp(a)
     return np.ldexp(np.rint(mantissa * 2.0**16), exponent - 16)
 
 
 def _codes(rows: Array) -> dict[str, Array]:
-    q = weight_qparams(rows, 0, 8)
-    return {"codes": q.quantize(rows), "scale": q.scale}
+    kept = _rounded(rows)
+    q = weight_qparams(kept, 0, 8)
+    return {"codes": q.quantize(kept), "scale": q.scale}
 
 
 def _time(fit: Fit, block: Block, tokens: float) -> float:
     """The branch's time as a share of the block's."""
-    weights = [fit[key] for key in ("weight", "codes", "left", "right") if key in fit]
-    inputs, outputs = tokens * block.channels[0], tokens * block.channels[1]
-    added = branch_ns(
-        inputs,
-        outputs,
-        tokens * sum(w.size for w in weights),
-        products=len(weights),
-        integer="input_scale" in fit,
-        scaled="factor" in fit,
-        log="log" in fit,
-        exp="unit" in fit,
-        spatial=block.channel_axis == 1,
-    )
-    return added / block_ns(block.macs, outputs, spatial=block.channel_axis == 1)
+    weights = [fit[key].size for key in ("weight", "codes", "left", "right") if key in fit]
+    sizes = (tokens * block.channels[0], tokens * block.channels[1], tokens * sum(weights))
+    spatial = block.channel_axis == 1
+    marks = {"integer": "input_scale", "scaled": "factor", "log": "log", "exp": "unit"}
+    added = X86.branch_ns(sizes, len(weights), spatial=spatial, **{name: key in fit for name, key in marks.items()})
+    return added / X86.block_ns(block.macs, sizes[1], spatial=spatial)
 
 
 def _groups(block: Block) -> int:
@@ -360,43 +345,33 @@ def _spread(batch: Batch, block: Block) -> Spread:
     return functools.reduce(Spread.merge, parts)
 
 
-def _products(batch: Batch, block: Block, scales: Scales) -> Products:
-    return functools.reduce(Products.merge, (_sample_products(s, scales, _groups(block)) for s in _samples(batch, block)))
+def _products(batch: Batch, block: Block, scales: Scales, held_out: set[int]) -> Products:
+    parts = (_sample_products(s, scales, _groups(block), fitted=s.index not in held_out) for s in _samples(batch, block))
+    return functools.reduce(Products.merge, parts)
 
 
-def _sample_products(sample: Rows, scales: Scales, groups: int) -> Products:
+def _sample_products(sample: Rows, scales: Scales, groups: int, *, fitted: bool) -> Products:
     columns = []
-    fitted = sample.index % HOLD_OUT != HOLD_OUT - 1
     for (c_x, c_e), x_scale, e_scale in zip(scales.grid, scales.x, scales.e, strict=True):
         u, v = sample.x * x_scale, sample.e / e_scale
         u, v = (a if c == INF else _bent(a) for a, c in ((u, c_x), (v, c_e)))
-        sums = Sums.of(u, v, groups)
-        none = Sums(np.zeros_like(sums.uu), np.zeros_like(sums.uv))
-        folds = (sums, none) if fitted else (none, sums)
-        columns.append((*folds, np.abs(v).max(axis=0), Extremes.of(u)))
+        fold = slice(None if fitted else 0)
+        columns.append((Sums.of(u[fold], v[fold], groups), np.abs(v).max(axis=0), Extremes.of(u)))
     return Products(*zip(*columns, strict=True))
 
 
-def _merged(some: Sequence[S], others: Sequence[S]) -> tuple[S, ...]:
-    return tuple(a.merge(b) for a, b in zip(some, others, strict=True))
-
-
-def _errors(batch: Batch, block: Block, branches: Sequence[Branch], judged: set[int]) -> RatioErrors:
+def _errors(batch: Batch, block: Block, branches: Sequence[Branch], judges: set[int]) -> RatioErrors:
     """Of the samples to judge by: the typical relative squared error, as it is and with each branch [1 + K], summed."""
     total = np.zeros(1 + len(branches))
     for sample in _samples(batch, block):
-        if sample.index in judged:
+        if sample.index in judges:
             left = [sample.e, *(sample.e - compensation(branch.fit, sample.x) for branch in branches)]
-            energy = np.maximum(_squares(sample.f), TINY)
-            total += [_typical(_squares(e) / energy) for e in left]
+            errors = np.array([_squares(e) for e in left]) / np.maximum(_squares(sample.f), TINY)
+            kept = max(math.ceil(errors.shape[1] * (1.0 - TRIM)), 1)
+            total += np.sort(errors, axis=1)[:, :kept].mean(axis=1)
     return RatioErrors(total)
 
 
 def _squares(a: Array) -> Array:
     """The sum over channels [T]."""
     return np.einsum("tc,tc->t", a, a, dtype=np.float64)
-
-
-def _typical(errors: Array) -> float:
-    """The mean without the share `TRIM` of the largest."""
-    return float(np.sort(errors)[: max(math.ceil(len(errors) * (1.0 - TRIM)), 1)].mean())

@@ -20,7 +20,7 @@ TINY = 1e-12
 
 def split(a: NDArray, groups: int) -> NDArray:
     """[T, n] as [G, T, n / G]."""
-    return a.reshape(len(a), groups, -1).transpose(1, 0, 2)
+    return a.reshape(len(a), groups, a.shape[1] // groups).transpose(1, 0, 2)
 
 
 def times(x: NDArray, rows: NDArray) -> NDArray:

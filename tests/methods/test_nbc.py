@@ -85,7 +85,7 @@ def test_what_is_linear_in_the_input_is_taken_out(rng: np.random.Generator):
     fit = fitted(NBC(alpha=math.inf, weight="float", ridge=1e-9).fit(BLOCK, cut(x, errors)))
 
     left = errors[0] - compensation(fit, x[0].astype(np.float32))
-    assert np.abs(left).max() < 1e-5  # float32 sums of 16 products of order 1, and outputs stored in float32
+    assert np.abs(left).max() < 1e-4  # 16 products of up to 0.3 and 3, the weights kept to 2^-16, signs at random
 
 
 def test_what_is_linear_in_the_logarithms_is_taken_out(rng: np.random.Generator):
@@ -97,7 +97,7 @@ def test_what_is_linear_in_the_logarithms_is_taken_out(rng: np.random.Generator)
     fit = fitted(NBC(alpha=1.0, weight="float", ridge=1e-9).fit(BLOCK, cut(x, errors)))
 
     left = errors[0] - compensation(fit, x[0].astype(np.float32))
-    assert np.abs(left).max() < 1e-4  # as above, times a derivative of L^-1 of about 5
+    assert np.abs(left).max() < 2e-4  # errors up to 4, a_x and a_e kept to 2^-16 each
 
 
 def test_a_heavy_tailed_error_is_predicted_better_in_the_logarithm(rng: np.random.Generator):
@@ -133,7 +133,7 @@ def test_no_compensation_exceeds_the_largest_error_seen(rng: np.random.Generator
 
     found = compensation(fit, (1e6 * x[0]).astype(np.float32))
     most = np.abs(errors.astype(np.float32)).max(axis=(0, 1))
-    assert (np.abs(found) <= most * (1 + 1e-5)).all()  # a few float32 roundings of ln and exp
+    assert (np.abs(found) <= most * (1 + 1e-4)).all()  # a_e and the bound are kept to 2^-16 each
 
 
 def test_a_constant_channel_counts_for_nothing(rng: np.random.Generator):
