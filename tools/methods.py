@@ -78,7 +78,7 @@ def rows(name: str, subject: Subject, folder: Path, bits: str, options: argparse
                     for m in methods
                 )
             made.append((recipe_name, output, scores, seconds, kept))
-        latencies = runtime.measure([m[1] for m in made], [test.samples[0]], threads=1, rounds=options.rounds, warmup=5)
+        latencies = runtime.measure([m[1] for m in made], [test[0]], threads=1, rounds=options.rounds, warmup=5)
         base = float(np.mean(made[0][2]))
         for (recipe_name, output, scores, seconds, kept), latency in zip(made, latencies, strict=True):
             score = f"{np.mean(scores):.2f}" + (f" +- {np.std(scores):.2f}" if len(scores) > 1 else "")
