@@ -1,10 +1,11 @@
 """The four methods side by side: base (MSE ranges alone), base + each method, and everything, per model and width.
 
     python tools/methods.py [--data ../shared/data] [--only vit,kwt1] [--bits w4a4,w6a6,w4a8] [--samples 128] [--rounds 20]
+    python tools/methods.py --series [--only vit,kwt1]      the series of xint without any data, term by term
 
-Scores are accuracies on the test half (which calibration never saw). What is random (NoisyQuant's draws, and with it
-`best`) is run with three seeds: mean and spread. Latency (one thread, batch 1) is the ratio to the base of the same width,
-all files of one model and width timed in turn in one run; bytes are what the file is larger than the base's.
+Scores are accuracies on the test half (which calibration never saw). What is random, the draws of `noisyquant`, is run
+with three seeds: mean and spread. Latency (one thread, batch 1) is the ratio to the base of the same width, all files of
+one model and width timed in turn in one run; bytes are what the file is larger than the base's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from bench import HALF, IMAGENET, Subject, accuracy, load, stacked
 from onnxcomp import runtime
 from onnxcomp.data import InputSpec
 from onnxcomp.methods.base import Compensation
+from onnxcomp.methods.xint import XInt
+from onnxcomp.numerics.arrays import energies, sqnr_db
 from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import Bits, Recipe, find
 
@@ -39,7 +42,7 @@ SUBJECTS = {
     ),
 }
 RECIPES = ("base", "bc", "nbc", "noisyquant", "xint", "best")
-SEEDS = {"noisyquant": (0, 1, 2), "best": (0, 1, 2)}
+SEEDS = {"noisyquant": (0, 1, 2)}
 
 
 def seeded(recipe: Recipe, seed: int) -> Recipe:
@@ -90,6 +93,34 @@ def rows(name: str, subject: Subject, folder: Path, bits: str, options: argparse
             )
 
 
+def series(name: str, subject: Subject, folder: Path, options: argparse.Namespace) -> None:
+    """Print what each further 4-bit term of weights and activations brings, without data, and what weight terms cost."""
+    path = folder / subject.file
+    reference = runtime.Session(path)
+    specs = [InputSpec(n, kind.dtype or np.dtype(np.float32), kind.shape) for n, kind in reference.inputs]
+    test = load(subject, folder, "test", specs, None)
+    batches, few = stacked(test, reference), [test[i] for i in range(20)]
+    expected = [next(iter(reference.run(feed).values())) for feed in few]
+
+    def quantized(k: int, t: int) -> bytes:
+        recipe = dataclasses.replace(find("xint"), compensate=(XInt(weight_terms=k, activation_terms=t, keep="always"),))
+        return quantize(path, None, recipe).model.SerializeToString()
+
+    def sqnr(model: bytes) -> float:
+        session = runtime.Session(model)
+        found = [next(iter(session.run(feed).values())) for feed in few]
+        pairs = [energies(e, f) for e, f in zip(expected, found, strict=True)]
+        return sqnr_db(*map(sum, zip(*pairs, strict=True)))
+
+    models = {(k, t): quantized(k, t) for k, t in ((1, 1), (2, 2), (3, 3), (4, 4), (2, 1))}
+    terms = " / ".join(f"{sqnr(models[n, n]):.1f}" for n in (1, 2, 3, 4))
+    scores = f"{accuracy(reference, batches):.2f} -> {accuracy(runtime.Session(models[2, 2]), batches):.2f}"
+    timed = [models[1, 1], models[2, 1], models[2, 2], path.read_bytes()]
+    times = runtime.measure(timed, [test[0]], threads=1, rounds=options.rounds, warmup=5)
+    ratios = " | ".join(f"{t.median_ms / times[3].median_ms:.3f}" for t in times[:3])
+    print(f"| {name} | {terms} | {scores} | {ratios} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     default = os.environ.get("ONNXCOMP_DATA", str(Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -99,7 +130,14 @@ def main() -> None:
     parser.add_argument("--recipes", default=",".join(RECIPES), help="the first is what the others are compared with")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--series", action="store_true", help="the terms of xint, without data")
     options = parser.parse_args()
+    if options.series:
+        print("| model | SQNR dB at k = t = 1 / 2 / 3 / 4 | fp32 -> k = t = 2 | time / fp32: k = 1 | k = 2 | k = t = 2 |")
+        print("|---|---|---|---|---|---|")
+        for name in options.only.split(","):
+            series(name, SUBJECTS[name], options.data, options)
+        return
     print("| model | bits | recipe | fp32 | score | gain | kB added | time / base (10-90 %) | seconds | kept |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in options.only.split(","):
