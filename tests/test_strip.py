@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import ModelProto, checker
 from tiny import models
 
-from onnxcomp import runtime
+from onnxcomp import cli, runtime
 from onnxcomp.choose import choose
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import files
@@ -134,3 +136,14 @@ def test_an_unknown_method_and_a_file_without_a_record_are_refused():
     text = r"The file holds no record of compensations\. Give a file that this version of onnxcomp wrote\."
     with pytest.raises(ModelError, match=text):
         strip(TINY["mlp"].model, ["bias"])
+
+
+def test_the_command_names_the_places_and_writes_the_file(tmp_path: Path):
+    tiny, path = TINY["mlp"], tmp_path / "q.onnx"
+    quantize(tiny.model, tiny.samples, replace(PLAIN, compensate=(METHODS["channels"],)), output=path)
+
+    found = CliRunner().invoke(cli.main, ["strip", str(path), "--method", "bias", "--json"])
+
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout) == {"path": str(tmp_path / "q.stripped.onnx"), "stripped": ["fc1", "fc2"]}
+    assert graph_bytes(onnx.load(tmp_path / "q.stripped.onnx")) == graph_bytes(strip(path, ["bias"]).model)

@@ -70,6 +70,7 @@ def test_the_codes_replace_the_weight_behind_one_abstract_node(site: Site, axis:
 
 # --- GPTQ ------------------------------------------------------------------------------------------------------------
 
+
 def samples(x: Array) -> Cut:
     """The samples x [N, ...], one at a time, as a layer's input."""
     return Cut([LiveBatch((i,), {"x": x[i : i + 1]}) for i in range(len(x))], aliases={"xh": "x"})
