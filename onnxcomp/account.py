@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from onnxcomp import __version__
 from onnxcomp import recipe as recipes
 from onnxcomp.choose import Choice
-from onnxcomp.compress.walk import Walk
+from onnxcomp.compress.walk import SiteResult, Walk
 from onnxcomp.data import Data
 from onnxcomp.graph import files
-from onnxcomp.graph.edit import Constant, Graph
+from onnxcomp.graph.edit import Constant, Graph, Node
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.sites import Site
 from onnxcomp.graph.strip import dump_folds
@@ -21,7 +22,7 @@ from onnxcomp.recipe import Recipe
 from onnxcomp.report.json import to_stored
 from onnxcomp.report.model import Report, SiteReport, Verification
 from onnxcomp.targets.audit import AuditSite, Kernel
-from onnxcomp.targets.base import Plan, Target
+from onnxcomp.targets.base import Plan
 
 
 def path_of(model: object) -> Path | None:
@@ -34,36 +35,25 @@ def audit_sites(lowered: Graph, plan: Plan) -> tuple[AuditSite, ...]:
     nodes = {node.name: node for node in lowered.nodes}
     found = []
     for site in plan.sites:
-        tensor = nodes[site.name].outputs[0]
-        outputs = [tensor.name]
-        while len(tensor.outputs) == 1 and tensor.outputs[0].op in ("Relu", "Clip", "QuantizeLinear", "Sum", "Mul"):
-            reader = tensor.outputs[0]
-            if reader.op in ("Sum", "Mul") and not any(isinstance(t, Constant) for t in reader.inputs):
-                break
-            tensor = reader.outputs[0]
-            outputs.append(tensor.name)
-            if reader.op == "QuantizeLinear":
-                break
-        found.append(AuditSite(site.name, tuple(outputs)))
+        tensors = [nodes[site.name].outputs[0]]
+        while len(tensors[-1].outputs) == 1 and _is_computed_with(tensors[-1].inputs[0], tensors[-1].outputs[0]):
+            tensors.append(tensors[-1].outputs[0].outputs[0])
+        found.append(AuditSite(site.name, tuple(tensor.name for tensor in tensors)))
     return tuple(found)
 
 
+def _is_computed_with(node: Node, reader: Node) -> bool:
+    """Whether the kernel that computes `node` may compute its only reader too: up to the codes, by constants alone."""
+    by_constant = reader.op in ("Sum", "Mul") and any(isinstance(tensor, Constant) for tensor in reader.inputs)
+    return node.op != "QuantizeLinear" and (by_constant or reader.op in ("Relu", "Clip", "QuantizeLinear"))
+
+
 def report(
-    source: ModelProto,
-    model: object,
-    samples: Data | None,
-    recipe: Recipe,
-    target: Target,
-    choice: Choice,
-    walk: Walk,
-    notes: Sequence[str],
-    kernels: Sequence[Kernel],
-    verification: Verification,
-) -> Report:
+    source: ModelProto, model: object, samples: Data | None, recipe: Recipe, choice: Choice, walk: Walk,
+    notes: Sequence[str], kernels: Sequence[Kernel], verification: Verification,
+) -> Report:  # fmt: skip
     """The whole account. The output's size is filled in by `stamp`."""
-    path = path_of(model)
-    by_site = {kernel.site: kernel for kernel in kernels}
-    used = dataclasses.replace(recipe, target=target.name)
+    path, plan, target = path_of(model), walk.plan, walk.target
     return Report(
         version=__version__,
         model_name=path.name if path is not None else (source.graph.name or "model"),
@@ -73,9 +63,9 @@ def report(
         data_sha256=None if samples is None else samples.digest,
         samples=0 if samples is None else len(samples),
         target=target.name,
-        recipe=recipes.dumps(used),
-        requirements=target.requirements(walk.plan),
-        sites=tuple(_site_report(site, walk, by_site[site.name]) for site in walk.plan.sites),
+        recipe=recipes.dumps(dataclasses.replace(recipe, target=target.name)),
+        requirements=target.requirements(plan),
+        sites=tuple(_site_report(site, walk, kernel) for site, kernel in zip(plan.sites, kernels, strict=True)),
         skipped=choice.skipped,
         decisions=tuple(walk.decisions),
         verification=verification,
@@ -84,40 +74,20 @@ def report(
 
 
 def _site_report(site: Site, walk: Walk, kernel: Kernel) -> SiteReport:
-    settings, result = walk.plan.settings.get(site.name), walk.results.get(site.name)
-    weight_bytes = 0
-    if settings is None:
-        bits, activations = "a8", "static"
-    elif site.weight is None:
-        bits, activations = f"a{settings.activation_bits}", settings.activations
-    else:
-        activations = (
-            settings.activations if settings.activations != "auto" else walk.quantizers.granularity.get(site.name, "static")
-        )
-        bits = f"w{settings.weight_bits}" + ("" if activations == "float" else f"a{settings.activation_bits}")
+    settings, result = walk.plan.settings.get(site.name), walk.results.get(site.name, SiteResult())
+    activations = "static" if settings is None else settings.activations
+    if activations == "auto":
+        activations = walk.quantizers.granularity.get(site.name, "static")
+    bits, stored = "a8" if settings is None else f"a{settings.activation_bits}", 0
+    if settings is not None and site.weight is not None:
+        bits = f"w{settings.weight_bits}{'' if activations == 'float' else bits}"
         shape = walk.reference.tensors()[site.weight].shape
-        weight_bytes = _stored_bytes(tuple(int(n) for n in shape), site.weight_axis, settings.weight_bits)
+        codes = (math.prod(shape) + 1) // 2 * (1 if settings.weight_bits <= 4 else 2)
+        stored = codes + 5 * shape[site.weight_axis]  # a float scale and an int8 zero point per channel
     return SiteReport(
-        name=site.name,
-        op=site.op,
-        kind=site.kind,
-        bits=bits,
-        activations=activations,
-        before_db=None if result is None else result.before_db,
-        after_db=None if result is None else result.after_db,
-        kernel=kernel.op,
-        integer=kernel.integer,
-        reason=kernel.reason,
-        weight_bytes=weight_bytes,
-    )
-
-
-def _stored_bytes(shape: tuple[int, ...], axis: int, bits: int) -> int:
-    """Codes of 4 or 8 bits, and a float scale and an int8 zero point per channel."""
-    count = 1
-    for n in shape:
-        count *= n
-    return (count + 1) // 2 * (1 if bits <= 4 else 2) + 5 * shape[axis]
+        site.name, site.op, site.kind, bits, activations, result.before_db, result.after_db,
+        kernel.op, kernel.integer, kernel.reason, stored,
+    )  # fmt: skip
 
 
 def stamp(model: ModelProto, account: Report, folds: Sequence[Fold]) -> Report:
@@ -126,11 +96,11 @@ def stamp(model: ModelProto, account: Report, folds: Sequence[Fold]) -> Report:
     The stored account leaves its own file's size open, which `inspect` reads from the file.
     """
     timeless = tuple(dataclasses.replace(decision, added_ms=None) for decision in account.decisions)
-    values: Mapping[str, str] = {
+    values = {
         "onnxcomp.version": account.version,
         "onnxcomp.recipe": account.recipe,
         "onnxcomp.report": to_stored(dataclasses.replace(account, decisions=timeless)),
         "onnxcomp.folds": dump_folds(folds),
     }
-    files.set_metadata(model, {**files.metadata(model), **values})
+    files.set_metadata(model, values)
     return dataclasses.replace(account, output_bytes=model.ByteSize())

@@ -21,7 +21,7 @@ from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import files
 from onnxcomp.numerics import arrays
 from onnxcomp.preprocess import Preprocess
-from onnxcomp.report.results import Benchmark, Operator, Timing
+from onnxcomp.report.model import Benchmark, Operator, Timing
 
 FEEDS = 8
 """Samples that are run in turn, where there are data."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from onnxcomp.errors import ModelError, UnsupportedSite
 from onnxcomp.graph.blocks import Block, find_blocks
-from onnxcomp.graph.edit import Constant, Graph
+from onnxcomp.graph.edit import Constant, Graph, Node
 from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, matches, select
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Skipped
 from onnxcomp.targets.base import Settings
+
+NO_DATA = "No data were given, so activations are quantized at run time and nothing is calibrated or compensated"
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,8 @@ def choose(graph: Graph, recipe: Recipe, *, with_data: bool) -> Choice:
         places = [b for b in blocks if b.kind == method.scope] if method.scope in ("block", "output") else every
         if places:
             check_pattern(method.where, places, names, required=False)
-    offered = [site for site in every if site.kind == "layer" or recipe.products or _is_included(site, recipe)]
     chosen = select(every, recipe.include, recipe.exclude, names)
-    chosen = tuple(site for site in chosen if site in offered)
+    chosen = tuple(s for s in chosen if s.kind == "layer" or recipe.products or _is_included(s, recipe))
     if any(node.op in ("QuantizeLinear", "DynamicQuantizeLinear") for node in graph.nodes):
         raise ModelError("The model is quantized already. Give the float model that it was made from.")
     if not chosen:
@@ -56,7 +57,9 @@ def choose(graph: Graph, recipe: Recipe, *, with_data: bool) -> Choice:
         )
     settings = {site.name: _settings(site, recipe, with_data=with_data) for site in chosen}
     chosen = tuple(s for s in chosen if s.kind == "layer" or settings[s.name].activations != "float")
-    return Choice(chosen, settings, _skipped(graph, every, chosen), _notes(chosen, with_data=with_data), blocks)
+    convs = "; Conv activations stay float" if any(site.op == "Conv" for site in chosen) else ""
+    notes = () if with_data else (f"{NO_DATA}{convs}. Pass --data for static ranges.",)
+    return Choice(chosen, settings, _skipped(graph, every, chosen), notes, blocks)
 
 
 def _outputs(graph: Graph, sites: Sequence[Site]) -> tuple[Block, ...]:
@@ -77,49 +80,35 @@ def _is_included(site: Site, recipe: Recipe) -> bool:
 
 
 def _settings(site: Site, recipe: Recipe, *, with_data: bool) -> Settings:
-    bits, ranges, activations, symmetric = recipe.bits, recipe.ranges, recipe.activations, recipe.symmetric
     for rule in recipe.site:
         if matches(rule.where, site):
-            bits = rule.bits if rule.bits is not None else bits
-            ranges = rule.ranges if rule.ranges is not None else ranges
-            activations = rule.activations if rule.activations is not None else activations
-            symmetric = rule.symmetric if rule.symmetric is not None else symmetric
+            recipe = replace(recipe, **{k: v for k, v in vars(rule).items() if k != "where" and v is not None})
+    activations, rounding = recipe.activations, recipe.rounding
     if site.op == "Conv" and activations in ("dynamic", "token", "auto"):
         activations = "static"  # no runtime has an integer Conv with a range measured at run time
     if site.kind == "product" and activations in ("token", "auto"):
         activations = "static"
     if activations in ("static", "auto") and not with_data:
         activations = "float" if site.op == "Conv" or site.kind == "product" else "dynamic"
-    rounding = recipe.rounding
     if rounding == "auto":  # at 8 bits rounding to nearest loses nothing that can be measured
-        rounding = "gptq" if with_data and bits.weights < 8 else "nearest"
-    return Settings(bits.weights, bits.activations, activations, ranges, recipe.percentile, symmetric, rounding)
+        rounding = "gptq" if with_data and recipe.bits.weights < 8 else "nearest"
+    widths = recipe.bits.weights, recipe.bits.activations
+    return Settings(*widths, activations, recipe.ranges, recipe.percentile, recipe.symmetric, rounding)
 
 
 def _skipped(graph: Graph, every: tuple[Site, ...], chosen: tuple[Site, ...]) -> tuple[Skipped, ...]:
     sites, kept = {site.name: site for site in every}, {site.name for site in chosen}
-    skipped = []
-    for node in graph.nodes:
-        if node.name in kept or node.op not in LAYER_OPS:
-            continue
-        site = sites.get(node.name)
-        if site is None:
-            weight = node.inputs[1]
-            reason = f"weight '{weight.name}' is not a constant of type float32"
-            if isinstance(weight, Constant):
-                reason = f"weight '{weight.name}' has type {weight.dtype} and rank {len(weight.shape)}"
-            skipped.append(Skipped(node.name, node.op, reason))
-        elif site.kind == "product":
-            skipped.append(Skipped(node.name, node.op, "a product of two activations: quantized with --products"))
-        else:
-            skipped.append(Skipped(node.name, node.op, "not included by the recipe"))
-    return tuple(skipped)
+    left = [node for node in graph.nodes if node.op in LAYER_OPS and node.name not in kept]
+    return tuple(Skipped(node.name, node.op, _reason(node, sites.get(node.name))) for node in left)
 
 
-def _notes(chosen: tuple[Site, ...], *, with_data: bool) -> tuple[str, ...]:
-    if with_data:
-        return ()
-    text = "No data were given, so activations are quantized at run time and nothing is calibrated or compensated"
-    if any(site.op == "Conv" for site in chosen):
-        text += "; Conv activations stay float"
-    return (f"{text}. Pass --data for static ranges.",)
+def _reason(node: Node, site: Site | None) -> str:
+    """Why the operator, which is a site or none, stays float."""
+    if site is not None and site.kind == "product":
+        return "a product of two activations: quantized with --products"
+    if site is not None:
+        return "not included by the recipe"
+    weight = node.inputs[1]
+    if isinstance(weight, Constant):
+        return f"weight '{weight.name}' has type {weight.dtype} and rank {len(weight.shape)}"
+    return f"weight '{weight.name}' is not a constant of type float32"

@@ -8,11 +8,12 @@ heavy is imported inside the commands, so that help is instant.
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,9 @@ from onnxcomp import __version__
 from onnxcomp.errors import BoundError, OnnxcompError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
+    from onnxcomp.preprocess import Preprocess
     from onnxcomp.recipe import Recipe
-    from onnxcomp.report.results import Comparison
+    from onnxcomp.report.model import Comparison
 
 PATIENCE = 2.0
 """Seconds before a progress bar appears."""
@@ -36,15 +36,26 @@ UNBOUNDED = 1 << 16
 
 
 class Command(click.Command):
-    """A command with --json, --debug and examples, which are printed as they are written."""
+    """A command with --json, --debug and examples, which are printed as they are written.
+
+    Its function returns the answer, and then what to show of it: renderables, and text whose lines are never broken.
+    """
 
     def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.examples = tuple(examples)
-        self.params.append(click.Option(["--json", "as_json"], is_flag=True, help="Print the answer as JSON."))
-        self.params.append(
-            click.Option(["--debug"], is_flag=True, expose_value=False, callback=_set_debug, help="Show an error's trace.")
-        )
+        self.params.append(click.Option(["--json"], is_flag=True, help="Print the answer as JSON."))
+        self.params.append(click.Option(["--debug"], is_flag=True, help="Show an error's trace."))
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Run the command and print its answer."""
+        as_json, ctx.meta["debug"] = ctx.params.pop("json"), ctx.params.pop("debug")
+        answer, *shown = super().invoke(ctx)
+        from onnxcomp.report import json
+
+        text = json.to_json(answer) if as_json else _render(shown)
+        encoding = sys.stdout.encoding or "utf-8"
+        click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""
@@ -73,10 +84,25 @@ class Commands(click.Group):
             ctx.exit(INTERRUPTED)
 
 
-def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    ctx.meta["debug"] = value
+def _read_preprocess(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Preprocess | None:
+    from onnxcomp.preprocess import Preprocess
+
+    return None if value is None else Preprocess.parse(value)
 
 
+def _read_shapes(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for text in values:
+        found = re.fullmatch(r"(.+)=([1-9]\d*(?:x[1-9]\d*)*)", text, re.ASCII)
+        if found is None:
+            raise UsageError(f"Shape '{text}' is not understood. Write it like pixel_values=1x3x224x224.")
+        shapes[found[1]] = tuple(map(int, found[2].split("x")))
+    return shapes
+
+
+PREPROCESS = click.option(
+    "--preprocess", callback=_read_preprocess, metavar='"KEY=VALUE ..."', help="From pixels to the model's input."
+)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -105,7 +131,7 @@ def main() -> None:
 @click.option("--products", is_flag=True, default=None, help="Quantize MatMuls of two activations too.")
 @click.option("--ranges", metavar="mse|percentile|minmax", help="How activation ranges are chosen.")
 @click.option("--activations", metavar="auto|static|dynamic|token|float", help="When activation ranges are measured.")
-@click.option("--preprocess", metavar='"KEY=VALUE ..."', help="From pixels to the model's input.")
+@PREPROCESS
 @click.option("--seed", type=int, metavar="N", help="Decides which samples are used; 0 by default.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Write nothing if more of the answers on --data change.")
 @click.option("--labels", type=click.Path(), help="Let --max-drop count right answers instead: .npy, .npz or .csv.")
@@ -114,8 +140,8 @@ def main() -> None:
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
 def quantize(
     model: str, data: str | None, output: str | None, *, max_drop: float | None, labels: str | None,
-    force: bool, split: bool, all_sites: bool, as_json: bool, **options: Any,
-) -> None:  # fmt: skip
+    force: bool, split: bool, all_sites: bool, **options: Any,
+) -> tuple[object, ...]:  # fmt: skip
     """Quantize MODEL and write the result once it is proven to run."""
     if max_drop is not None and data is None:
         raise UsageError("--max-drop is measured on samples. Pass --data.")
@@ -123,38 +149,29 @@ def quantize(
         raise UsageError("--split writes its files at once, and --max-drop decides later. Give one of them.")
     if labels is not None and max_drop is None:
         raise UsageError("--labels is for --max-drop. Pass both, or compare the result with `onnxcomp compare`.")
-    recipe = _recipe(**options)
-    path = Path(model)
+    recipe, path = _recipe(**options), Path(model)
     destination = Path(output) if output is not None else path.with_name(f"{path.stem}.{recipe.bits}.onnx")
 
     from onnxcomp import pipeline
     from onnxcomp.compare import compare as compare_models
     from onnxcomp.graph import files
-    from onnxcomp.report import json, text
+    from onnxcomp.report import text
 
     files.check_output(destination, path, force=force)
     with _progress() as progress:
-        result = pipeline.quantize(
-            path, data, recipe, output=None if max_drop is not None else destination, force=force, split=split,
-            progress=progress,
-        )  # fmt: skip
+        written = None if max_drop is not None else destination
+        result = pipeline.quantize(path, data, recipe, output=written, force=force, split=split, progress=progress)
         if max_drop is not None:
             found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
             _demand(found, max_drop)
             files.save(result.model, destination, force=force, source=path)
-    report = result.report
-    if data is None and report.notes:
-        click.echo(report.notes[0], err=True)
-        report = dataclasses.replace(report, notes=report.notes[1:])
-    if as_json:
-        _echo(json.to_json(result.report))
-        return
-    _show(lambda width: text.report(report, width=width, all_sites=all_sites))
-    following = ["onnxcomp", "bench", model, str(destination)]
-    if data is not None:
-        following = ["onnxcomp", "compare", model, str(destination), "--data", "TEST_DATA"]
-        following += ["--preprocess", str(recipe.preprocess)] if recipe.preprocess is not None else []
-    _echo(f"\n{destination}\nNext: {shlex.join(following)}")
+    shown, following = result.report, ["compare", model, str(destination), "--data", "TEST_DATA"]
+    if recipe.preprocess is not None:
+        following += ["--preprocess", str(recipe.preprocess)]
+    if data is None:
+        click.echo(shown.notes[0], err=True)
+        shown, following = dataclasses.replace(shown, notes=shown.notes[1:]), ["bench", model, str(destination)]
+    return result.report, text.report(shown, all_sites=all_sites), f"\n{destination}\nNext: onnxcomp {shlex.join(following)}"
 
 
 @main.command(
@@ -167,18 +184,16 @@ def quantize(
 @click.argument("other", type=click.Path())
 @click.option("--data", type=click.Path(), required=True, help="Samples: .npz, .npy, a folder of either, or of images.")
 @click.option("--labels", type=click.Path(), help="One label per answer: .npy, .npz, or a file,label .csv.")
-@click.option("--preprocess", metavar='"KEY=VALUE ..."', help="From pixels to the model's input.")
+@PREPROCESS
 @click.option("--samples", "limit", type=int, metavar="N", help="Compare on N of the samples.")
-def compare(reference: str, other: str, data: str, preprocess: str | None, *, as_json: bool, **options: Any) -> None:
+def compare(reference: str, other: str, data: str, **options: Any) -> tuple[object, ...]:
     """Compare the outputs of two models on samples."""
     from onnxcomp.compare import compare as compare_models
-    from onnxcomp.preprocess import Preprocess
-    from onnxcomp.report import tables
+    from onnxcomp.report import text
 
-    steps = None if preprocess is None else Preprocess.parse(preprocess)
     with _progress() as progress:
-        found = compare_models(reference, other, data, preprocess=steps, progress=progress, **options)
-    _answer(found, as_json, lambda width: tables.comparison(found, width=width))
+        found = compare_models(reference, other, data, progress=progress, **options)
+    return found, text.comparison(found)
 
 
 @main.command(
@@ -189,38 +204,37 @@ def compare(reference: str, other: str, data: str, preprocess: str | None, *, as
 )
 @click.argument("models", nargs=-1, required=True, type=click.Path(), metavar="MODEL...")
 @click.option("--data", type=click.Path(), help="Samples to run on; made-up ones by default.")
-@click.option("--shape", multiple=True, metavar="NAME=1x3x224x224", help="Shape of a made-up input.")
-@click.option("--preprocess", metavar='"KEY=VALUE ..."', help="From pixels to the model's input.")
+@click.option(
+    "--shape", "shapes", callback=_read_shapes, multiple=True, metavar="NAME=1x3x224x224", help="Shape of a made-up input."
+)
+@PREPROCESS
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads per model.")
 @click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Rounds of 20 ms per model.")
 @click.option("--profile", "operators", is_flag=True, help="Show the time by type of operator.")
-def bench(models: tuple[str, ...], data: str | None, preprocess: str | None, *, as_json: bool, **options: Any) -> None:
+def bench(models: tuple[str, ...], data: str | None, shapes: dict[str, tuple[int, ...]], **options: Any) -> tuple[object, ...]:
     """Time models in turn; ratios are to the first."""
-    from onnxcomp.bench import bench as time_models
-    from onnxcomp.preprocess import Preprocess
-    from onnxcomp.report import tables
-
-    shapes = dict(_shape(text) for text in options.pop("shape"))
     if data is not None and shapes:
         raise UsageError("--data and --shape exclude each other: the samples have shapes of their own.")
-    steps = None if preprocess is None else Preprocess.parse(preprocess)
+    from onnxcomp.bench import bench as time_models
+    from onnxcomp.report import text
+
     with _progress() as progress:
-        found = time_models(models, data, shapes=shapes, preprocess=steps, progress=progress, **options)
+        found = time_models(models, data, shapes=shapes, progress=progress, **options)
     for note in found.notes:
         click.echo(note, err=True)
-    _answer(found, as_json, lambda width: tables.benchmark(found, width=width))
+    return found, text.benchmark(found)
 
 
 @main.command(examples=["onnxcomp inspect vit.onnx --all", "onnxcomp inspect vit.w8a8.onnx --json"])
 @click.argument("model", type=click.Path())
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
-def inspect(model: str, *, all_sites: bool, as_json: bool) -> None:
+def inspect(model: str, all_sites: bool) -> tuple[object, ...]:
     """Show a model's sites, or how it was quantized."""
     from onnxcomp.inspect import inspect as inspect_file
-    from onnxcomp.report import tables
+    from onnxcomp.report import text
 
     found = inspect_file(model)
-    _answer(found, as_json, lambda width: tables.inspection(found, width=width, all_sites=all_sites))
+    return found, text.inspection(found, all_sites=all_sites)
 
 
 @main.command(examples=["onnxcomp strip vit.w4a4.onnx --method nbc -o plain.onnx"])
@@ -228,30 +242,29 @@ def inspect(model: str, *, all_sites: bool, as_json: bool) -> None:
 @click.option("--method", "methods", multiple=True, required=True, metavar="NAME", help="The method to take out.")
 @click.option("-o", "--output", type=click.Path(), help="Where the file goes; MODEL.stripped.onnx by default.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
-def strip(model: str, methods: tuple[str, ...], output: str | None, *, force: bool, as_json: bool) -> None:
+def strip(model: str, methods: tuple[str, ...], output: str | None, force: bool) -> tuple[object, ...]:
     """Take a method's compensations out of a quantized model again."""
-    from onnxcomp.report import tables
+    from onnxcomp.report import text
     from onnxcomp.strip import strip as strip_file
 
-    destination = Path(output) if output is not None else Path(model).with_suffix(".stripped.onnx")
+    destination = output or str(Path(model).with_suffix(".stripped.onnx"))
     places = strip_file(model, methods, output=destination, force=force).places
-    found = {"path": str(destination), "stripped": list(places)}
-    _answer(found, as_json, lambda width: tables.summaries([("Stripped", ", ".join(places)), ("File", str(destination))]))
+    shown = text.facts([("Stripped", ", ".join(places)), ("File", destination)])
+    return {"path": destination, "stripped": list(places)}, shown
 
 
 @main.command(examples=["onnxcomp methods", "onnxcomp methods bias"])
 @click.argument("name", required=False)
-def methods(name: str | None, *, as_json: bool) -> None:
+def methods(name: str | None) -> tuple[object, ...]:
     """List the compensation methods, or explain one."""
     from onnxcomp import manual
-    from onnxcomp.report import tables
+    from onnxcomp.report import text
 
     if name is None:
         pages = manual.pages()
-        _answer(pages, as_json, lambda width: tables.summaries([(page.name, page.summary) for page in pages]))
-        return
+        return pages, text.facts((page.name, page.summary) for page in pages)
     page = manual.page(name)
-    _answer(page, as_json, lambda width: tables.manual(page.text, [(o.name, o.default, o.help) for o in page.options]))
+    return page, text.manual(page.text, [(o.name, o.default, o.help) for o in page.options])
 
 
 @main.group()
@@ -260,25 +273,23 @@ def recipe() -> None:
 
 
 @recipe.command("list", examples=["onnxcomp recipe list"])
-def list_recipes(*, as_json: bool) -> None:
+def list_recipes() -> tuple[object, ...]:
     """List the named recipes."""
     from onnxcomp import recipe as recipes
-    from onnxcomp.report import tables
+    from onnxcomp.report import text
 
     found = [{"name": r.name, "description": r.description} for r in recipes.NAMED.values()]
-    _answer(found, as_json, lambda width: tables.summaries([(r["name"], r["description"]) for r in found]))
+    return found, text.facts((r["name"], r["description"]) for r in found)
 
 
 @recipe.command("show", examples=["onnxcomp recipe show base > mine.toml"])
 @click.argument("name", metavar="NAME|FILE")
-def show_recipe(name: str, *, as_json: bool) -> None:
+def show_recipe(name: str) -> tuple[object, ...]:
     """Print a recipe as TOML, every key written out."""
     from onnxcomp import recipe as recipes
-    from onnxcomp.report import json
 
     found = recipes.find(name)
-    toml = recipes.dumps(found)
-    _echo(json.to_json({"name": found.name, "toml": toml}) if as_json else toml.rstrip())
+    return {"name": found.name, "toml": recipes.dumps(found)}, recipes.dumps(found)
 
 
 @main.command(examples=["onnxcomp export pkg.module:factory --input x=1x3x224x224 --dynamic batch -o model.onnx"])
@@ -287,29 +298,23 @@ def show_recipe(name: str, *, as_json: bool) -> None:
 @click.option("--dynamic", multiple=True, metavar="batch|NAME:AXIS=DIM", help="A dimension that may vary.")
 @click.option("-o", "--output", type=click.Path(), required=True, help="The ONNX file to write.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
-def export(spec: str, inputs: tuple[str, ...], output: str, *, as_json: bool, **options: Any) -> None:
+def export(spec: str, inputs: tuple[str, ...], output: str, **options: Any) -> tuple[object, ...]:
     """Export a torch module to ONNX and check it against torch."""
     from onnxcomp.export import export as export_module
-    from onnxcomp.report import tables
+    from onnxcomp.report import text
 
     found = export_module(spec, inputs, output=output, **options)
-    lines = [("Inputs", text) for text in found.inputs] + [("Outputs", text) for text in found.outputs]
+    lines = [("Inputs", port) for port in found.inputs] + [("Outputs", port) for port in found.outputs]
     lines += [("Opset", str(found.opset)), ("Max error", f"{found.max_error:.3g}, tolerance {found.tolerance:.3g}")]
-    _answer(found, as_json, lambda width: tables.summaries(lines))
-    if not as_json:
-        _echo(f"\n{found.path}\nNext: {shlex.join(['onnxcomp', 'quantize', str(found.path)])}")
+    return found, text.facts(lines), f"\n{found.path}\nNext: {shlex.join(['onnxcomp', 'quantize', str(found.path)])}"
 
 
 # --- what the commands share -----------------------------------------------------------------------------------------
 
 
-def _recipe(
-    recipe_name: str, bits: str | None, compensate: str | None, exclude: tuple[str, ...], preprocess: str | None,
-    **changes: Any,
-) -> Recipe:  # fmt: skip
+def _recipe(recipe_name: str, compensate: str | None, exclude: tuple[str, ...], **changes: Any) -> Recipe:
     """The recipe of that name or file, with what was given on the command line in place of its own values."""
     from onnxcomp import recipe as recipes
-    from onnxcomp.preprocess import Preprocess
 
     recipe = recipes.find(recipe_name)
     changes = {key: value for key, value in changes.items() if value is not None and value != ()}
@@ -317,10 +322,6 @@ def _recipe(
     if methods is not None:
         # A list means these methods and nothing chosen automatically, so on plain ranges too.
         changes = {"ranges": "mse", "activations": "static"} | changes | {"compensate": methods}
-    if bits is not None:
-        changes["bits"] = recipes.Bits.parse(bits)
-    if preprocess is not None:
-        changes["preprocess"] = Preprocess.parse(preprocess)
     return dataclasses.replace(recipe, exclude=(*recipe.exclude, *exclude), **changes)
 
 
@@ -340,60 +341,35 @@ def _demand(found: Comparison, max_drop: float) -> None:
         )
 
 
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
-    name, equals, sizes = text.rpartition("=")
-    parts = sizes.split("x")
-    if not equals or not name or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"Shape '{text}' is not understood. Write it like pixel_values=1x3x224x224.")
-    return name, tuple(map(int, parts))
-
-
-def _answer(value: object, as_json: bool, render: Callable[[int | None], RenderableType]) -> None:
-    """Print `value` as JSON, or what `render` makes of it."""
-    from onnxcomp.report import json
-
-    if as_json:
-        _echo(json.to_json(value))
-    else:
-        _show(render)
-
-
-def _echo(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def _show(render: Callable[[int | None], RenderableType]) -> None:
-    """Print what `render` makes for the width of the terminal; to a file or pipe, on lines as long as they are."""
+def _render(shown: Iterable[Any]) -> str:
+    """What to show, for the width of the terminal; for a file or pipe, on lines as long as they are."""
     from rich.console import Console
 
-    terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else UNBOUNDED, markup=False, highlight=False, emoji=False)
+    width = None if sys.stdout.isatty() else UNBOUNDED
+    console = Console(width=width, markup=False, highlight=False, emoji=False)
     with console.capture() as capture:
-        console.print(render(console.width if terminal else None))
-    _echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+        for part in shown:
+            console.print(part, soft_wrap=isinstance(part, str))
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """What takes progress(stage, done, total) and shows a bar once `PATIENCE` is over, if stderr is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda stage, done, total: None
-        return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
-    task = bar.add_task("", total=None)
-    start = time.monotonic()
+    columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", TimeElapsedColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task, start = bar.add_task("", total=None), time.monotonic()
 
     def show(stage: str, done: int, total: int) -> None:
-        if time.monotonic() - start >= PATIENCE:
+        if sys.stderr.isatty() and time.monotonic() - start >= PATIENCE:
             bar.start()
         bar.update(task, description=stage, completed=done, total=total)
 
     try:
         yield show
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()

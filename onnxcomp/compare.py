@@ -26,7 +26,7 @@ from onnxcomp.errors import DataError, ModelError
 from onnxcomp.graph import files
 from onnxcomp.numerics.arrays import energies, sqnr_db
 from onnxcomp.preprocess import Preprocess
-from onnxcomp.report.results import Accuracy, Comparison, OutputComparison
+from onnxcomp.report.model import Accuracy, Comparison, OutputComparison
 from onnxcomp.runtime import Session
 
 Array = np.ndarray

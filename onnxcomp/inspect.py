@@ -28,7 +28,7 @@ from onnxcomp.graph.sites import find_sites
 from onnxcomp.graph.types import Tensor
 from onnxcomp.numerics.arrays import describe
 from onnxcomp.report.json import from_json
-from onnxcomp.report.results import Count, FoundSite, Inspection
+from onnxcomp.report.model import Count, FoundSite, Inspection
 
 REPORT_KEY = "onnxcomp.report"
 QUANTIZES = re.compile(r"(?i:quantize)|^QLinear|^QGemm|(Integer|IntegerToFloat|NBits)$")

@@ -103,7 +103,7 @@ def quantize(
     with tempfile.TemporaryDirectory() as folder, files.PendingFile(finished, Path(folder) / "model.onnx") as proof:
         verification = verify(proof.path, reference, feeds, expected)
         kernels = audit(proof.path, account.audit_sites(lowered, plan))
-    report = account.report(source, model, samples, recipe, target, choice, walk, prepared.notes, kernels, verification)
+    report = account.report(source, model, samples, recipe, choice, walk, prepared.notes, kernels, verification)
     report = account.stamp(finished, report, walk.quantizers.folds)
     if output is not None:
         with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:

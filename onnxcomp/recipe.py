@@ -6,16 +6,17 @@ Keys are strict: an unknown one is an error with the nearest known key. Named re
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from onnxcomp.data import Preprocess
-from onnxcomp.errors import RecipeError, UsageError
+from onnxcomp.errors import RecipeError, UsageError, did_you_mean
 from onnxcomp.methods import base as methods
 from onnxcomp.methods.base import Compensation
 from onnxcomp.methods.bias import BiasCompensation
@@ -32,6 +33,8 @@ else:  # the same parser under its older name
 ACTIVATIONS = ("auto", "static", "dynamic", "token", "float")
 """Activation ranges: static or per token, whichever suits the site; fixed at calibration; per tensor at run time; per token
 at run time; or not quantized."""
+CHOICES = {"ranges": RANGES, "activations": ACTIVATIONS, "rounding": ("auto", "nearest", "gptq")}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class SiteRule:
     symmetric: bool | None = None
 
     def __post_init__(self) -> None:
-        _check_choices(self.ranges, self.activations)
+        _check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,7 @@ class Recipe:
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
-        _check_choices(self.ranges, self.activations)
-        if self.rounding not in ("auto", "nearest", "gptq"):
-            raise RecipeError(f"rounding = '{self.rounding}' is unknown. Use one of: auto, nearest, gptq.")
+        _check_choices(self)
         if not 50 < self.percentile <= 100:
             raise RecipeError(f"percentile = {self.percentile} is outside (50, 100].")
         for name in ("samples", "seed"):
@@ -124,9 +125,8 @@ def find(name_or_path: str | Path) -> Recipe:
         return NAMED[text]
     path = Path(text)
     if path.suffix != ".toml" and not path.is_file():
-        near = difflib.get_close_matches(text, NAMED, n=1)
-        hint = f"Did you mean '{near[0]}'?" if near else f"The named ones are: {', '.join(NAMED)}."
-        raise RecipeError(f"Unknown recipe '{text}'. {hint} A file's name ends in .toml.")
+        hint = did_you_mean(text, NAMED, "The named ones are")
+        raise RecipeError(f"Unknown recipe '{text}'.{hint} A file's name ends in .toml.")
     try:
         return loads(path.read_text(encoding="utf-8"), where=text)
     except (OSError, UnicodeDecodeError) as error:
@@ -139,44 +139,23 @@ def loads(text: str, where: str = "recipe") -> Recipe:
 
     Raises RecipeError for bad TOML, an unknown key (with the nearest known one) or a value of the wrong type.
     """
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{where}: not valid TOML: {error}.") from None
-    table = dict(table)
-    compensate = table.pop("compensate", None)
-    rules = table.pop("site", [])
-    preprocess = table.pop("preprocess", None)
-    values = _fields(Recipe, table, where)
-    if compensate is not None:
-        tables = _tables(compensate, where, "compensate")
-        values["compensate"] = tuple(_method(t, f"{where} in [[compensate]] #{i}") for i, t in enumerate(tables, 1))
-    rule_tables = _tables(rules, where, "site")
-    values["site"] = tuple(_rule(t, f"{where} in [[site]] #{i}") for i, t in enumerate(rule_tables, 1))
-    if preprocess is not None and not isinstance(preprocess, dict):
-        raise RecipeError(f"{where}: 'preprocess' must be a table, written [preprocess].")
-    values.setdefault("name", Path(where).stem)
     with _located(where):
-        if preprocess is not None:
-            values["preprocess"] = Preprocess.from_table(preprocess)
-        return Recipe(**values)  # pyright: ignore[reportArgumentType]
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"not valid TOML: {error}.") from None
+        return _read(Recipe, {"name": Path(where).stem} | table)
 
 
 def dumps(recipe: Recipe) -> str:
     """The recipe as TOML, every key written out; `loads` gives back an equal recipe."""
-    lines = [f"{f.name} = {_toml(getattr(recipe, f.name))}" for f in _plain_fields(Recipe)]
-    if not recipe.compensate:
-        lines.append("compensate = []")
+    keys = {key: value for key, value in vars(recipe).items() if key not in ("preprocess", "site", "compensate")}
+    tables = [("", keys if recipe.compensate else keys | {"compensate": []})]
     if recipe.preprocess is not None:
-        lines += ["", "[preprocess]"]
-        lines += [f"{k} = {_toml(v)}" for k, v in recipe.preprocess.to_table().items()]
-    for method in recipe.compensate:
-        lines += ["", "[[compensate]]", f'method = "{method_name(method)}"']
-        lines += [f"{f.name} = {_toml(getattr(method, f.name))}" for f in dataclasses.fields(method)]
-    for rule in recipe.site:
-        values = [(f.name, getattr(rule, f.name)) for f in dataclasses.fields(rule)]
-        lines += ["", "[[site]]"] + [f"{key} = {_toml(value)}" for key, value in values if value is not None]
-    return "\n".join(lines) + "\n"
+        tables.append(("\n[preprocess]\n", recipe.preprocess.to_table()))
+    tables += [("\n[[compensate]]\n", {"method": method_name(method)} | vars(method)) for method in recipe.compensate]
+    tables += [("\n[[site]]\n", vars(rule)) for rule in recipe.site]
+    return "".join(head + "".join(f"{k} = {_toml(v)}\n" for k, v in table.items() if v is not None) for head, table in tables)
 
 
 def method_name(method: Compensation) -> str:
@@ -196,75 +175,58 @@ def parse_compensate(text: str) -> tuple[Compensation, ...] | None:
     return tuple(methods.find(name.strip())() for name in text.split(","))
 
 
-def _plain_fields(kind: type) -> list[dataclasses.Field]:
-    return [f for f in dataclasses.fields(kind) if f.name not in ("preprocess", "site", "compensate")]
+def _read(kind: type[T], table: Mapping[str, Any]) -> T:
+    """The frozen dataclass whose fields the keys of `table` name; what is no value of a field's type is refused."""
+    types = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    for key in table:
+        if key not in types:
+            raise RecipeError(f"unknown key '{key}'.{did_you_mean(key, types, 'The keys are')}")
+    return kind(**{key: _value(types[key], key, value) for key, value in table.items()})
 
 
-def _fields(kind: type, table: Mapping[str, object], where: str) -> dict[str, object]:
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    values: dict[str, object] = {}
-    for key, value in table.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean '{near[0]}'?" if near else f"The keys are: {', '.join(known)}."
-            raise RecipeError(f"{where}: unknown key '{key}'. {hint}")
-        values[key] = _value(known[key], value, where)
-    return values
-
-
-def _value(field: dataclasses.Field, value: object, where: str) -> object:
-    kind = str(field.type).removesuffix(" | None")
-    if kind == "Bits" and isinstance(value, str):
-        with _located(where):
+def _value(kind: str, key: str, value: Any) -> Any:
+    """The value of the key, which must be of the type that is written `kind`."""
+    match kind:
+        case "tuple[SiteRule, ...]" | "tuple[Compensation, ...]":
+            if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
+                raise RecipeError(f"'{key}' must be a list of tables, written [[{key}]].")
+            return tuple(_numbered(key, number, table) for number, table in enumerate(value, 1))
+        case "Preprocess" if isinstance(value, dict):
+            return Preprocess.from_table(value)
+        case "Bits" if isinstance(value, str):
             return Bits.parse(value)
-    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind == "tuple[str, ...]" and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    expected = {"str": str, "int": int, "float": float, "bool": bool}.get(kind)
-    if expected is None or type(value) is not expected:
-        described = {"Bits": 'a string such as "w8a8"', "tuple[str, ...]": "a list of strings"}
-        wanted = described.get(kind, f"of type {kind}")
-        raise RecipeError(f"{where}: {field.name} = {value!r} must be {wanted}.")
-    return value
+        case "tuple[str, ...]" if isinstance(value, list) and all(isinstance(text, str) for text in value):
+            return tuple(value)
+        case "float" if type(value) is int:
+            return float(value)
+        case _ if type(value).__name__ == kind:
+            return value
+    wanted = {"Preprocess": "the table [preprocess]", "Bits": 'a string such as "w8a8"', "tuple[str, ...]": "a list of strings"}
+    raise RecipeError(f"{key} = {value!r} must be {wanted.get(kind, f'of type {kind}')}.")
 
 
-def _method(table: Mapping[str, object], where: str) -> Compensation:
-    table = dict(table)
-    name = table.pop("method", None)
-    if not isinstance(name, str):
-        raise RecipeError(f"{where}: the key 'method' is missing. The methods are: {', '.join(methods.names())}.")
-    with _located(where):
-        kind = methods.find(name)
-    values = _fields(kind, table, where)
-    with _located(where):
-        return kind(**values)  # pyright: ignore[reportArgumentType]
+def _numbered(key: str, number: int, table: Mapping[str, Any]) -> SiteRule | Compensation:
+    """What one of the tables [[site]] or [[compensate]] says."""
+    with _located(f"[[{key}]] #{number}"):
+        if key == "site":
+            if "where" not in table:
+                raise RecipeError("the key 'where' is missing. It names the sites the rule is for.")
+            return _read(SiteRule, table)
+        if "method" not in table:
+            raise RecipeError(f"the key 'method' is missing. The methods are: {', '.join(methods.names())}.")
+        return _read(methods.find(table["method"]), {k: v for k, v in table.items() if k != "method"})
 
 
-def _rule(table: Mapping[str, object], where: str) -> SiteRule:
-    if not isinstance(table.get("where"), str):
-        raise RecipeError(f"{where}: the key 'where' is missing. It names the sites the rule is for.")
-    values = _fields(SiteRule, table, where)
-    with _located(where):
-        return SiteRule(**values)  # pyright: ignore[reportArgumentType]
-
-
-def _tables(value: object, where: str, key: str) -> list[Mapping[str, object]]:
-    if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
-        raise RecipeError(f"{where}: '{key}' must be a list of tables, written [[{key}]].")
-    return value
-
-
-def _check_choices(ranges: str | None, activations: str | None) -> None:
-    if ranges is not None and ranges not in RANGES:
-        raise RecipeError(f"ranges = '{ranges}' is unknown. Use one of: {', '.join(RANGES)}.")
-    if activations is not None and activations not in ACTIVATIONS:
-        raise RecipeError(f"activations = '{activations}' is unknown. Use one of: {', '.join(ACTIVATIONS)}.")
+def _check_choices(settings: Recipe | SiteRule) -> None:
+    for key, known in CHOICES.items():
+        value = getattr(settings, key, None)
+        if value is not None and value not in known:
+            raise RecipeError(f"{key} = '{value}' is unknown. Use one of: {', '.join(known)}.")
 
 
 @contextmanager
 def _located(where: str) -> Iterator[None]:
-    """Put `where` at the head of the errors of values that do not know where they were written."""
+    """Put `where` at the head of the errors of what does not know where it was written."""
     try:
         yield
     except UsageError as error:
@@ -272,50 +234,33 @@ def _located(where: str) -> Iterator[None]:
 
 
 def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in text) + '"'
+    """The value as TOML: as JSON has it, but for infinite floats and for DEL, which must be escaped."""
+    return (
+        repr(value)
+        if isinstance(value, float)
+        else json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", r"\u007f")
+    )
 
 
-def _published(name: str, description: str, method: Compensation) -> Recipe:
-    """One method alone, as its paper has it, on static MSE ranges and weights rounded to nearest."""
-    return Recipe(name, description, activations="static", rounding="nearest", compensate=(method,))
+def _published(name: str, description: str, *compensate: Compensation) -> Recipe:
+    """A method alone, as its paper has it, on static MSE ranges and weights rounded to nearest."""
+    return Recipe(name, description, activations="static", rounding="nearest", compensate=compensate)
 
 
-_XINT = XInt(weight_terms=2, activation_terms=2, keep="always")
-_ALL = (NoisyQuant(), XInt(budget=1.1), BiasCompensation(), NonlinearBipolarCompensation())
 _RECIPES = (
     Recipe("auto", "What fits model and machine: MSE ranges, GPTQ below 8 bits, bias compensation, gated."),
-    Recipe("base", "Static MSE ranges alone: nothing is compensated.", activations="static", rounding="nearest", compensate=()),
-    _published(
-        "bc",
-        "Bias Compensation (arXiv:2404.01892), kept everywhere as the paper does.",
-        BiasCompensation(keep="always", trim=0.0),
-    ),
-    _published(
-        "nbc",
-        "Nonlinear Bipolar Compensation (arXiv:2605.16423) of every block.",
-        NonlinearBipolarCompensation(keep="always"),
-    ),
-    _published(
-        "noisyquant",
-        "NoisyQuant (arXiv:2211.16056): uniform noise in front of every static quantizer.",
-        NoisyQuant(mode="uniform", keep="always"),
-    ),
-    Recipe(
-        "xint",
-        "FP=xINT (arXiv:2412.06865): two 4-bit terms of weights and of activations, with no data.",
-        bits=Bits(4, 4),
-        activations="token",
-        samples=0,
-        compensate=(_XINT,),
-    ),
-    Recipe("best", "Everything there is, each where held-out samples gain enough for its price.", compensate=_ALL),
-)
+    _published("base", "Static MSE ranges alone: nothing is compensated."),
+    _published("bc", "Bias Compensation (arXiv:2404.01892), kept everywhere as the paper does.",
+               BiasCompensation(keep="always", trim=0.0)),
+    _published("nbc", "Nonlinear Bipolar Compensation (arXiv:2605.16423) of every block.",
+               NonlinearBipolarCompensation(keep="always")),
+    _published("noisyquant", "NoisyQuant (arXiv:2211.16056): uniform noise in front of every static quantizer.",
+               NoisyQuant(mode="uniform", keep="always")),
+    Recipe("xint", "FP=xINT (arXiv:2412.06865): two 4-bit terms of weights and of activations, with no data.",
+           bits=Bits(4, 4), activations="token", samples=0,
+           compensate=(XInt(weight_terms=2, activation_terms=2, keep="always"),)),
+    Recipe("best", "Everything there is, each where held-out samples gain enough for its price.",
+           compensate=(NoisyQuant(), XInt(budget=1.1), BiasCompensation(), NonlinearBipolarCompensation())),
+)  # fmt: skip
 NAMED: dict[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
 """The named recipes."""

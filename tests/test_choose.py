@@ -95,7 +95,7 @@ def test_a_product_whose_activations_stay_float_is_not_chosen():
 def test_a_site_gets_the_settings_of_the_recipe():
     recipe = Recipe(bits=Bits(4, 6), ranges="percentile", percentile=99.0, activations="token", symmetric=True)
 
-    assert pick(tiny.mlp().model, recipe).settings["fc1"] == Settings(4, 6, "token", "percentile", 99.0, True)
+    assert pick(tiny.mlp().model, recipe).settings["fc1"] == Settings(4, 6, "token", "percentile", 99.0, True, "gptq")
 
 
 def test_a_rule_overrides_what_it_says_and_the_last_one_wins():
@@ -108,8 +108,8 @@ def test_a_rule_overrides_what_it_says_and_the_last_one_wins():
     settings = pick(tiny.mlp().model, Recipe(activations="static", site=rules)).settings
 
     assert settings == {
-        "fc1": Settings(4, 4, "static", "minmax", 99.99, True),
-        "fc2": Settings(3, 8, "dynamic", "minmax", 99.99, True),
+        "fc1": Settings(4, 4, "static", "minmax", 99.99, True, "gptq"),
+        "fc2": Settings(3, 8, "dynamic", "minmax", 99.99, True, "gptq"),
     }
 
 

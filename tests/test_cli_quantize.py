@@ -167,7 +167,7 @@ def test_compensate_none_and_a_list(net: Path, data: Path, tmp_path: Path) -> No
             "RecipeError: bits = 'w9a8' is not understood. Write wXaY with X and Y from 2 to 8, such as w4a8.",
         ),
         (("--ranges", "max"), "RecipeError: ranges = 'max' is unknown. Use one of: mse, percentile, minmax."),
-        (("--samples", "0"), "RecipeError: samples = 0 is not positive."),
+        (("--samples", "-1"), "RecipeError: samples = -1 is negative."),
         (
             ("--preprocess", "crop"),
             "UsageError: preprocess: 'crop' is not key=value. Write it like \"crop=224 mean=0.5 std=0.5\".",

@@ -10,7 +10,7 @@ from onnx import ModelProto, numpy_helper
 
 from onnxcomp.compare import compare
 from onnxcomp.errors import DataError, ModelError
-from onnxcomp.report.results import Comparison
+from onnxcomp.report.model import Comparison
 
 Array = np.ndarray
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'

@@ -12,7 +12,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.inspect import inspect
 from onnxcomp.report.json import to_stored
 from onnxcomp.report.model import Report, Verification
-from onnxcomp.report.results import Count, FoundSite
+from onnxcomp.report.model import Count, FoundSite
 
 REPORT = Report(
     version="0.1.0",

@@ -1,62 +1,132 @@
-"""The report as text: a header, a table of sites, and one line per fact.
+"""Reports, comparisons, inspections and timings as text: a header, a table, and one line per fact.
 
-Everything here returns rich renderables and prints nothing. No box characters are used. `width` is the terminal's; None
-means that the text goes to a file or a pipe, where each row and each fact stays on one line whatever its length.
+Everything here returns rich renderables and prints nothing. No box characters are used. Where the console is as wide as
+need be, as it is for a file or a pipe, each row and each fact stays on one line.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from onnxcomp.report.model import Decision, Report, SiteReport
+from onnxcomp.numerics.arrays import EQUAL_DB
+from onnxcomp.report.model import Benchmark, Comparison, Count, Decision, Inspection, OutputComparison, Report, SiteReport
 
 LONGEST = 20
 """Sites shown where not all of them were asked for."""
-EQUAL_DB = 200.0
-"""What an SQNR is capped at: two signals this close are equal."""
 Cell = str | Text
 
 
-def report(value: Report, *, width: int | None = None, all_sites: bool = False) -> RenderableType:
+def report(value: Report, *, all_sites: bool = False) -> RenderableType:
     """The whole report; the `LONGEST` worst sites only, unless `all_sites`."""
-    return Group(_header(value), "", sites(value.sites, width=width, all_sites=all_sites), "", facts(_facts(value)))
+    return Group(_header(value), "", sites(value.sites, all_sites=all_sites), "", facts(_facts(value)))
 
 
-def sites(rows: Sequence[SiteReport], *, width: int | None = None, all_sites: bool = False) -> RenderableType:
+def comparison(value: Comparison) -> RenderableType:
+    """One row per output, then accuracy and size."""
+    lines: list[tuple[str, Cell]] = []
+    for output in value.outputs:
+        if output.not_finite:
+            text = f"{plural(output.not_finite, 'value')} of '{output.name}' in {value.other}, finite in {value.reference}"
+            lines.append(("NaN or Inf", Text(text, style="yellow")))
+    if value.accuracy is not None:
+        a = value.accuracy
+        drop = f"drop {a.drop_points:.2f} +- {a.standard_error:.2f} points"
+        counts = f"{a.lost} lost and {a.gained} gained of {a.answers}"
+        lines.append(("Accuracy", f"{a.reference:.2%} -> {a.other:.2%}, {drop} ({counts})"))
+    lines.append(("Size", change(value.reference_bytes, value.other_bytes)))
+    head = Text(f"{value.reference} -> {value.other}", style="bold")
+    head.append(f", {plural(value.samples, 'sample')}", style="not bold")
+    rows = [_output_row(output) for output in value.outputs]
+    table = Columns(["Output", "SQNR", "Cosine", "Agreement"], rows, right=("SQNR", "Cosine"))
+    return Group(head, "", table, "", facts(lines))
+
+
+def inspection(value: Inspection, *, all_sites: bool = False) -> RenderableType:
+    """What the file is, and then its report or the sites that could be quantized."""
+    head = Text(value.path, style="bold")
+    head.append(f": {size(value.file_bytes)}, opset {', '.join([str(value.opset), *value.domains])}", style="not bold")
+    lines: list[tuple[str, Cell]] = [("Parameters", f"{value.parameters:,}")]
+    lines += [("Inputs", text) for text in value.inputs]
+    lines += [("Outputs", text) for text in value.outputs]
+    lines += [("Operators", _counts(value.operators)), ("Quantized", _counts(value.quantization) or "no")]
+    if value.report is not None:
+        lines += provenance(value.report)
+    elif value.producer:
+        lines.append(("Made by", value.producer))
+    lines += [("Note", Text(text, style="yellow")) for text in value.notes]
+    if value.report is None:
+        return Group(head, "", facts(lines), "", _sites(value, all_sites))
+    account = report(value.report, all_sites=all_sites)
+    return Group(head, "", facts(lines), "", account, "", plain(value.report.recipe.strip()))
+
+
+def benchmark(value: Benchmark) -> RenderableType:
+    """One row per model, then the operators of each."""
+    rows = [
+        [t.model, size(t.file_bytes), figures(t.median_ms), f"{figures(t.low_ms)}-{figures(t.high_ms)}", f"{t.ratio:.3f}",
+         f"{t.ratio_low:.3f}-{t.ratio_high:.3f}"]
+        for t in value.models
+    ]  # fmt: skip
+    headers = ["Model", "Size", "ms", "10-90 %", "Ratio", "10-90 %"]
+    parts: list[RenderableType] = [Columns(headers, rows, right=("Size", "ms", "Ratio"))]
+    for t in value.models:
+        total = sum(operator.milliseconds for operator in t.operators)
+        costs = [[o.op, figures(o.milliseconds), f"{o.milliseconds / total:.1%}"] for o in t.operators]
+        if costs:
+            parts += ["", Text(t.model, style="bold"), Columns(["Operator", "ms", "Share"], costs, right=("ms", "Share"))]
+    return Group(*parts)
+
+
+def manual(page: str, options: Sequence[tuple[str, str, str]]) -> RenderableType:
+    """A method's page, and its options as (name, default, help)."""
+    rows = [(f"  {name} = {default}", help_text) for name, default, help_text in options]
+    return Group(plain(page), "", "Options", "", facts(rows))
+
+
+def sites(rows: Sequence[SiteReport], *, all_sites: bool = False) -> RenderableType:
     """The table of sites: in graph order if all fit, else the worst, worst first, and a line about the rest."""
     if not rows:
         return Text("No site was quantized.", style="yellow")
     shown = rows if all_sites or len(rows) <= LONGEST else sorted(rows, key=_badness)[:LONGEST]
     has_sqnr = any(site.after_db is not None for site in shown)
     headers = ["Site", "Bits", "Activations", *(["SQNR dB"] if has_sqnr else []), "Kernel"]
-    cells = [[_kernel(s) if h == "Kernel" else _cell(s, h) for h in headers] for s in shown]
-    parts: list[RenderableType] = [table(headers, cells, right=("SQNR dB",), width=width)]
-    if len(shown) < len(rows):
-        which = "better" if has_sqnr else "more"
-        parts.append(Text(f"({len(rows) - len(shown)} {which} sites are not shown: --all, or --json)", style="dim"))
-    return Group(*parts)
+    cells = [[s.name, s.bits, s.activations, *([_sqnr(s)] if has_sqnr else []), _kernel(s)] for s in shown]
+    return cut(Columns(headers, cells, right=("SQNR dB",)), len(rows) - len(shown), "better" if has_sqnr else "more")
 
 
-def table(
-    headers: Sequence[str], rows: Sequence[Sequence[Cell]], *, right: Sequence[str] = (), width: int | None = None
-) -> Table:
-    """Columns without lines. Where they do not fit into `width`, the first column is shortened."""
-    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for header in headers:
-        grid.add_column(header, justify="right" if header in right else "left", no_wrap=True)
-    columns = list(zip(headers, *rows, strict=True))
-    others = sum(2 + max(len(cell) for cell in column) for column in columns[1:])
-    room = None if width is None else max(len(headers[0]), width - others, 16)
-    names = [str(row[0]) for row in rows]
-    for name, row in zip(names if room is None else shorten(names, room), rows, strict=True):
-        grid.add_row(plain(name), *map(plain, row[1:]))
-    return grid
+def cut(rows: RenderableType, hidden: int, which: str) -> RenderableType:
+    """The rows, and a line about those that are hidden."""
+    note = Text(f"({hidden} {which} sites are not shown: --all, or --json)", style="dim")
+    return Group(rows, note) if hidden else rows
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns without lines. Where they do not fit into the console, the first column is shortened."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    right: Sequence[str] = ()
+    """The headers of columns that are aligned to the right."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        for header in self.headers:
+            grid.add_column(header, justify="right" if header in self.right else "left", no_wrap=True)
+        _, *others = zip(self.headers, *self.rows, strict=True)
+        room = options.max_width - sum(2 + max(map(len, column)) for column in others)
+        names = shorten([str(row[0]) for row in self.rows], max(len(self.headers[0]), room, 16))
+        for name, row in zip(names, self.rows, strict=True):
+            grid.add_row(plain(name), *map(plain, row[1:]))
+        yield grid
 
 
 def plain(cell: Cell) -> Text:
@@ -66,10 +136,8 @@ def plain(cell: Cell) -> Text:
 
 def shorten(names: Sequence[str], room: int) -> list[str]:
     """At most `room` characters each: the longer ones lose the folders that they have in common, then their middle."""
-    long = [name for name in names if len(name) > room]
-    # Of all of them the first and the last in alphabetical order share the least.
-    ends = zip(min(long, default=""), max(long, default=""), strict=False)
-    common = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends)).rpartition("/")[0]
+    folders = zip(*(name.split("/")[:-1] for name in names if len(name) > room), strict=False)
+    common = "/".join(folder for folder, *others in itertools.takewhile(lambda level: len(set(level)) == 1, folders))
     short = []
     for name in names:
         if len(name) > room and common:
@@ -93,6 +161,11 @@ def facts(pairs: Iterable[tuple[str, Cell]]) -> Table:
     return grid
 
 
+def figures(value: float) -> str:
+    """The number with three figures, three decimals at most."""
+    return f"{value:.{sum(value < limit for limit in (99.95, 9.995, 0.9995))}f}"
+
+
 def size(count: int) -> str:
     """Bytes in decimal units and three figures: `22.9 MB`."""
     value, unit = float(count), "B"
@@ -100,7 +173,12 @@ def size(count: int) -> str:
         if value < 999.5:
             break
         value, unit = value / 1000, larger
-    return f"{count} B" if unit == "B" else f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
+    return f"{count} B" if unit == "B" else f"{figures(value)} {unit}"
+
+
+def change(before: int, after: int) -> str:
+    """Two sizes and their ratio."""
+    return f"{size(before)} -> {size(after)}, ratio {after / before if before else 1.0:.3f}"
 
 
 def decibels(value: float) -> str:
@@ -128,10 +206,7 @@ def provenance(value: Report) -> list[tuple[str, Cell]]:
 
 
 def _header(value: Report) -> Text:
-    layers = [site for site in value.sites if site.kind == "layer"] or list(value.sites)
-    counts: dict[str, int] = {}
-    for site in layers:
-        counts[site.bits] = counts.get(site.bits, 0) + 1
+    counts = Counter(site.bits for site in value.sites if site.kind == "layer") or Counter(s.bits for s in value.sites)
     bits = ", ".join(b if len(counts) == 1 else f"{b} ({n})" for b, n in counts.items()) or "nothing to quantize"
     data = "no data" if value.data_sha256 is None else plural(value.samples, "sample")
     head = Text(value.model_name, style="bold")
@@ -140,43 +215,30 @@ def _header(value: Report) -> Text:
 
 def _facts(value: Report) -> list[tuple[str, Cell]]:
     proof = value.verification
-    ratio = value.output_bytes / value.model_bytes if value.model_bytes else 1.0
     expected = "" if proof.expected_db is None else f"; calibration reproduced {_closeness(proof.expected_db)}"
     agreement = f"optimized and plain agree {_closeness(proof.agreement_db)}"
     difference = "equal to" if proof.sqnr_db >= EQUAL_DB else f"{decibels(proof.sqnr_db)} SQNR against"
     fed = "1 made-up sample" if value.data_sha256 is None else plural(proof.samples, "sample")
-    lines: list[tuple[str, Cell]] = [("Kernels", text) for text in _kernels(value)]
-    lines += [("Left float", text) for text in _skipped(value)]
-    lines += [("Compensation", text) for text in _decisions(value.decisions)]
-    lines += [
-        ("Output", f"{difference} the float model on {fed}"),
-        ("Size", f"{size(value.model_bytes)} -> {size(value.output_bytes)}, ratio {ratio:.3f}"),
-        ("Verified", f"{proof.checker}; {proof.runtime}: {agreement}{expected}"),
-    ]
-    lines += [("Needs", text) for text in value.requirements]
-    lines += [("Note", text) for text in value.notes]
-    return lines
+    lines: dict[str, Sequence[Cell]] = {
+        "Kernels": _kernels(value.sites),
+        "Left float": _grouped((f"{{}} {one.op}", one.reason, one.name) for one in value.skipped),
+        "Compensation": _decisions(value.decisions),
+        "Output": [f"{difference} the float model on {fed}"],
+        "Size": [change(value.model_bytes, value.output_bytes)],
+        "Verified": [f"{proof.checker}; {proof.runtime}: {agreement}{expected}"],
+        "Needs": value.requirements,
+        "Note": value.notes,
+    }
+    return [(name, text) for name, texts in lines.items() for text in texts]
 
 
-def _kernels(value: Report) -> list[Text]:
-    said = [site for site in value.sites if site.activations != "float"]
-    fallback = [site for site in said if not site.integer]
-    summary = Text(f"{len(said) - len(fallback)} of {len(said)} quantized sites run as integer kernels")
-    if len(value.sites) > len(said):
-        summary.append(f"; {len(value.sites) - len(said)} more have quantized weights and float activations")
-    reasons: dict[str, list[str]] = {}
-    for site in fallback:
-        reasons.setdefault(site.reason, []).append(site.name)
-    return [summary] + [
-        Text(f"{len(names)} in float{_examples(names)}: {reason}", style="yellow") for reason, names in reasons.items()
-    ]
-
-
-def _skipped(value: Report) -> list[str]:
-    groups: dict[tuple[str, str], list[str]] = {}
-    for one in value.skipped:
-        groups.setdefault((one.op, one.reason), []).append(one.name)
-    return [f"{len(names)} {op}{_examples(names)}: {reason}" for (op, reason), names in groups.items()]
+def _kernels(rows: Sequence[SiteReport]) -> list[Text]:
+    fallback = [("{} in float", site.reason, site.name) for site in rows if site.falls_back]
+    said = sum(site.activations != "float" for site in rows)
+    summary = f"{said - len(fallback)} of {said} quantized sites run as integer kernels"
+    if len(rows) > said:
+        summary += f"; {len(rows) - said} more have quantized weights and float activations"
+    return [Text(summary), *(Text(line, style="yellow") for line in _grouped(fallback))]
 
 
 def _decisions(decisions: Sequence[Decision]) -> list[str]:
@@ -186,31 +248,29 @@ def _decisions(decisions: Sequence[Decision]) -> list[str]:
         kept = [d for d in asked if d.adopted]
         gains = [d.gain_db for d in kept if d.gain_db is not None]
         gain = f", median {statistics.median(gains):+.2f} dB" if gains else ""
-        added = sum(d.added_bytes for d in kept)
-        milliseconds = sum(d.added_ms or 0.0 for d in kept)
+        added, milliseconds = sum(d.added_bytes for d in kept), sum(d.added_ms or 0.0 for d in kept)
         price = (f", {size(added)} added" if added else "") + (f", {milliseconds:.3g} ms added" if milliseconds else "")
         lines.append(f"{method} kept at {len(kept)} of {plural(len(asked), 'place')}{gain}{price}")
-        declined: dict[str, list[str]] = {}
-        for d in asked:
-            if not d.adopted:
-                declined.setdefault(d.reason, []).append(d.site)
-        lines += [f"{method} declined at {len(n)}{_examples(n)}: {reason}" for reason, n in declined.items()]
+        lines += _grouped((f"{method} declined at {{}}", d.reason, d.site) for d in asked if not d.adopted)
     return lines
 
 
-def _examples(names: Sequence[str]) -> str:
-    return f" ({', '.join(names)})" if len(names) <= 2 else f" ({names[0]}, ...)"
+def _grouped(found: Iterable[tuple[str, str, str]]) -> list[str]:
+    """(What has room for a count, reason, name) as a line for all names of a reason: `2 MatMul (/a, /b): reason`."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for text, reason, name in found:
+        groups.setdefault((text, reason), []).append(name)
+    examples = [", ".join(names) if len(names) <= 2 else f"{names[0]}, ..." for names in groups.values()]
+    counted = [text.format(len(names)) for (text, _), names in groups.items()]
+    return [f"{text} ({names}): {reason}" for text, names, (_, reason) in zip(counted, examples, groups, strict=True)]
 
 
 def _badness(site: SiteReport) -> tuple[bool, float]:
     """Float fallbacks first, then the lowest SQNR; sites without one last."""
-    fallback = site.activations != "float" and not site.integer
-    return (not fallback, EQUAL_DB if site.after_db is None else site.after_db)
+    return (not site.falls_back, EQUAL_DB if site.after_db is None else site.after_db)
 
 
-def _cell(site: SiteReport, header: str) -> str:
-    if header != "SQNR dB":
-        return {"Site": site.name, "Bits": site.bits, "Activations": site.activations}[header]
+def _sqnr(site: SiteReport) -> str:
     if site.after_db is None:
         return "-"
     after = f"{site.after_db:.1f}"
@@ -219,6 +279,26 @@ def _cell(site: SiteReport, header: str) -> str:
 
 
 def _kernel(site: SiteReport) -> Text:
-    if site.integer or site.activations == "float":
-        return Text(site.kernel)
-    return Text(f"{site.kernel} (float)", style="yellow")
+    return Text(f"{site.kernel} (float)", style="yellow") if site.falls_back else Text(site.kernel)
+
+
+def _sites(value: Inspection, all_sites: bool) -> RenderableType:
+    if not value.sites:
+        return Text("No site could be quantized.", style="yellow")
+    shown = value.sites if all_sites else value.sites[:LONGEST]
+    shapes = ["two activations" if s.weight_shape is None else " x ".join(map(str, s.weight_shape)) for s in shown]
+    rows = [[site.name, site.op, shape] for site, shape in zip(shown, shapes, strict=True)]
+    return cut(Columns(["Site", "Operator", "Weight"], rows), len(value.sites) - len(shown), "more")
+
+
+def _output_row(output: OutputComparison) -> list[Cell]:
+    sqnr = "-" if output.sqnr_db is None else decibels(output.sqnr_db)
+    cosine = "-" if output.cosine is None else f"{output.cosine:.5f}"
+    share = output.agreement
+    agreement = "-" if share is None else f"{share:.2%} ({round(share * output.answers)} of {output.answers})"
+    return [output.name, sqnr, cosine, agreement]
+
+
+def _counts(counts: Sequence[Count]) -> str:
+    text = ", ".join(f"{c.count} {c.op}" for c in counts[:8])
+    return text if len(counts) <= 8 else f"{text}, {plural(sum(c.count for c in counts[8:]), 'other')}"

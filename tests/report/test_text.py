@@ -66,7 +66,7 @@ Kernels       2 of 3 quantized sites run as integer kernels; 1 more have quantiz
               1 in float (/conv): its output goes to a float LeakyRelu
 Left float    2 MatMul (/qk, /av): a product
               1 Conv (/x): not
-Compensation  bias kept at 1 of 2 sites, median +1.20 dB, 16 B added
+Compensation  bias kept at 1 of 2 places, median +1.20 dB, 16 B added
               bias declined at 1 (/conv): held-out samples do not improve
 Output        24.1 dB SQNR against the float model on 16 samples
 Size          22.9 MB -> 5.91 MB, ratio 0.258
@@ -121,7 +121,7 @@ def test_all_sites_are_shown_in_graph_order_when_asked_for() -> None:
 def test_names_are_shortened_to_the_terminal_and_keep_what_tells_them_apart() -> None:
     rows = [site(f"/vit/encoder/layers/layer.{i}/attention/attention/query/MatMul") for i in range(2)]
 
-    lines = render(text.sites(rows, width=100), width=100)
+    lines = render(text.sites(rows), width=100)
 
     assert all(len(line) <= 100 for line in lines)
     assert [line.split()[0] for line in lines[1:]] == [f".../layer.{i}/attention/attention/query/MatMul" for i in range(2)]

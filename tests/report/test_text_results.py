@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from rich.console import Console, RenderableType
 
-from onnxcomp.report import tables
-from onnxcomp.report.results import (
+from onnxcomp.report import text
+from onnxcomp.report.model import (
     Benchmark,
     Comparison,
     Count,
@@ -30,7 +30,7 @@ def inspection(*sites: FoundSite, operators: int = 1) -> Inspection:
 def test_values_that_became_nan_are_pointed_at() -> None:
     output = OutputComparison("y", float("-inf"), 0.0, None, 0, 3)
 
-    lines = render(tables.comparison(Comparison("a", "b", 100, 25, 1, (output,), None)))
+    lines = render(text.comparison(Comparison("a", "b", 100, 25, 1, (output,), None)))
 
     assert lines[0] == "a -> b, 1 sample"
     assert lines[3].split() == ["y", "-inf", "dB", "0.00000", "-"]
@@ -41,13 +41,13 @@ def test_values_that_became_nan_are_pointed_at() -> None:
 def test_an_integer_output_has_only_an_agreement() -> None:
     output = OutputComparison("y", None, None, 0.75, 4, 0)
 
-    assert render(tables.comparison(Comparison("a", "b", 1, 1, 4, (output,), None)))[3].split() == [
+    assert render(text.comparison(Comparison("a", "b", 1, 1, 4, (output,), None)))[3].split() == [
         "y", "-", "-", "75.00%", "(3", "of", "4)",
     ]  # fmt: skip
 
 
 def test_rare_operators_are_summed_up() -> None:
-    lines = render(tables.inspection(inspection(operators=9)))
+    lines = render(text.inspection(inspection(operators=9)))
 
     assert lines[0] == "m.onnx: 10 B, opset 21, com.microsoft 1"
     assert "Parameters  12,345" in lines
@@ -59,9 +59,9 @@ def test_rare_operators_are_summed_up() -> None:
 def test_many_sites_are_cut_unless_all_are_asked_for() -> None:
     sites = [FoundSite(f"/s{i}", "Conv", "layer", (8, 3, 1, 1)) for i in range(22)]
 
-    cut, whole = inspection(*sites), render(tables.inspection(inspection(*sites), all_sites=True))
+    cut, whole = inspection(*sites), render(text.inspection(inspection(*sites), all_sites=True))
 
-    assert render(tables.inspection(cut))[-1] == "(2 more sites are not shown: --all, or --json)"
+    assert render(text.inspection(cut))[-1] == "(2 more sites are not shown: --all, or --json)"
     assert whole[-1] == "/s21  Conv      8 x 3 x 1 x 1"
 
 
@@ -69,7 +69,7 @@ def test_timings_have_three_figures_and_operators_a_share() -> None:
     operators = (Operator("Conv", 3.0), Operator("Add", 1.0))
     timing = Timing("m.onnx", 2000, 4.0, 3.456, 1234.4, 1.0, 0.9, 1.1, operators)
 
-    lines = render(tables.benchmark(Benchmark((timing,), 1, ())))
+    lines = render(text.benchmark(Benchmark((timing,), 1, ())))
 
     assert lines[1].split() == ["m.onnx", "2.00", "kB", "4.00", "3.46-1234", "1.000", "0.900-1.100"]
     assert [line.split() for line in lines[2:]] == [
