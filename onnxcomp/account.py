@@ -10,7 +10,7 @@ from pathlib import Path
 from onnxcomp import __version__
 from onnxcomp import recipe as recipes
 from onnxcomp.choose import Choice
-from onnxcomp.compress.walk import SiteResult, Walk
+from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data
 from onnxcomp.graph import files
 from onnxcomp.graph.edit import Constant, Graph, Node
@@ -18,11 +18,14 @@ from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.sites import Site
 from onnxcomp.graph.strip import dump_folds
 from onnxcomp.graph.tidy import Fold
+from onnxcomp.methods.base import Outcome
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.json import to_stored
 from onnxcomp.report.model import Report, SiteReport, Verification
 from onnxcomp.targets.audit import AuditSite, Kernel
 from onnxcomp.targets.base import Plan
+
+NOTHING = Outcome(None, "nothing was measured")
 
 
 def path_of(model: object) -> Path | None:
@@ -74,7 +77,7 @@ def report(
 
 
 def _site_report(site: Site, walk: Walk, kernel: Kernel) -> SiteReport:
-    settings, result = walk.plan.settings.get(site.name), walk.results.get(site.name, SiteResult())
+    settings, result = walk.plan.settings.get(site.name), walk.results.get(site.name, NOTHING)
     activations = "static" if settings is None else settings.activations
     if activations == "auto":
         activations = walk.quantizers.granularity.get(site.name, "static")

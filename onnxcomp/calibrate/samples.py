@@ -8,7 +8,9 @@ threads or workers run them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -41,26 +43,28 @@ class BatchView:
 
     indices: tuple[int, ...]
     live: Mapping[str, Array]
-    runs: Mapping[str, SiteRun]
+    runs: Mapping[str, Run]
 
     def read(self, name: str) -> list[Array]:
         """The named read, one array per sample where the leading axis can be split evenly over the samples."""
-        if name not in self.runs:
-            return split(self.live[name], len(self.indices))
-        return split(self.runs[name].compute(self.live), len(self.indices))
+        return split(self.runs[name].output(self.live) if name in self.runs else self.live[name], len(self.indices))
 
 
 @dataclass(frozen=True)
-class SiteRun:
-    """A session that computes one tensor of a site from live tensors: `feeds` maps its inputs to live names."""
+class Run:
+    """A session that computes tensors from live ones: `feeds` maps its inputs to live names."""
 
     session: Session
     feeds: Mapping[str, str]
-    output: str
 
-    def compute(self, live: Mapping[str, Array]) -> Array:
-        """The tensor, of one batch."""
-        return self.session.run({k: live[v] for k, v in self.feeds.items()}, [self.output])[self.output]
+    def outputs(self, live: Mapping[str, Array]) -> dict[str, Array]:
+        """The tensors, of one batch."""
+        return self.session.run({k: live[v] for k, v in self.feeds.items()})
+
+    def output(self, live: Mapping[str, Array]) -> Array:
+        """The one tensor that it computes, of one batch."""
+        (found,) = self.outputs(live).values()
+        return found
 
 
 @dataclass(frozen=True)
@@ -68,20 +72,18 @@ class Cut:
     """The samples at one site: what `methods.base.Samples` promises."""
 
     batches: Sequence[LiveBatch]
-    runs: Mapping[str, SiteRun] = field(default_factory=dict)
+    runs: Mapping[str, Run] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Reads that are live tensors under another name: `xh` -> the site's input."""
 
     def reduce(self, fn: Callable[[BatchView], S], reads: frozenset[str]) -> S:
         """Map every batch with `fn` and merge in sample order."""
         assert reads <= self.runs.keys() | self.aliases.keys(), f"{sorted(reads)} are not all available here"
-        total: S | None = None
+        parts = []
         for batch in self.batches:
             live = dict(batch.live, **{alias: batch.live[name] for alias, name in self.aliases.items()})
-            part = fn(BatchView(batch.indices, live, self.runs))
-            total = part if total is None else total.merge(part)
-        assert total is not None, "a store is never empty"
-        return total
+            parts.append(fn(BatchView(batch.indices, live, self.runs)))
+        return functools.reduce(lambda total, part: total.merge(part), parts)
 
 
 class Store:
@@ -92,24 +94,16 @@ class Store:
         if not self.batches:
             raise DataError("The data hold no samples. Give at least one.")
 
-    def advance(self, session: Session | None, needed: Collection[str], feeds: Mapping[str, str]) -> None:
-        """Run one stretch on every batch and keep only the tensors in `needed`.
-
-        `feeds` maps the session's inputs to live names. `session` is None for a stretch that computes nothing.
-        """
+    def advance(self, run: Run | None, needed: Collection[str]) -> None:
+        """Run one stretch on every batch, None if it computes nothing, and keep only the tensors in `needed`."""
         for batch in self.batches:
-            if session is not None:
-                batch.live.update(session.run({k: batch.live[v] for k, v in feeds.items()}))
-            batch.live = {name: array for name, array in batch.live.items() if name in needed}
+            computed = {} if run is None else run.outputs(batch.live)
+            batch.live = {name: array for name, array in (batch.live | computed).items() if name in needed}
 
-    def beside(self, name: str, run: SiteRun) -> list[LiveBatch]:
-        """The batches with one more tensor beside the live ones, computed once for every sample."""
-        return [LiveBatch(b.indices, {**b.live, name: run.compute(b.live)}) for b in self.batches]
-
-    def update(self, name: str, run: SiteRun, also: Sequence[LiveBatch]) -> None:
-        """Compute one live tensor anew, here and in the batches that lie beside these."""
-        for batch, other in zip(self.batches, also, strict=True):
-            batch.live[name] = other.live[name] = run.compute(batch.live)
+    def add(self, name: str, run: Run) -> None:
+        """Put one more tensor, or another value of one, beside the live ones until the next stretch."""
+        for batch in self.batches:
+            batch.live[name] = run.output(batch.live)
 
 
 def can_stack(session: Session, feeds: Sequence[Feed]) -> bool:
@@ -150,14 +144,11 @@ def confirm_tokens(
 
 def _agree(parts: Sequence[Array], alone: Sequence[Array]) -> bool:
     """Equal up to the order of float32 sums: 1e-3 of the largest value is far above it and far below a mix-up."""
-    if len(parts) != len(alone):
-        return False
-    return all(_equal(part, whole) for part, whole in zip(parts, alone, strict=True))
-
-
-def _equal(part: Array, whole: Array) -> bool:
-    largest = float(np.abs(whole[np.isfinite(whole)]).max(initial=0))
-    return part.shape == whole.shape and np.allclose(part, whole, rtol=0, atol=1e-3 * largest + 1e-30, equal_nan=True)
+    largest = [float(np.abs(whole[np.isfinite(whole)]).max(initial=0)) for whole in alone]
+    return [part.shape for part in parts] == [whole.shape for whole in alone] and all(
+        np.allclose(part, whole, rtol=0, atol=1e-3 * top + 1e-30, equal_nan=True)
+        for part, whole, top in zip(parts, alone, largest, strict=True)
+    )
 
 
 def split(array: Array, samples: int) -> list[Array]:
@@ -167,24 +158,14 @@ def split(array: Array, samples: int) -> list[Array]:
     return list(array.reshape(samples, array.shape[0] // samples, *array.shape[1:]))
 
 
-def _batches(feeds: Iterable[Feed], size: int) -> Iterable[LiveBatch]:
+def _batches(feeds: Iterable[Feed], size: int) -> Iterator[LiveBatch]:
     """Runs of up to `size` feeds of equal shapes, stacked along the leading axis."""
-    pending: list[tuple[int, Feed]] = []
 
-    def shapes(feed: Feed) -> list[tuple[str, tuple[int, ...]]]:
-        return [(name, array.shape) for name, array in feed.items()]
+    def shapes(numbered: tuple[int, Feed]) -> list[tuple[str, tuple[int, ...]]]:
+        return [(name, array.shape) for name, array in numbered[1].items()]
 
-    def stacked() -> LiveBatch:
-        names = pending[0][1]
-        live = {name: np.concatenate([feed[name] for _, feed in pending]) for name in names}
-        if len(pending) == 1:
-            live = dict(pending[0][1])
-        return LiveBatch(tuple(index for index, _ in pending), live)
-
-    for index, feed in enumerate(feeds):
-        if pending and (len(pending) == size or shapes(feed) != shapes(pending[0][1])):
-            yield stacked()
-            pending = []
-        pending.append((index, feed))
-    if pending:
-        yield stacked()
+    for _, alike in itertools.groupby(enumerate(feeds), shapes):
+        while some := list(itertools.islice(alike, size)):
+            parts = [feed for _, feed in some]
+            stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            yield LiveBatch(tuple(index for index, _ in some), stacked if len(parts) > 1 else dict(parts[0]))

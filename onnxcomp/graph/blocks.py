@@ -27,10 +27,9 @@ from onnxcomp.graph.edit import outer_reads
 from onnxcomp.graph.sites import Site
 
 _NORMS = ("LayerNormalization", "RMSNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization")
-_PARTS = ("Pow", "ReduceMean", "Add", "Sqrt", "Div", "Reciprocal", "Mul", "Sub", "Sum")
 _ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Gelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Erf")
-_SAME_SHAPE = frozenset((*_NORMS, *_PARTS, *_ACTIVATIONS))
-"""Operators whose output has the shape of what they read; a ReduceMean has it again once the norm is complete."""
+_SAME_SHAPE = frozenset((*_NORMS, *_ACTIVATIONS, "Add", "Sub", "Mul", "Div", "Sum"))
+"""Operators whose output has the shape of what they read."""
 
 
 @dataclass(frozen=True)
@@ -73,26 +72,17 @@ def find_blocks(graph: gs.Graph, sites: Sequence[Site]) -> tuple[Block, ...]:
     """
     flow = _Flow(graph, sites)
     units = _outermost(flow, [unit for node in graph.nodes if (unit := _unit(flow, node)) is not None])
-    groups: list[list[_Unit]] = []
-    for unit in units:
-        group = next((g for g in reversed(groups) if flow.leads(g[-1].y, unit.s)), [])
-        if group and _belongs(flow, group[-1], unit):
-            group.append(unit)
-        else:
-            groups.append([unit])
     near = (flow.between(a.y, b.s) for a, b in itertools.pairwise(units) if flow.carries(a.y, b.s))
     tails = [*([node.op for node in nodes] for nodes in itertools.islice(near, 1)), ["Relu"], ["Clip"], []]
     blocks: list[Block] = []
     taken: set[str] = set()
-    for group in sorted(groups, key=lambda group: flow.position[group[-1].y.name]):
-        s, last = group[0].s, group[-1]
-        y = next((unit.s for unit in units if flow.carries(last.y, unit.s)), None)
-        y = y or next(tensor for tail in tails if (tensor := _behind(last.y, tail)))
-        ends = [flow.tensors[block.y] for block in reversed(blocks) if block.channel_axis == last.axis == 1]
-        for x in (*(end for end in ends if flow.leads(end, s) and _strides(flow, end, y)), s):
+    for unit in sorted(_joined(flow, units), key=lambda unit: flow.end(unit.y)):
+        y = next(tensor for tail in tails if (tensor := _behind(unit.y, tail)))
+        ends = [flow.tensors[block.y] for block in reversed(blocks) if block.channel_axis == unit.axis == 1]
+        for x in (*(end for end in ends if flow.leads(end, unit.s) and _strides(flow, end, y)), unit.s):
             nodes = flow.between(x, y)
             if taken.isdisjoint(node.name for node in nodes):
-                blocks.append(_block(flow, x, y, last, nodes))
+                blocks.append(_block(flow, x, y, unit, nodes))
                 taken.update(node.name for node in nodes)
                 break
     named = all(block.name for block in blocks)
@@ -101,74 +91,77 @@ def find_blocks(graph: gs.Graph, sites: Sequence[Site]) -> tuple[Block, ...]:
 
 @dataclass(frozen=True, eq=False)
 class _Unit:
-    """One residual connection: what lies between a stream tensor and the Add that joins both ways."""
+    """One residual connection, or several in a row: what lies between a stream tensor and the Add that joins both ways."""
 
     s: gs.Tensor
     y: gs.Tensor
-    nodes: Sequence[gs.Node]
+    made: frozenset[str]
+    """The tensors in between, y included."""
     axis: int
     mixes: bool
     """Whether values of one token reach another's, as in attention."""
 
 
 class _Flow:
-    """Which tensor of a sorted graph depends on which: a bit per tensor, and for each the mask of all it is made from."""
+    """Which tensor of a sorted graph depends on which: a bit per input and per node, and for each tensor the mask of all
+    that it is made from. Its own is the highest.
+    """
 
     def __init__(self, graph: gs.Graph, sites: Sequence[Site]) -> None:
         self.nodes, self.tensors, self.sites = graph.nodes, graph.tensors(), {site.name: site for site in sites}
-        self.outputs = {tensor.name for tensor in graph.outputs}
-        self.position = {tensor.name: -1 for tensor in graph.inputs}
-        self._bits = {tensor.name: 1 << index for index, tensor in enumerate(graph.inputs)}
-        self._masks, self._values = dict(self._bits), dict(self._bits)
-        for index, node in enumerate(self.nodes):
-            for tensor in node.outputs:
-                self.position[tensor.name], self._bits[tensor.name] = index, 1 << len(self._bits)
+        self.outputs, self.inputs = {tensor.name for tensor in graph.outputs}, len(graph.inputs)
+        self._masks = {tensor.name: 1 << index for index, tensor in enumerate(graph.inputs)}
+        self._values = dict(self._masks)
+        for index, node in enumerate(self.nodes, self.inputs):
             read = self.reads(node)
             for masks, tensors in ((self._masks, read), (self._values, [t for t in read if t.dtype == np.float32])):
-                mask = functools.reduce(operator.or_, (masks.get(tensor.name, 0) for tensor in tensors), 0)
-                masks |= {tensor.name: mask | self._bits[tensor.name] for tensor in node.outputs}
+                mask = functools.reduce(operator.or_, (masks.get(tensor.name, 0) for tensor in tensors), 1 << index)
+                masks |= {tensor.name: mask for tensor in node.outputs}
 
     def reads(self, node: gs.Node) -> list[gs.Tensor]:
         """The variables that the node or its bodies read."""
         return [t for t in [*node.inputs, *outer_reads(node, self.tensors)] if isinstance(t, gs.Variable) and not t.is_empty()]
 
-    def leads(self, x: gs.Tensor, y: gs.Tensor) -> bool:
-        """Whether y is x or is made from it."""
-        return bool(self._masks.get(y.name, 0) & self._bits.get(x.name, 0))
+    def end(self, x: gs.Tensor) -> int:
+        """How many nodes there are up to the one that makes x."""
+        return max(self._masks[x.name].bit_length() - self.inputs, 0)
 
-    def feeds(self, x: gs.Tensor, y: gs.Tensor) -> bool:
-        """Whether y is x or is made from its values, not from its shape alone."""
-        return bool(self._values.get(y.name, 0) & self._bits.get(x.name, 0))
+    def leads(self, x: gs.Tensor, y: gs.Tensor, *, values: bool = False) -> bool:
+        """Whether y is x or is made from it; with `values`, not from its shape alone."""
+        made = self._values if values else self._masks
+        return bool(made.get(y.name, 0) >> (self._masks[x.name].bit_length() - 1) & 1)
 
     def between(self, x: gs.Tensor, y: gs.Tensor) -> list[gs.Node]:
         """The nodes that depend on x and on which y depends, in order."""
-        nodes = self.nodes[self.position[x.name] + 1 : self.position[y.name] + 1]
+        nodes = self.nodes[self.end(x) : self.end(y)]
         return [n for n in nodes if any(self.leads(x, t) for t in self.reads(n)) and any(self.leads(t, y) for t in n.outputs)]
 
     def carries(self, x: gs.Tensor, y: gs.Tensor) -> bool:
         """Whether y is x, or what norms and activations make of it alone."""
-        if not self.leads(x, y) or not _agree(x, y):
-            return False
-        return all(n.op in _SAME_SHAPE and all(self.leads(x, t) for t in self.reads(n)) for n in self.between(x, y))
+        alone = (n.op in _SAME_SHAPE and all(self.leads(x, t) for t in self.reads(n)) for n in self.between(x, y))
+        return self.leads(x, y) and _agree(x, y) and all(alone)
 
 
 def _unit(flow: _Flow, join: gs.Node) -> _Unit | None:
     operands, y = _activations(join), join.outputs[0]
     if join.op not in ("Add", "Sum") or len(operands) != 2:
         return None
-    s = next((s for a, b in (operands, operands[::-1]) for s in _chain(a) if flow.feeds(s, b)), None)
+    s = next((s for a, b in (operands, operands[::-1]) for s in _chain(a) if flow.leads(s, b, values=True)), None)
     if s is None or not s.shape or len(s.shape) != len(y.shape or ()):
         return None
     nodes = flow.between(s, y)
     sites = [flow.sites[node.name] for node in nodes if node.name in flow.sites]
     layers = [site for site in sites if site.kind == "layer"]
-    axis = _channel_axis(flow, layers, y) if layers else None
-    if axis is None or not isinstance(s.shape[axis], int):
+    # The channels are on the axis of y that is as long as the last layer has some; of both, the first with a Conv inside.
+    widths = [flow.tensors[site.weight or ""].shape[site.weight_axis] for site in layers[-1:]]
+    axes = [axis for axis in (-1, 1) if [y.shape[axis]] == widths and isinstance(s.shape[axis], int)]
+    if not axes:
         return None
+    axis = axes[-1 if any(site.op == "Conv" for site in layers) else 0]
     if not (_strides(flow, s, y) if axis == 1 else _agree(s, y, but=len(y.shape) - 1)):
         return None
     mixes = len(layers) < len(sites) or any(node.op in ("Softmax", "Attention") for node in nodes)
-    return _Unit(s, y, nodes, axis, mixes)
+    return _Unit(s, y, frozenset(t.name for node in nodes for t in node.outputs), axis, mixes)
 
 
 def _activations(node: gs.Node) -> list[gs.Tensor]:
@@ -183,14 +176,6 @@ def _chain(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
         yield tensor
 
 
-def _channel_axis(flow: _Flow, layers: Sequence[Site], y: gs.Tensor) -> int | None:
-    """The axis of y that is as long as the last layer has channels; of both, the first with a Conv among the layers."""
-    last = layers[-1]
-    width = flow.tensors[last.weight or ""].shape[last.weight_axis]
-    axes = (1, -1) if any(site.op == "Conv" for site in layers) else (-1, 1)
-    return next((axis for axis in axes if y.shape[axis] == width), None)
-
-
 def _agree(x: gs.Tensor, y: gs.Tensor, but: int = 0) -> bool:
     """Whether x and y have the same rank and no axis, other than the first and `but`, of lengths known to differ."""
     a, b = x.shape or (), y.shape or ()
@@ -200,45 +185,50 @@ def _agree(x: gs.Tensor, y: gs.Tensor, but: int = 0) -> bool:
 
 def _strides(flow: _Flow, x: gs.Tensor, y: gs.Tensor) -> tuple[int, ...]:
     """By how much each spatial axis of x shrinks, to ceil(length / stride); empty where that is not known."""
-    sizes = list(zip(x.shape[2:], y.shape[2:], strict=False))
     if len(x.shape) != len(y.shape):
         return ()
+    sizes = list(zip(x.shape[2:], y.shape[2:], strict=True))
     if all(isinstance(length, int) for pair in sizes for length in pair):
         found = tuple(-(-a // b) for a, b in sizes)
         return found if all(-(-a // k) == b for (a, b), k in zip(sizes, found, strict=True)) else ()
     known = {x.name: (1,) * len(sizes)}
     for node in flow.between(x, y):
         before = next((known[t.name] for t in node.inputs if t.name in known), ())
-        known |= {t.name: steps for t in node.outputs if (steps := _step(node, before))}
-    return known.get(y.name, ())
+        known[node.outputs[0].name] = before if node.op in _SAME_SHAPE else _strided(node, before)
+    return known[y.name]
 
 
-def _step(node: gs.Node, before: tuple[int, ...]) -> tuple[int, ...]:
-    """`before` times the strides of an operator that makes ceil(length / stride) of every length; empty for others."""
-    axes = len(before)
-    if node.op in _SAME_SHAPE or not axes:
-        return before
-    if node.op not in ("Conv", "MaxPool", "AveragePool"):
+def _strided(node: gs.Node, before: tuple[int, ...]) -> tuple[int, ...]:
+    """`before` times the strides of a Conv or a pool that makes ceil(length / stride) of every length; empty for others."""
+    if node.op not in ("Conv", "MaxPool", "AveragePool") or not before:
         return ()
-    kernel = node.attrs.get("kernel_shape") or node.inputs[1].shape[2:]
+    axes, kernel = len(before), node.attrs.get("kernel_shape") or node.inputs[1].shape[2:]
     pads, spread = node.attrs.get("pads", [0] * 2 * axes), node.attrs.get("dilations", [1] * axes)
     exact = all(pads[i] + pads[i + axes] == spread[i] * (kernel[i] - 1) for i in range(axes))
-    return tuple(before[i] * node.attrs.get("strides", [1] * axes)[i] for i in range(axes) if exact)
+    return tuple(a * b for a, b in zip(before, node.attrs.get("strides", [1] * axes), strict=True)) if exact else ()
 
 
 def _outermost(flow: _Flow, units: Sequence[_Unit]) -> list[_Unit]:
     """The units without those that span several in a row, and of what is left without those inside another."""
+    within = {unit: [u for u in units if u is not unit and u.y.name in unit.made] for unit in units}
+    short = [u for u in units if not any(flow.leads(a.y, b.s) for a, b in itertools.permutations(within[u], 2))]
+    return [unit for unit in short if not any(unit in within[other] for other in short)]
 
-    def within(unit: _Unit) -> list[_Unit]:
-        return [u for u in units if u is not unit and any(u.y is t for node in unit.nodes for t in node.outputs)]
 
-    short = [u for u in units if not any(flow.leads(a.y, b.s) for a, b in itertools.permutations(within(u), 2))]
-    nested = {id(u) for unit in short for u in within(unit)}
-    return [unit for unit in short if id(unit) not in nested]
+def _joined(flow: _Flow, units: Sequence[_Unit]) -> list[_Unit]:
+    """The units, those that are in the same block as one."""
+    found: list[_Unit] = []
+    for unit in units:
+        previous = next((u for u in reversed(found) if flow.leads(u.y, unit.s)), None)
+        if previous is None or not _belongs(flow, previous, unit):
+            found.append(unit)
+        else:
+            found[found.index(previous)] = replace(unit, s=previous.s)
+    return found
 
 
 def _belongs(flow: _Flow, previous: _Unit, unit: _Unit) -> bool:
-    """Whether a unit is in the same block as the one before it."""
+    """Whether a unit is in the same block as the one before it: in one stage of a CNN, or the MLP behind attention."""
     if unit.axis == previous.axis == 1:
         return unit.y.shape[1] == previous.y.shape[1] and set(_strides(flow, previous.y, unit.y)) == {1}
     return unit.axis == previous.axis and previous.mixes and not unit.mixes and flow.carries(previous.y, unit.s)
@@ -246,11 +236,11 @@ def _belongs(flow: _Flow, previous: _Unit, unit: _Unit) -> bool:
 
 def _behind(tensor: gs.Tensor, tail: Sequence[str]) -> gs.Tensor | None:
     """What operators of the types in `tail` make of the tensor, each the only reader of what is before it."""
-    if not tail:
-        return tensor
-    if len(tensor.outputs) != 1 or tensor.outputs[0].op != tail[0]:
-        return None
-    return _behind(tensor.outputs[0].outputs[0], tail[1:])
+    for op in tail:
+        if [node.op for node in tensor.outputs] != [op]:
+            return None
+        tensor = tensor.outputs[0].outputs[0]
+    return tensor
 
 
 def _block(flow: _Flow, x: gs.Tensor, y: gs.Tensor, unit: _Unit, nodes: Sequence[gs.Node]) -> Block:

@@ -61,27 +61,25 @@ def strip(graph: gs.Graph, prefixes: Collection[str], folds: Sequence[Fold], met
 
 def _bypass(graph: gs.Graph, prefix: str) -> None:
     """Let what reads the nodes under `prefix` read the one value that they start from."""
+    label = prefix.rstrip("/").rpartition("/")[2]
     mine = [node for node in graph.nodes if node.name.startswith(prefix)]
     inside = {id(node) for node in mine}
     results = {id(t) for t in graph.outputs}
     for node in mine:
         y = node.outputs[0]
-        if not any(id(reader) not in inside for reader in y.outputs) and id(y) not in results:
-            continue
-        source = _source(node, inside)
-        for reader in list(y.outputs):
-            if id(reader) not in inside:
-                reader.inputs[reader.inputs.index(y)] = source
-        label = prefix.rstrip("/").rpartition("/")[2]
-        if f"/before-{label}" in source.name:
-            _take_place(source, y)
-        graph.outputs[:] = [source if t is y else t for t in graph.outputs]
+        if id(y) in results or any(id(reader) not in inside for reader in y.outputs):
+            source = _source(node, inside)
+            _replace(graph, y, source, rename=f"/before-{label}" in source.name)
 
 
-def _take_place(tensor: gs.Tensor, of: gs.Tensor) -> None:
-    """Give `tensor` the other's name, type and shape."""
-    tensor.name, of.name = of.name, f"{of.name}/removed"
-    tensor.dtype, tensor.shape = of.dtype, of.shape
+def _replace(graph: gs.Graph, tensor: gs.Tensor, source: gs.Tensor, *, rename: bool) -> None:
+    """Let what reads `tensor` read `source`; with `rename` under its name, with its type and shape."""
+    for reader in list(tensor.outputs):
+        reader.inputs[reader.inputs.index(tensor)] = source
+    if rename:
+        source.name, tensor.name = tensor.name, f"{tensor.name}/removed"
+        source.dtype, source.shape = tensor.dtype, tensor.shape
+    graph.outputs[:] = [source if t is tensor else t for t in graph.outputs]
 
 
 def _source(node: gs.Node, inside: Collection[int]) -> gs.Tensor:
@@ -107,11 +105,7 @@ def _unfold(graph: gs.Graph, folds: Sequence[Fold], methods: Collection[str]) ->
     elif node.name == first.node:
         del node.inputs[index]
     else:  # an operator that was put there for the bias alone
-        y, source = node.outputs[0], node.inputs[1 - index]
-        _take_place(source, y)
-        for reader in list(y.outputs):
-            reader.inputs[reader.inputs.index(y)] = source
-        graph.outputs[:] = [source if t is y else t for t in graph.outputs]
+        _replace(graph, node.outputs[0], node.inputs[1 - index], rename=True)
 
 
 def _home(graph: gs.Graph, fold: Fold) -> tuple[gs.Node, int]:

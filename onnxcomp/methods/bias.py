@@ -17,6 +17,7 @@ Limits  removes the mean of the error, not its spread; trusts the calibration da
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -57,37 +58,29 @@ class SampleErrors:
         of each sample's tokens with the largest error is left out. `per_token`: T is the second axis of rank 3.
         """
         pairs = list(zip(batch.read("f_xh"), batch.read("g_xh"), strict=True))
-        first = pairs[0][0]
-        tokens = first.shape[1] if per_token and first.ndim == 3 else 0
-        rows, seen, squares = [], np.zeros(2), np.zeros((2, tokens))
-        total = np.zeros((2, tokens, first.shape[channel_axis]))
-        index = np.array(batch.indices[: len(pairs)])
-        for number, (f, g) in zip(index, pairs, strict=True):
-            channels = f.shape[channel_axis]
-            f, g = (np.moveaxis(a, channel_axis, -1).reshape(-1, channels) for a in (f, g))
+        first, index = pairs[0][0], np.array(batch.indices[: len(pairs)])
+        tokens, channels = first.shape[1] if per_token and first.ndim == 3 else 0, first.shape[channel_axis]
+        rows, seen, squares, total = [], np.zeros(2), np.zeros((2, tokens)), np.zeros((2, tokens, channels))
+        for number, pair in zip(index, pairs, strict=True):
+            f, g = (np.moveaxis(a, channel_axis, -1).reshape(-1, channels) for a in pair)
             e = f - g
             errors = np.einsum("tc,tc->t", e, e, dtype=np.float64)
-            kept = np.sort(np.argpartition(errors, (n := _kept(len(e), trim)) - 1)[:n])
+            n = max(int(np.ceil(len(e) * (1.0 - trim))), 1)
+            kept = np.sort(np.argpartition(errors, n - 1)[:n])
             energy = float(np.einsum("tc,tc->", f[kept], f[kept], dtype=np.float64))
-            rows.append((e[kept].mean(axis=0, dtype=np.float64), float(errors[kept].mean()), energy / len(kept)))
+            rows.append((e[kept].mean(axis=0, dtype=np.float64), float(errors[kept].mean()), energy / n))
             if tokens:
-                seen[_fold(number)] += len(e) // tokens
-                squares[_fold(number)] += errors.reshape(-1, tokens).sum(axis=0)
-                total[_fold(number)] += e.reshape(-1, tokens, channels).sum(axis=0, dtype=np.float64)
+                fold = int(number % HOLD_OUT == HOLD_OUT - 1)
+                seen[fold] += len(e) // tokens
+                squares[fold] += errors.reshape(-1, tokens).sum(axis=0)
+                total[fold] += e.reshape(-1, tokens, channels).sum(axis=0, dtype=np.float64)
         mean, error, energy = (np.array(column) for column in zip(*rows, strict=True))
         return cls(index, mean, error, energy, seen, squares, total)
 
     def merge(self, other: SampleErrors) -> SampleErrors:
         """Both, in sample order."""
-        return SampleErrors(
-            np.concatenate([self.index, other.index]),
-            np.concatenate([self.mean, other.mean]),
-            np.concatenate([self.error, other.error]),
-            np.concatenate([self.energy, other.energy]),
-            self.seen + other.seen,
-            self.squares + other.squares,
-            self.total + other.total,
-        )
+        joined = (np.concatenate([getattr(self, k), getattr(other, k)]) for k in ("index", "mean", "error", "energy"))
+        return SampleErrors(*joined, *(getattr(self, k) + getattr(other, k) for k in ("seen", "squares", "total")))
 
 
 @final
@@ -120,21 +113,15 @@ class BiasCompensation(Compensation):
         return self.level
 
     def fit(self, place: Site | Block, samples: Samples) -> Outcome:
-        per_token = self.tokens and place.fixed_tokens
-        errors = samples.reduce(
-            lambda batch: SampleErrors.of(batch, place.channel_axis, self.trim, per_token=per_token), self.reads
-        )
-        tokens = errors.total.shape[1]
-        held_out = errors.index % HOLD_OUT == HOLD_OUT - 1
-        always = self.keep == "always"
-        if always or not held_out.any():
-            held_out = np.zeros(len(errors.index), dtype=bool)
-        b = self._channels(errors.mean[~held_out])
+        how = {"channel_axis": place.channel_axis, "trim": self.trim, "per_token": self.tokens and place.fixed_tokens}
+        errors = samples.reduce(functools.partial(SampleErrors.of, **how), self.reads)
+        tokens, held_out = errors.total.shape[1], errors.index % HOLD_OUT == HOLD_OUT - 1
+        if self.keep == "always":
+            held_out[:] = False
         judged = held_out if held_out.any() else ~held_out
-        before, energy = errors.error[judged], errors.energy[judged]
-        change = np.sum(np.square(b)) - 2.0 * errors.mean[judged] @ b
+        b, before, energy = self._channels(errors.mean[~held_out]), errors.error[judged], errors.energy[judged]
         before_db = decibel(energy, before)
-        if always:
+        if self.keep == "always":
             table = errors.total.sum(axis=0) / errors.seen.sum() if tokens else b
             if not table.any():
                 return Outcome(None, "there is no error to correct", None, before_db, before_db)
@@ -144,9 +131,10 @@ class BiasCompensation(Compensation):
             if gain > 0:
                 reason = f"per token, rank {u.shape[1] - 1}"
                 return Outcome({"u": u, "v": v}, reason, gain, before_db, before_db + gain)
-        after_db = decibel(energy, np.maximum(before + change, 0.0))
         if not b.any():
             return Outcome(None, "the mean error is not significant in any channel", 0.0, before_db, before_db)
+        change = np.sum(np.square(b)) - 2.0 * errors.mean[judged] @ b
+        after_db = decibel(energy, np.maximum(before + change, 0.0))
         if np.median(change / np.maximum(before, 1e-30)) >= 0.0 or change.sum() >= 0.0:
             return Outcome(None, "held-out samples do not improve", after_db - before_db, before_db, before_db)
         reason = f"{np.count_nonzero(b)} of {b.size} channels"
@@ -176,15 +164,15 @@ class BiasCompensation(Compensation):
             change -= 2.0 * float((candidate * errors.total[1]).sum())
             return max(1.0 + change / max(float(errors.squares[1].sum()), 1e-30), 1e-30)
 
-        plain = min(loss(b[None]), 1.0)
-        best = (np.zeros((0, 0)), np.zeros((0, 0)), plain)
+        plain = least = min(loss(b[None]), 1.0)
+        best = np.zeros((0, 0)), np.zeros((0, 0))
         for r in (r for r in (1, 2, 4, 8, 16, 32, 64, 128, len(table)) if r <= left.shape[1]):
             u = np.concatenate([left[:, :r], np.ones((len(table), 1))], axis=1).astype(np.float16)
             v = np.concatenate([right[:r], centre[None]]).astype(np.float16)
             found = loss(u.astype(np.float64) @ v.astype(np.float64))
-            if 10.0 * np.log10(best[2] / found) > TABLE_GAIN_DB:
-                best = (u, v, found)
-        return best[0], best[1], float(-10.0 * np.log10(best[2])) if best[2] < plain else 0.0
+            if 10.0 * np.log10(least / found) > TABLE_GAIN_DB:
+                best, least = (u, v), found
+        return best[0], best[1], float(-10.0 * np.log10(least)) if least < plain else 0.0
 
     def build(self, op: Tape, place: Site | Block, fit: Fit) -> dict[str, str]:
         home = place if isinstance(place, Site) or place.last is None else place.last
@@ -199,23 +187,13 @@ def decibel(energy: Array, error: Array) -> float:
     return float(10 * np.log10(max(float(energy.sum()), 1e-30) / max(float(error.sum()), 1e-30)))
 
 
-def _kept(tokens: int, trim: float) -> int:
-    return max(int(np.ceil(tokens * (1.0 - trim))), 1)
-
-
-def _fold(number: int) -> int:
-    """0 for a fitted sample, 1 for a held-out one."""
-    return int(number % HOLD_OUT == HOLD_OUT - 1)
-
-
 def _directions(rows: Array, count: int) -> Array:
     """The `count` leading left singular vectors of rows [T, C], each with its largest entry positive: [T, count]."""
     if rows.shape[0] <= rows.shape[1]:
         left = np.linalg.eigh(rows @ rows.T)[1][:, ::-1][:, :count]
     else:
-        right = np.linalg.eigh(rows.T @ rows)[1][:, ::-1][:, :count]
-        left = rows @ right
-        left = left / np.maximum(np.linalg.norm(left, axis=0), 1e-30)
+        left = rows @ np.linalg.eigh(rows.T @ rows)[1][:, ::-1][:, :count]
+        left /= np.maximum(np.linalg.norm(left, axis=0), 1e-30)
     return left * np.sign(left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])])
 
 

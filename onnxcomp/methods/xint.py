@@ -20,25 +20,38 @@ Limits  the Conv of an integer region stores its output in 8 bits: its weight te
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, NamedTuple, final
 
 import numpy as np
 
-from onnxcomp.errors import RecipeError, UsageError
+from onnxcomp.errors import RecipeError
 from onnxcomp.graph.edit import Constant, Graph, Tape
 from onnxcomp.graph.sites import Site
-from onnxcomp.methods.activations import RatioErrors, build_run_time
-from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, Samples
-from onnxcomp.methods.bias import HOLD_OUT
+from onnxcomp.methods.activations import XH, RatioErrors, build_run_time
+from onnxcomp.methods.base import HOLD_OUT, Array, Batch, Compensation, Fit, Outcome, S, Samples
 from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, Scheme, from_range
 from onnxcomp.numerics.statistics import Extremes
 
-XH = frozenset({"xh"})
 FLOAT_DB = 140.0
 """From here on what is left is the rounding of float32."""
+
+
+class Digits(NamedTuple):
+    """One term of a weight."""
+
+    codes: Array
+    """int8, the weight's shape."""
+    scale: Array
+    """float32 [C_out]."""
+
+    def values(self, axis: int) -> Array:
+        """What they stand for, float64."""
+        return self.codes * _along(self.scale, axis, self.codes.ndim)
 
 
 @dataclass(frozen=True)
@@ -49,9 +62,8 @@ class Terms:
     weight: Array
     """The float weight."""
     w: str
-    """The tensor of the weight's first term, made of `codes` (int8, the weight's shape) and `scale` [C_out]."""
-    codes: Array
-    scale: Array
+    """The tensor of the weight's first term."""
+    first: Digits
     bits: int
     """Width of the weight's digits."""
     x: str
@@ -64,31 +76,22 @@ class Terms:
     """The clip ratio of a range that is measured at run time."""
     q: QParams | None = None
     """The quantizer, where its range is static."""
-    allowed: int | None = None
-    """How many weight terms a budget leaves to the layer, see `allocate`."""
 
     @staticmethod
-    def read(graph: Graph, site: Site, weight: Array, allowed: int | None = None) -> Terms:
+    def read(graph: Graph, site: Site, weight: Array) -> Terms:
         """What stands at the site of the compressed `graph`, whose weight is codes already."""
-        node = next(node for node in graph.nodes if node.name == site.name)
-        x, w = node.inputs[:2]
-        bits, (codes, scale) = w.inputs[0].attrs["bits"], (t.values for t in w.inputs[0].inputs)
+        x, w = next(node for node in graph.nodes if node.name == site.name).inputs[:2]
+        first, bits = Digits(*(t.values for t in w.inputs[0].inputs)), w.inputs[0].attrs["bits"]
         if not x.inputs or x.inputs[0].op != "FakeQuantize":
-            return Terms(site, weight, w.name, codes, scale, bits, x.name, allowed=allowed)
-        source, how = x.inputs[0].inputs, x.inputs[0].attrs
-        q = QParams(Scheme(how["bits"]), *(t.values for t in source[1:])) if len(source) == 3 else None
-        quantizer = (source[0].name, x.name, how["granularity"], how["bits"], how.get("ratio", 1.0), q)
-        return Terms(site, weight, w.name, codes, scale, bits, *quantizer, allowed)
+            return Terms(site, weight, w.name, first, bits, x.name)
+        (source, *ranges), how = x.inputs[0].inputs, x.inputs[0].attrs
+        q = QParams(Scheme(how["bits"]), *(t.values for t in ranges)) if ranges else None
+        quantizer = (x.name, how["granularity"], how["bits"], how.get("ratio", 1.0), q)
+        return Terms(site, weight, w.name, first, bits, source.name, *quantizer)
 
-    @property
-    def name(self) -> str:
-        """The site's name."""
-        return self.site.name
-
-    @property
-    def finer(self) -> float:
-        """The step of the second activation term over that of the first, which may have clipped."""
-        return max(0.5 / _top(self.activation_bits), 1.0 / self.ratio - 1.0)
+    def finer(self, term: int) -> float:
+        """The step of an activation term, the second or a later one, over that before it. The first may have clipped."""
+        return max(0.5 / _top(self.activation_bits), 1.0 / self.ratio - 1.0 if term == 2 else 0.0)
 
 
 @final
@@ -129,11 +132,11 @@ class XInt(Compensation):
         return "terms"
 
     def fit(self, place: Terms, samples: Samples | None) -> Outcome:
-        uniform, most = self.granularity == "model", min(place.allowed or self.weight_terms, self.weight_terms)
+        uniform, most = self.granularity == "model", self.weight_terms
         while place.site.op == "Conv" and place.d is not None and not uniform and _largest(place.bits, most) > 127:
             most -= 1  # the region's kernel takes one int8 weight
-        later, left = expand(place.weight, place.codes, place.scale, place.site.weight_axis, place.bits, most)
-        inputs, channels, (before, *left_x) = self._fit_input(place, samples)
+        digits, left = expand(place.weight, place.site.weight_axis, place.bits, most, place.first)
+        later, channels, (before, *left_x) = self._fit_input(place, samples)
         k, t = (len(e) if uniform else self._enough(e) for e in (left, left_x))
         if k == t == 1 and not len(channels):
             return Outcome(None, "one term is enough, or all that fits")
@@ -141,14 +144,14 @@ class XInt(Compensation):
         if gain <= 0 and self.keep == "if-better" and not uniform:
             return Outcome(None, "held-out inputs do not improve", gain)
         fit: dict[str, Array] = {"terms": np.array([k, t])}
-        for j, (codes, scale) in enumerate(later[: k - 1], 2):
+        for j, (codes, scale) in enumerate(digits[1:k], 2):
             fit |= {f"codes-{j}": codes, f"scale-{j}": scale}
-        for i, q in enumerate(inputs[: t - 1], 2):
+        for i, q in enumerate(later[: t - 1], 2):
             fit |= {f"scale-x{i}": q.scale, f"zero_point-x{i}": q.zero_point}
         reason = f"{k} weight and {t} activation terms"
         if len(channels) and place.q is not None:
-            ends = np.sum([_reach(q) for q in (place.q, *inputs[: t - 1])], axis=0).astype(np.float32)
-            fit |= {"channels": channels, "low": ends[0], "high": ends[1], "rows": place.weight[channels]}
+            low, high = np.sum([_reach(q) for q in (place.q, *later[: t - 1])], axis=0).astype(np.float32)
+            fit |= {"channels": channels, "low": low, "high": high, "rows": place.weight[channels]}
             reason += f", {len(channels)} channels beyond the range"
         return Outcome(fit, reason, gain)
 
@@ -162,19 +165,27 @@ class XInt(Compensation):
         range; and the relative error of one term alone and, with saturated channels served, of 1, 2, .. terms.
         """
         terms, bits = 1 if place.site.op == "Conv" else self.activation_terms, place.activation_bits
-        later, channels = list[QParams](), np.zeros(0, np.int64)
+        later, channels, q = list[QParams](), np.zeros(0, np.int64), place.q
         if place.d is None:
             return later, channels, [0.0, 0.0]
         if samples is None:
             left = [(2.0 * _top(bits)) ** (-2 * i) for i in range(1, terms + 1)]
             return later, channels, [left[0], *left]
-        if place.q is not None and place.site.op != "Conv":
-            energy = samples.reduce(lambda batch: _beyond(batch, place), XH).errors
+        if q is not None and self.saturation and place.site.op != "Conv":
+            energy = _reduce(samples, lambda _, x: _beyond(q, x)).errors
             channels = np.sort(np.argsort(-energy, kind="stable")[: min(self.saturation, np.count_nonzero(energy))])
-            while len(later) < terms - 1:
-                found = samples.reduce(lambda batch: _extremes(batch, place, later, channels), XH)
-                later.append(from_range(found.min, found.max, Scheme(bits)))
-        fitted, held_out = samples.reduce(lambda batch: _errors(batch, place, later, terms, channels), XH).errors
+        while q is not None and len(later) < terms - 1:
+            found = _reduce(samples, lambda _, x: Extremes.of(_left(place, later, 1, channels, x)[-1]))
+            later.append(from_range(found.min, found.max, Scheme(bits)))
+
+        def errors(number: int, x: Array) -> RatioErrors:
+            """Of fitted and of held-out inputs: their energy, and that of what is left of them."""
+            parts = [x, *_left(place, [], 1, channels[:0], x), *_left(place, later, terms, channels, x)]
+            rows = np.zeros((2, len(parts)))
+            rows[int(number % HOLD_OUT == HOLD_OUT - 1)] = [np.square(e, dtype=np.float64).sum() for e in parts]
+            return RatioErrors(rows)
+
+        fitted, held_out = _reduce(samples, errors).errors
         energy, *left = held_out if held_out[0] > 0 else fitted
         return later, channels, [e / max(energy, 1e-30) for e in left]
 
@@ -184,10 +195,13 @@ class XInt(Compensation):
         if place.d is None or place.site.op == "Conv" or self.granularity == "tensor":
             new = {} if k == 1 else {place.w: self._one_weight(op, place, fit, k)}
             if place.d is not None and t > 1:
-                new[place.d] = self._one_input(op, place, fit, t)
+                largest = _largest(place.activation_bits, t)
+                if place.q is None and largest <= 127:  # one quantizer with the last term's step
+                    new[place.d] = build_run_time(op, place.x, Scheme(8), place.granularity, 127 / largest)
+                else:
+                    new[place.d] = op("Sum", *_inputs(op, place, place.d, fit, t))
             return new
-        assert place.d is not None
-        ws, ds = _weights(op, place, fit, k), _inputs(op, place, fit, t)
+        ws, ds = _weights(op, place, fit, k), _inputs(op, place, place.d, fit, t)
         products = [place.site.raw, *(op("MatMul", d, w) for d in ds for w in ws if (d, w) != (place.d, place.w))]
         if "channels" in fit:
             x = op("Gather", place.x, op.constant("channels", fit["channels"]), axis=-1)
@@ -197,52 +211,42 @@ class XInt(Compensation):
 
     def _one_weight(self, op: Tape, place: Terms, fit: Fit, k: int) -> str:
         """All terms as one tensor: of int8 codes where they fit, unless each must stay a term of its own."""
+        merged = self.granularity == "tensor" or (self.granularity == "layer" and place.d is not None)
+        if not merged or _largest(place.bits, k) > 127:
+            return op("Sum", *_weights(op, place, fit, k))
         axis, scale = place.site.weight_axis, fit[f"scale-{k}"]
-        if self.granularity == "tensor" or (self.granularity == "layer" and place.d is not None):
-            codes = np.rint(total(place, fit) / _values(np.ones(()), scale, axis, place.codes.ndim))
-            if np.abs(codes).max() <= 127:
-                stored = op.constant("codes", codes.astype(np.int8)), op.constant("scale", scale)
-                return op.abstract("Dequantize", *stored, bits=8, axis=axis)
-        return op("Sum", *_weights(op, place, fit, k))
-
-    def _one_input(self, op: Tape, place: Terms, fit: Fit, t: int) -> str:
-        """All terms as one tensor: one quantizer with the last term's step where it needs no more than 8 bits."""
-        largest = _largest(place.activation_bits, t)
-        if place.q is None and largest <= 127:
-            return build_run_time(op, place.x, Scheme(8), place.granularity, 127 / largest)
-        return op("Sum", *_inputs(op, place, fit, t))
+        codes = np.rint(total(place, fit) / _along(scale, axis, place.weight.ndim)).astype(np.int8)
+        return op.abstract("Dequantize", op.constant("codes", codes), op.constant("scale", scale), bits=8, axis=axis)
 
 
-def first_term(w: Array, axis: int, bits: int) -> Fit:
-    """Codes (int8, the shape of `w`) and scale (float32, by index of `axis`) of a first term, which clips nothing."""
-    top, rows = _top(bits), np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1)
-    scale = np.maximum(np.abs(rows).max(axis=1).astype(np.float64) / top, SMALLEST_SCALE).astype(np.float32)
-    return {"codes": np.rint(w / _values(np.ones(()), scale, axis, w.ndim)).astype(np.int8), "scale": scale}
+def first_term(w: Array, axis: int, bits: int) -> Digits:
+    """The first term of `w`, which clips nothing. `axis`: that of the output channels."""
+    return _next_term(w, np.full(w.shape[axis], 2.0 * _top(bits) * SMALLEST_SCALE), axis, bits)
 
 
-def expand(
-    w: Array, codes: Array, scale: Array, axis: int, bits: int, terms: int
-) -> tuple[list[tuple[Array, Array]], list[float]]:
-    """Codes and scale of the terms from the second on, and the relative energy that 1, 2, .. terms leave of `w`."""
-    top = _top(bits)
-    rest = w - _values(codes, scale, axis)
+def expand(w: Array, axis: int, bits: int, terms: int, first: Digits | None = None) -> tuple[list[Digits], list[float]]:
+    """So many terms of `w`, with the `first` where that is given, and the relative energy that 1, 2, .. of them leave."""
+    found = [first or first_term(w, axis, bits)]
+    left = [w - found[0].values(axis)]
+    for _ in range(1, terms):
+        found.append(_next_term(left[-1], found[-1].scale, axis, bits))
+        left.append(left[-1] - found[-1].values(axis))
     energy = max(float(np.square(w, dtype=np.float64).sum()), 1e-30)
-    later, left = [], [float(np.square(rest).sum()) / energy]
-    while len(left) < terms:
-        largest = np.abs(np.moveaxis(rest, axis, 0).reshape(w.shape[axis], -1)).max(axis=1)
-        # Half a step, up to rounding, unless the term before has clipped.
-        scale = np.where(largest > 0.501 * scale, largest / top, scale / (2.0 * top)).astype(np.float32)
-        codes = np.rint(rest / _values(np.ones(()), scale, axis, w.ndim)).clip(-top, top).astype(np.int8)
-        rest = rest - _values(codes, scale, axis)
-        later.append((codes, scale))
-        left.append(float(np.square(rest).sum()) / energy)
-    return later, left
+    return found, [float(np.square(rest).sum()) / energy for rest in left]
+
+
+def _next_term(rest: Array, before: Array, axis: int, bits: int) -> Digits:
+    """One more term of what is left; `before` is the scale of the last."""
+    top, largest = _top(bits), np.abs(np.moveaxis(rest, axis, 0).reshape(rest.shape[axis], -1)).max(axis=1)
+    # Half a step, up to rounding, unless the term before has clipped.
+    scale = np.where(largest > 0.501 * before, largest / top, before / (2.0 * top)).astype(np.float32)
+    return Digits(np.rint(rest / _along(scale, axis, rest.ndim)).clip(-top, top).astype(np.int8), scale)
 
 
 def total(place: Terms, fit: Fit) -> Array:
     """The weight that all terms stand for, float64."""
-    terms = [(place.codes, place.scale), *((fit[f"codes-{j}"], fit[f"scale-{j}"]) for j in range(2, int(fit["terms"][0]) + 1))]
-    return np.sum([_values(codes, scale, place.site.weight_axis) for codes, scale in terms], axis=0)
+    later = (Digits(fit[f"codes-{j}"], fit[f"scale-{j}"]) for j in range(2, int(fit["terms"][0]) + 1))
+    return np.sum([digits.values(place.site.weight_axis) for digits in (place.first, *later)], axis=0)
 
 
 def allocate(left: Mapping[str, Sequence[float]], sizes: Mapping[str, int], budget: float) -> dict[str, int]:
@@ -250,39 +254,36 @@ def allocate(left: Mapping[str, Sequence[float]], sizes: Mapping[str, int], budg
     residual times size is largest. `left`: the relative energy that 1, 2, .. terms leave; `sizes`: numbers per term.
     """
     terms, room = dict.fromkeys(left, 1), (budget - 1.0) * sum(sizes[name] for name in left)
-    while True:
-        open_ = [name for name in left if terms[name] < len(left[name]) and sizes[name] <= room and left[name][terms[name] - 1]]
-        if not open_:
-            return terms
-        chosen = max(open_, key=lambda name: left[name][terms[name] - 1] * sizes[name])
-        terms[chosen], room = terms[chosen] + 1, room - sizes[chosen]
+    wanted = [(e * sizes[name], name) for name, energies in left.items() for e in energies[:-1] if e]
+    for _, name in sorted(wanted, key=lambda pair: -pair[0]):
+        if sizes[name] <= room:
+            terms[name], room = terms[name] + 1, room - sizes[name]
+    return terms
 
 
-def split(graph: Graph, sites: Sequence[Site], weight_terms: int, term: int) -> Graph:
-    """The low-bit model of one weight term, 1 .. `weight_terms`: `graph`, which stays as it is, with nothing else of every
-    series. Biases are in the first; fed with the same inputs, a layer's outputs in all of them add up to its own.
+def split(graph: Graph, sites: Sequence[Site], weight_terms: int) -> list[Graph]:
+    """The low-bit models of all weight terms: `graph`, which stays as it is, with nothing else of every series. Biases are
+    in the first; fed with the same inputs, a layer's outputs in all of them add up to its own.
 
-    `graph` is the compressed one before it is lowered, of granularity `model` and with no other compensation. Raises
-    UsageError for another term.
+    `graph` is the compressed one before it is lowered, of granularity `model` and with no other compensation.
     """
-    if not 1 <= term <= weight_terms:
-        raise UsageError(f"There is no term {term}: the series has {weight_terms}.")
-    part = graph.copy()
-    nodes = {node.name: node for node in part.nodes}
-    for site in sites:
-        sums = [n for n in part.nodes if n.op == "Sum" and n.name.startswith(f"{site.name}/xint/")]
-        for series in sums:
-            of_layers = len(series.inputs) // weight_terms * weight_terms
-            kept = list(series.inputs[:of_layers])[term - 1 :: weight_terms]
-            series.inputs = kept if term > 1 else [*kept, *list(series.inputs)[of_layers:]]
-            layer = kept[0].inputs[0]
-            if layer.op == "MatMul" and term > 1:
+    parts = [graph.copy() for _ in range(weight_terms)]
+    for term, part in enumerate(parts):
+        nodes = {node.name: node for node in part.nodes}
+        for site in sites:
+            series = next((n for n in part.nodes if n.op == "Sum" and n.name.startswith(f"{site.name}/xint/")), None)
+            if series is None:
+                continue
+            # Weight terms alternate; a branch for saturation, if any, is last and comes with the first.
+            series.inputs = list(series.inputs)[term::weight_terms]
+            layer, home = series.inputs[0].inputs[0], nodes[site.bias_node or site.name]
+            if layer.op == "MatMul":
                 nodes[site.name].name, layer.name = layer.name, site.name
-        home = nodes[site.bias_node] if site.bias_node is not None else nodes[site.name]
-        for index, bias in enumerate(home.inputs):
-            if sums and term > 1 and isinstance(bias, Constant):
-                home.inputs[index] = Constant(f"{bias.name}/none", np.zeros_like(bias.values))
-    return part.cleanup()
+            for index, bias in enumerate(home.inputs):
+                if term > 0 and isinstance(bias, Constant):
+                    home.inputs[index] = Constant(f"{bias.name}/none", np.zeros_like(bias.values))
+        part.cleanup()
+    return parts
 
 
 def _top(bits: int) -> int:
@@ -295,11 +296,9 @@ def _largest(bits: int, terms: int) -> int:
     return _top(bits) * (2 * _top(bits)) ** (terms - 1)
 
 
-def _values(codes: Array, scale: Array, axis: int, ndim: int | None = None) -> Array:
-    """Codes times their channel's scale, float64; [1, .., C, .., 1] for a code without axes."""
-    shape = [1] * (codes.ndim if ndim is None else ndim)
-    shape[axis] = -1
-    return codes * scale.astype(np.float64).reshape(shape)
+def _along(scale: Array, axis: int, ndim: int) -> Array:
+    """A scale per channel as float64 [1, .., C, .., 1]."""
+    return np.expand_dims(scale.astype(np.float64), [i for i in range(ndim) if i != axis])
 
 
 def _reach(q: QParams) -> Array:
@@ -307,49 +306,37 @@ def _reach(q: QParams) -> Array:
     return (np.array([q.scheme.qmin, q.scheme.qmax]) - float(q.zero_point)) * float(q.scale)
 
 
+def _reduce(samples: Samples, fn: Callable[[int, Array], S]) -> S:
+    """What `fn` makes of the number and the input of each sample, merged."""
+
+    def of(batch: Batch) -> S:
+        parts = (fn(number, x) for number, x in zip(batch.indices, batch.read("xh"), strict=False))
+        return functools.reduce(lambda a, b: a.merge(b), parts)
+
+    return samples.reduce(of, XH)
+
+
+def _beyond(q: QParams, x: Array) -> RatioErrors:
+    """The energy of every channel of x [.., C] beyond the quantizer's range."""
+    over = x.astype(np.float64) - np.clip(x, *_reach(q))
+    return RatioErrors(np.square(over).reshape(-1, x.shape[-1]).sum(axis=0))
+
+
 def _left(place: Terms, later: Sequence[QParams], terms: int, channels: Array, x: Array) -> list[Array]:
     """What is left of x [.., C] after 1, 2, .. terms, without what the saturated channels have beyond the first's range.
     Static terms are those that have a quantizer; of ranges measured at run time there are `terms`.
     """
     if place.q is not None:
-        if len(channels):
-            x = x.copy()
-            x[..., channels] = x[..., channels].clip(*_reach(place.q))
-        found = [x - place.q.fake(x)]
-        for q in later:
-            found.append(found[-1] - q.fake(found[-1]))
-        return found
-    top, axis = _top(place.activation_bits), -1 if place.granularity == "token" else None
-    step = np.maximum(np.abs(x).max(axis=axis, keepdims=True).astype(np.float64) * (place.ratio / top), 1e-12)
-    found = [x.astype(np.float64)]
-    for i in range(terms):
-        found.append(found[-1] - np.clip(np.rint(found[-1] / step), -top - 1, top) * step)
-        step = step * (place.finer if i == 0 else 0.5 / top)
-    return found[1:]
-
-
-def _beyond(batch: Batch, place: Terms) -> RatioErrors:
-    """The energy of every channel beyond the first term's range."""
-    assert place.q is not None
-    over = [x.astype(np.float64) - np.clip(x, *_reach(place.q)) for x in batch.read("xh")]
-    return RatioErrors(np.sum([np.square(e).reshape(-1, e.shape[-1]).sum(axis=0) for e in over], axis=0))
-
-
-def _extremes(batch: Batch, place: Terms, later: Sequence[QParams], channels: Array) -> Extremes:
-    """Of what is left so far."""
-    parts = [Extremes.of(_left(place, later, 1, channels, x)[-1]) for x in batch.read("xh")]
-    return functools.reduce(Extremes.merge, parts)
-
-
-def _errors(batch: Batch, place: Terms, later: Sequence[QParams], terms: int, channels: Array) -> RatioErrors:
-    """Energies of fitted and of held-out inputs [2, 2 + terms]: their own, what one term leaves without saturated channels,
-    and what 1, 2, .. terms leave with them.
-    """
-    rows = np.zeros((2, 2 + terms))
-    for number, x in zip(batch.indices, batch.read("xh"), strict=False):
-        parts = [x, *_left(place, [], 1, channels[:0], x), *_left(place, later, terms, channels, x)]
-        rows[int(number % HOLD_OUT == HOLD_OUT - 1)] += [np.square(e, dtype=np.float64).sum() for e in parts]
-    return RatioErrors(rows)
+        x = x.copy()
+        x[..., channels] = x[..., channels].clip(*_reach(place.q))
+        quantizers = [q.fake for q in (place.q, *later)]
+    else:
+        top, axis = _top(place.activation_bits), -1 if place.granularity == "token" else None
+        x = x.astype(np.float64)
+        step = np.maximum(np.abs(x).max(axis=axis, keepdims=True) * (place.ratio / top), 1e-12)
+        steps = itertools.accumulate((place.finer(i) for i in range(2, terms + 1)), operator.mul, initial=step)
+        quantizers = [lambda rest, s=s: np.clip(np.rint(rest / s), -top - 1, top) * s for s in steps]
+    return list(itertools.accumulate(quantizers, lambda rest, fake: rest - fake(rest), initial=x))[1:]
 
 
 def _weights(op: Tape, place: Terms, fit: Fit, k: int) -> list[str]:
@@ -358,14 +345,12 @@ def _weights(op: Tape, place: Terms, fit: Fit, k: int) -> list[str]:
     return [place.w, *(op.abstract("Dequantize", *s, bits=place.bits, axis=place.site.weight_axis) for s in stored)]
 
 
-def _inputs(op: Tape, place: Terms, fit: Fit, t: int) -> list[str]:
-    """The tensors of all activation terms; each but the first quantizes what the one before has left of `x`."""
-    assert place.d is not None
-    found, bits = [place.d], place.activation_bits
+def _inputs(op: Tape, place: Terms, d: str, fit: Fit, t: int) -> list[str]:
+    """The tensors of all activation terms; each but the first, `d`, quantizes what the one before has left of `x`."""
+    found = [d]
     for i in range(2, t + 1):
         ranges = [op.constant(key, fit[key]) for key in (f"scale-x{i}", f"zero_point-x{i}") if key in fit]
-        finer = place.finer if i == 2 else 0.5 / _top(bits)
-        options = {"bits": bits, "signed": 0, "granularity": "residual", "finer": finer}
+        options = {"bits": place.activation_bits, "signed": 0, "granularity": "residual", "finer": place.finer(i)}
         found.append(op.abstract("FakeQuantize", place.x, found[-1], *ranges, **options))
     return found
 

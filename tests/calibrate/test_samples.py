@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from equality import parse
 
-from onnxcomp.calibrate.samples import BatchView, Cut, LiveBatch, SiteRun, Store, can_stack, split
+from onnxcomp.calibrate.samples import BatchView, Cut, LiveBatch, Run, Store, can_stack, split
 from onnxcomp.errors import DataError
 from onnxcomp.runtime import Session
 
@@ -56,7 +56,7 @@ def test_a_feed_is_not_changed_by_its_store():
     feed = feeds((1, 2))[0]
 
     store = Store([feed], batchable=True)
-    store.advance(None, [], {})
+    store.advance(None, [])
 
     assert list(feed) == ["x"]
 
@@ -185,7 +185,7 @@ def test_reads_are_merged_in_the_order_of_samples():
 def test_a_read_may_be_computed_by_a_session():
     store = Store(feeds((1, 2), (1, 2)), batchable=True)
     twice = session("g (float[N,2] a) => (float[N,2] b) { b = Add(a, a) }")
-    cut = Cut(store.batches, runs={"f_xh": SiteRun(twice, {"a": "x"}, "b")})
+    cut = Cut(store.batches, runs={"f_xh": Run(twice, {"a": "x"})})
 
     assert cut.reduce(lambda batch: seen("f_xh", batch), frozenset({"f_xh"})).values == (0, 4)
 
@@ -204,7 +204,7 @@ def test_advancing_runs_the_stretch_and_drops_what_no_one_needs():
     store = Store(feeds((1, 2), (1, 2)), batchable=True)
     half = session("g (float[N,2] a) => (float[N,2] h, float[N,2] t) { h = Add(a, a) t = Neg(a) }")
 
-    store.advance(half, ["h"], {"a": "x"})
+    store.advance(Run(half, {"a": "x"}), ["h"])
 
     (batch,) = store.batches
     assert {name: array.tolist() for name, array in batch.live.items()} == {"h": [[0, 0], [2, 2]]}
@@ -213,6 +213,6 @@ def test_advancing_runs_the_stretch_and_drops_what_no_one_needs():
 def test_a_stretch_that_computes_nothing_keeps_what_is_needed():
     store = Store([{"x": np.zeros(1, np.float32), "z": np.ones(1, np.float32)}], batchable=False)
 
-    store.advance(None, ["z"], {})
+    store.advance(None, ["z"])
 
     assert list(store.batches[0].live) == ["z"]

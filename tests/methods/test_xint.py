@@ -6,18 +6,21 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import tiny
 from abstract import dequantize, measured, static
 from equality import parse, run
 
 from onnxcomp.calibrate.samples import Cut, LiveBatch
-from onnxcomp.errors import RecipeError, UsageError
+from onnxcomp.errors import RecipeError
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.edit import Edit, Graph, Replacement, Tape, apply
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods import weights
 from onnxcomp.methods.base import Fit
-from onnxcomp.methods.xint import Terms, XInt, allocate, expand, first_term, split
+from onnxcomp.methods.xint import Digits, Terms, XInt, allocate, expand, first_term, split
 from onnxcomp.numerics.affine import QParams, Scheme
+from onnxcomp.pipeline import quantize
+from onnxcomp.recipe import Bits, Recipe
 from onnxcomp.targets.ort_x86 import TARGET
 
 Array = np.ndarray
@@ -67,8 +70,8 @@ def layer(quantizer: str, op: str = "MatMul", bits: int = 4, **constants: object
     site = {"MatMul": FC, "Gemm": GEMM, "Conv": CONV}[op]
     shape, inner = ((12, 16, 1, 1), (16, 3, 3)) if op == "Conv" else ((16, 12), (16,))
     w = rng.normal(size=shape).astype(np.float32)
-    fitted, axis = first_term(w, site.weight_axis, bits), site.weight_axis
-    known = {"codes": fitted["codes"], "scale": fitted["scale"], "b": rng.normal(size=12).astype(np.float32), **constants}
+    first, axis = first_term(w, site.weight_axis, bits), site.weight_axis
+    known = {**first._asdict(), "b": rng.normal(size=12).astype(np.float32), **constants}
     body = quantizer + dequantize("codes", "scale", "w", bits, axis) + BODY[op].format("d" if quantizer else "x")
     free = "N,12,3,3" if op == "Conv" else "N,12"
     sizes = ",".join(map(str, inner))
@@ -105,12 +108,10 @@ STATIC, RANGE = static("x", "d", 4), {"s": np.float32(0.375), "z": np.uint8(8)} 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_no_digit_needs_more_than_the_symmetric_range_and_every_term_converges(rng: np.random.Generator, bits: int):
     w, top = rng.normal(size=(64, 8)), 2 ** (bits - 1) - 1
-    term = first_term(w, 1, bits)
-
-    later, left = expand(w, term["codes"], term["scale"], 1, bits, 4)
+    terms, left = expand(w, 1, bits, 4)
 
     rest = w
-    for codes, scale in [(term["codes"], term["scale"]), *later]:
+    for codes, scale in terms:
         assert np.abs(codes).max() <= top
         rest = rest - codes * scale.astype(np.float64)
         assert np.all(np.abs(rest) <= scale * (0.5 + 1e-6 * top))  # half a step, and the rounding of the scale
@@ -123,19 +124,19 @@ def test_the_first_term_clips_nothing_and_every_channel_has_its_own_scale():
 
     term = first_term(w, 1, 4)
 
-    np.testing.assert_allclose(term["scale"][:2], [1, 3.4 / 7], rtol=2.0**-23)
-    assert term["codes"].T.tolist() == [[7, -1], [7, 0], [0, 0]]
-    assert term["scale"][2] > 0
+    np.testing.assert_allclose(term.scale[:2], [1, 3.4 / 7], rtol=2.0**-23)
+    assert term.codes.T.tolist() == [[7, -1], [7, 0], [0, 0]]
+    assert term.scale[2] > 0
 
 
 def test_behind_a_term_that_clips_the_step_is_measured_anew(rng: np.random.Generator):
     w = rng.standard_t(3, size=(256, 4)).astype(np.float32)
-    clipped = weights.fit(replace(FC, weight_axis=1), w, 4)
+    clipped = Digits(**weights.fit(replace(FC, weight_axis=1), w, 4))
 
-    later, left = expand(w, clipped["codes"], clipped["scale"], 1, 4, 4)
+    terms, left = expand(w, 1, 4, 4, clipped)
 
-    rest = w - clipped["codes"] * clipped["scale"].astype(np.float64)
-    np.testing.assert_array_equal(later[0][1], (np.abs(rest).max(axis=0) / 7).astype(np.float32))
+    rest = w - clipped.values(1)
+    np.testing.assert_array_equal(terms[1].scale, (np.abs(rest).max(axis=0) / 7).astype(np.float32))
     # From the second term on nothing is clipped: what is left is below half a step, and steps are 14 times finer.
     assert left[3] < left[1] / 14**4 * 4
 
@@ -145,7 +146,7 @@ def test_behind_a_term_that_clips_the_step_is_measured_anew(rng: np.random.Gener
 
 def test_an_exact_weight_gets_no_further_term():
     found = layer(FLOAT)
-    exact = replace(found.place, weight=found.place.codes * found.place.scale)
+    exact = replace(found.place, weight=found.place.first.codes * found.place.first.scale)
 
     assert XInt(keep="always").fit(exact, None).reason == "one term is enough, or all that fits"
 
@@ -153,7 +154,7 @@ def test_an_exact_weight_gets_no_further_term():
 @pytest.mark.parametrize(("tolerance", "terms"), [(30.0, 2), (60.0, 3), (200.0, 4)])
 def test_a_tolerance_takes_the_fewest_terms_that_reach_it(tolerance: float, terms: int):
     place = layer(FLOAT).place
-    _, left = expand(place.weight, place.codes, place.scale, 1, 4, 4)
+    _, left = expand(place.weight, 1, 4, 4)
 
     assert fitted(XInt(weight_terms=4, tolerance=tolerance), place)["terms"].tolist() == [terms, 1]
 
@@ -182,7 +183,7 @@ def test_with_samples_the_terms_of_an_input_are_counted_on_held_out_ones(rng: np
 
 def test_the_gain_is_that_of_both_relative_errors_together():
     found = layer(DYNAMIC)
-    _, left = expand(found.place.weight, found.place.codes, found.place.scale, 1, 4, 2)
+    _, left = expand(found.place.weight, 1, 4, 2)
     kept, errors = found.x[3::4], []
     for step in (np.abs(kept).max(axis=1, keepdims=True) / 7, np.abs(kept).max(axis=1, keepdims=True) / 98):
         errors.append((errors[-1] if errors else kept) - np.rint((errors[-1] if errors else kept) / step) * step)
@@ -215,11 +216,15 @@ def test_a_budget_goes_where_residual_times_size_is_largest():
     assert allocate(left, sizes, 9.0) == {"small": 3, "large": 3, "exact": 1}
 
 
-def test_a_layer_takes_no_more_terms_than_a_budget_leaves_it():
-    place = replace(layer(FLOAT).place, allowed=2)
+def test_layers_get_no_more_terms_than_a_budget_leaves_them():
+    mlp = tiny.mlp()
+    recipe = Recipe(bits=Bits(4, 4), activations="token", compensate=(XInt(weight_terms=4, budget=1.5),))
 
-    assert fitted(XInt(weight_terms=4), place)["terms"].tolist() == [2, 1]
-    assert XInt(weight_terms=4).fit(replace(place, allowed=1), None).fit is None
+    graph = quantize(mlp.model, None, recipe).model.graph
+
+    stored = [i.name for i in graph.initializer]
+    terms = {name: 1 + sum(key.startswith(f"{name}/xint.codes-") for key in stored) for name in ("fc1", "fc2")}
+    assert terms == {"fc1": 1, "fc2": 2}  # there is room for 384 numbers more
 
 
 # --- the graph -------------------------------------------------------------------------------------------------------
@@ -266,8 +271,8 @@ def test_a_later_static_range_spans_what_is_left():
 def test_a_ratio_that_clips_widens_the_second_step():
     place = layer(measured("x", "d", "token", 4, 0.5)).place
 
-    assert place.finer == 1.0  # 7 steps cover half of the range, and 7 more what is left of it
-    assert replace(place, ratio=1.0).finer == 1 / 14
+    assert place.finer(2) == 1.0  # 7 steps cover half of the range, and 7 more what is left of it
+    assert place.finer(3) == replace(place, ratio=1.0).finer(2) == 1 / 14
 
 
 def test_branches_share_the_codes_of_an_input_and_end_in_one_sum():
@@ -297,7 +302,7 @@ def test_all_terms_in_one_tensor_are_one_int8_weight_and_one_quantizer():
     assert node.inputs[1].inputs[0].attrs["bits"] == 8
     (codes, scale) = (t.values for t in node.inputs[1].inputs[0].inputs)
     fit = fitted(layered, found.place)
-    np.testing.assert_array_equal(codes, 14 * found.place.codes.astype(int) + fit["codes-2"])
+    np.testing.assert_array_equal(codes, 14 * found.place.first.codes.astype(int) + fit["codes-2"])
     np.testing.assert_array_equal(scale, fit["scale-2"])
     # Both are the same series, but for ties that are rounded twice or once.
     one, many = output(graph, found.x), output(found.expanded(layered, fit), found.x)
@@ -347,7 +352,7 @@ def test_the_models_of_all_terms_add_up_to_the_layer(quantizer: str, op: str):
     method = XInt(weight_terms=3, activation_terms=2, granularity="model")
     graph = found.expanded(method, fitted(method, found.place))
 
-    parts = [split(graph, [found.site], 3, term) for term in (1, 2, 3)]
+    parts = split(graph, [found.site], 3)
 
     whole = output(graph, found.x)
     # Float32 sums of 18 terms, taken in another order.
@@ -361,15 +366,9 @@ def test_the_model_of_the_first_term_is_the_quantized_layer_itself():
     found = layer(TOKEN)
     method = XInt(weight_terms=2, granularity="model")
 
-    first = split(found.expanded(method, fitted(method, found.place)), [found.site], 2, 1)
+    first, _ = split(found.expanded(method, fitted(method, found.place)), [found.site], 2)
 
     np.testing.assert_array_equal(output(first, found.x), output(found.graph, found.x))
-
-
-@pytest.mark.parametrize("term", [0, 3])
-def test_a_term_that_there_is_not_is_refused(term: int):
-    with pytest.raises(UsageError, match=rf"^There is no term {term}: the series has 2\.$"):
-        split(layer(FLOAT).graph, [FC], 2, term)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
