@@ -66,7 +66,8 @@ def rows(name: str, subject: Subject, folder: Path, bits: str, options: argparse
         made: list[tuple[str, Path, list[float], float, str]] = []
         for recipe_name in options.recipes.split(","):
             named = find(recipe_name)
-            named = dataclasses.replace(named, bits=Bits.parse(bits), samples=options.samples, preprocess=subject.preprocess)
+            samples = options.samples if named.samples else 0
+            named = dataclasses.replace(named, bits=Bits.parse(bits), samples=samples, preprocess=subject.preprocess)
             scores, seconds, kept = [], 0.0, ""
             output = Path(scratch) / f"{recipe_name}.onnx"
             for seed in SEEDS.get(recipe_name, (0,)):

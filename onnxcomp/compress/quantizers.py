@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from onnxcomp.graph.schedule import Step
 from onnxcomp.graph.sites import Site, matches
 from onnxcomp.graph.tidy import Fold
 from onnxcomp.methods import activations
+from onnxcomp.methods.activations import Fake
 from onnxcomp.methods.base import Array, Input, InputMethod
 from onnxcomp.numerics.affine import QParams
 from onnxcomp.recipe import method_name
@@ -24,6 +25,8 @@ from onnxcomp.targets.base import Plan, Point
 TOKEN_GAIN_DB = 1.5
 """Fall of the input's squared error, per bit above 3, from which a range per token is worth some 20 % of its MatMul's
 time: the fewer the bits, the more of the model's error comes from the input's."""
+Progress = Callable[[str, int, int], None]
+"""Called as progress(stage, done, total)."""
 
 
 @dataclass
@@ -36,8 +39,6 @@ class Quantizers:
     methods: Sequence[InputMethod]
     """The methods that change what is quantized."""
     decisions: list[Decision]
-    replaced: set[str] = field(default_factory=set)
-    """Tensors that are quantized for everyone."""
     granularity: dict[str, str] = field(default_factory=dict)
     """Site -> static or token, where the recipe leaves it open."""
     noise: dict[str, tuple[InputMethod, Mapping[str, Array]]] = field(default_factory=dict)
@@ -46,13 +47,18 @@ class Quantizers:
     """What was put into constants, so that it can be taken out again."""
     added: list[tuple[str, str]] = field(default_factory=list)
     """The names of the Adds in front of quantizers, and the methods that put them there."""
-    fakes: dict[str, Callable[[Array], Array]] = field(default_factory=dict)
+    fakes: dict[str, Fake] = field(default_factory=dict)
     """Site, or tensor that is quantized for everyone -> what quantizing it does to one sample."""
-    _parameters: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Tensor -> the names of its static scale and zero point."""
     _done: set[Point] = field(default_factory=set)
     _entries: dict[str, str] = field(default_factory=dict)
-    """Stored tensor that a method has changed behind its quantizer -> the value before its second quantizer."""
+    """Tensor that is quantized for everyone -> the value before its last quantizer."""
+
+    @property
+    def replaced(self) -> Set[str]:
+        """Tensors that are quantized for everyone."""
+        return self._entries.keys()
 
     def due(self, step: Step | None) -> list[Point]:
         """The points that must stand before `step` runs; with None every one that is missing."""
@@ -66,9 +72,9 @@ class Quantizers:
         """What holds, in the compressed graph, the value that the store keeps under `name`: the one before its own
         quantizer, so that a site's error includes the quantizer's.
         """
-        return self._entries.get(name) or (f"{name}/before-quantize" if name in self.replaced else name)
+        return self._entries.get(name, name)
 
-    def fake(self, site: Site) -> Callable[[Array], Array]:
+    def fake(self, site: Site) -> Fake:
         """What quantizing the site's input does to one sample, as far as it is not in the input already."""
         return self.fakes.get(site.name) or self.fakes.get(site.x) or (lambda x: x)
 
@@ -76,93 +82,74 @@ class Quantizers:
         """Quantize one tensor; `cut` offers it as `xh`, and is None where there are no samples."""
         earlier = sum(p.tensor == point.tensor for p in self._done)
         tape = Tape(f"{point.tensor}/quantized" + (f"-{earlier + 1}" if earlier else ""))
-        fitted = None
-        if point.granularity in ("static", "auto") and point.same_as is None:
+        granularity, source, q, fake = point.granularity, point.tensor, None, None
+        if granularity in ("static", "auto") and point.same_as is None:
             assert cut is not None, "without samples every range is measured at run time"
-            fitted = activations.fit_static(cut, point.scheme, point.ranges, point.percentile, point.highest)
-        granularity = self._granularity(point, fitted, cut)
-        source, noise, plain = point.tensor, None, fitted
+            q = activations.fit_static(cut, point.scheme, point.ranges, point.percentile, point.highest)
+            if granularity == "auto":
+                granularity = self._granularity(point, q, cut)
         if cut is not None:
-            source, fitted, noise = self._change(point, fitted if granularity == "static" else None, cut)
-        ratio = 1.0
-        if granularity == "token" and cut is not None:
-            ratio = activations.fit_ratio(cut, point.scheme)
-        if granularity != "static" or fitted is not None:
-            how = {"scheme": point.scheme, "granularity": granularity, "q": fitted, "ratio": ratio, "noise": noise}
-            fake = functools.partial(activations.fake, **how)
-            self.fakes.update(dict.fromkeys(point.consumers or (point.tensor,), fake))
+            source, q, fake = self._change(point, q if granularity == "static" else None, cut, tape.prefix)
         if granularity != "static":
+            ratio = activations.fit_ratio(cut, point.scheme) if granularity == "token" and cut is not None else 1.0
             new = activations.build_run_time(tape, source, point.scheme, granularity, ratio)
-        elif fitted is not None:
-            new = activations.build_static(tape, source, fitted)
-            self._parameters[point.tensor] = (f"{tape.prefix}.scale", f"{tape.prefix}.zero_point")
-            if plain is not None and plain is not fitted:
-                method = self.added[-1][1]
-                for key, before in (("scale", plain.scale), ("zero_point", plain.zero_point)):
-                    self.folds.append(Fold("", 0, method, f"{tape.prefix}.{key}", before, np.zeros(0)))
+            fake = functools.partial(activations.fake, scheme=point.scheme, granularity=granularity, ratio=ratio)
+        elif q is not None:
+            new = activations.build_static(tape, source, q)
         else:
-            assert point.same_as is not None
-            scale, zero_point = self._parameters[point.same_as]
+            scale, zero_point = self._parameters[point.same_as or ""]
             new = activations.build_shared(tape, source, scale, zero_point, point.scheme)
-            self._parameters[point.tensor] = (scale, zero_point)
-        replacement = Replacement(point.tensor, new, point.consumers)
-        apply(self.compressed, Edit("quantize", tuple(tape.nodes), tape.constants, (replacement,)))
-        if point.consumers is None:
-            self.replaced.add(point.tensor)
+        if fake is not None:
+            self.fakes.update(dict.fromkeys(point.consumers or (point.tensor,), fake))
+        self._write(tape, point, new)
         self._done.add(point)
 
     def store_again(self, block: Block, label: str, point: Point, cut: Cut) -> None:
         """Quantize a stored tensor a second time, behind what a method has added to it."""
         tape = Tape(f"{block.name}/{label}/range")
-        fitted = activations.fit_static(cut, point.scheme, point.ranges, point.percentile)
-        new = activations.build_static(tape, point.tensor, fitted)
-        before = set(self.compressed.tensors())
-        apply(self.compressed, Edit("quantize", tuple(tape.nodes), tape.constants, (Replacement(point.tensor, new),)))
-        (self._entries[point.tensor],) = (
-            name for name in self.compressed.tensors().keys() - before if name.startswith(f"{point.tensor}/before-quantize")
-        )
-        self._parameters[point.tensor] = (f"{tape.prefix}.scale", f"{tape.prefix}.zero_point")
+        q = activations.fit_static(cut, point.scheme, point.ranges, point.percentile)
+        self._write(tape, point, activations.build_static(tape, point.tensor, q))
 
-    def _granularity(self, point: Point, fitted: QParams | None, cut: Cut | None) -> str:
-        """The point's granularity; where it is left open, per token if that lowers the error of the `fitted` static
-        quantizer by enough for its price.
-        """
-        if point.granularity != "auto":
-            return point.granularity
-        assert fitted is not None
-        assert cut is not None
-        gain = activations.token_gain(cut, fitted)
-        least = TOKEN_GAIN_DB * (point.scheme.bits - 3)
-        adopted = gain > least
-        reason = "lowers" if adopted else "does not lower"
-        reason = f"a range per token {reason} the input's error by the {least:g} dB that it must for its time"
+    def _write(self, tape: Tape, point: Point, new: str) -> None:
+        """Write the quantizer on the tape, whose output is `new`, into the graph."""
+        replacement = Replacement(point.tensor, new, point.consumers)
+        apply(self.compressed, Edit("quantize", tuple(tape.nodes), tape.constants, (replacement,)))
+        if tape.nodes[-1].inputs[1:]:
+            self._parameters[point.tensor] = tape.nodes[-1].inputs[1:]
+        if point.consumers is None:
+            self._entries[point.tensor] = next(n for n in self.compressed.nodes if n.name == new).inputs[0].name
+
+    def _granularity(self, point: Point, q: QParams, cut: Cut) -> str:
+        """Per token if that lowers the error of the static quantizer `q` by enough for its price, else static."""
+        gain, least = activations.token_gain(cut, q), TOKEN_GAIN_DB * (point.scheme.bits - 3)
+        chosen, verb = ("token", "lowers") if gain > least else ("static", "does not lower")
+        reason = f"a range per token {verb} the input's error by the {least:g} dB that it must for its time"
         for site in point.consumers or ():
-            self.granularity[site] = "token" if adopted else "static"
-            self.decisions.append(Decision(site, "token", adopted, reason, gain, 0))
-        return "token" if adopted else "static"
+            self.granularity[site] = chosen
+            self.decisions.append(Decision(site, "token", chosen == "token", reason, gain, 0))
+        return chosen
 
-    def _change(self, point: Point, fitted: QParams | None, cut: Cut) -> tuple[str, QParams | None, Array | None]:
-        """Let the methods change what is quantized: what the quantizer shall read, its parameters, and what was added."""
-        source, noise = point.tensor, None
+    def _change(self, point: Point, q: QParams | None, cut: Cut, prefix: str) -> tuple[str, QParams | None, Fake | None]:
+        """Let the first method that will change what is quantized: what the quantizer called `prefix` shall read, its
+        parameters, and what both do to one sample.
+        """
         sites = tuple(s for s in self.plan.sites if s.kind == "layer" and s.name in (point.consumers or ()))
         only_layers = len(sites) == len(point.consumers or ())  # a product has no bias to take it out with
-        for method in self.methods if sites and only_layers else ():
-            if noise is not None or not any(matches(method.where, site) for site in sites):
+        for method in [m for m in self.methods if only_layers and any(matches(m.where, site) for site in sites)]:
+            tensors, label = self.reference.tensors(), method_name(method)
+            place = Input(point.tensor, q, sites, tuple(tensors[s.weight].values for s in sites if s.weight is not None))
+            outcome = method.fit(place, cut)
+            if outcome.fit is None or q is None:
+                self.decisions.append(Decision(place.name, label, False, outcome.reason, outcome.gain_db, 0))
                 continue
-            tensors = self.reference.tensors()
-            place = Input(point.tensor, fitted, sites, tuple(tensors[s.weight].values for s in sites if s.weight is not None))
-            outcome, label, added = method.fit(place, cut), method_name(method), 0
-            if outcome.fit is not None and fitted is not None:
-                tape = Tape(f"{place.name}/{label}")
-                source = method.build(tape, place, outcome.fit)[point.tensor]
-                apply(self.compressed, Edit(label, tuple(tape.nodes), tape.constants, ()))
-                fitted, noise = method.quantizer(outcome.fit, fitted), next(iter(tape.constants.values()))
-                added = noise.nbytes
-                self.noise.update({site.name: (method, outcome.fit) for site in sites})
-                self.added.append((source, label))
-            self.decisions.append(Decision(place.name, label, outcome.fit is not None, outcome.reason, outcome.gain_db, added))
-        return source, fitted, noise
-
-
-Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total)."""
+            tape, changed = Tape(f"{place.name}/{label}"), method.quantizer(outcome.fit, q)
+            source = method.build(tape, place, outcome.fit)[point.tensor]
+            apply(self.compressed, Edit(label, tuple(tape.nodes), tape.constants, ()))
+            (noise,) = tape.constants.values()
+            self.decisions.append(Decision(place.name, label, True, outcome.reason, outcome.gain_db, noise.nbytes))
+            self.noise.update({site.name: (method, outcome.fit) for site in sites})
+            self.added.append((source, label))
+            for key in ("scale", "zero_point") if changed is not q else ():
+                self.folds.append(Fold("", 0, label, f"{prefix}.{key}", getattr(q, key), np.zeros(0)))
+            return source, changed, lambda x, q=changed, noise=noise: q.fake(x + noise) - noise
+        return point.tensor, q, None if q is None else q.fake

@@ -14,14 +14,13 @@ is quantized; and where the lengths of more axes than the first and one other ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcomp.errors import ModelError
 from onnxcomp.graph.edit import extract, remove
-from onnxcomp.graph.fold import is_op
+from onnxcomp.graph.fold import input_at, is_op
 from onnxcomp.graph.tidy import Fold, is_load_time
 
 MOVES = ("Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
@@ -33,169 +32,106 @@ Trace = Callable[[gs.Graph, Values], Values]
 """Runs a part of the graph on feeds and gives its outputs; raises ModelError where it does not run."""
 
 
-@dataclass(frozen=True)
-class _Home:
-    """Where a constant per channel enters: input `index` of `holder`, along `axis` of what `node` makes. The constant is
-    None where a layer has no bias yet.
-    """
-
-    node: gs.Node
-    holder: gs.Node
-    index: int
-    axis: int
-    constant: gs.Constant | None
-
-
 def fold_offset(graph: gs.Graph, add_name: str, method: str, trace: Trace) -> Fold | None:
     """Fold the Add of a constant called `add_name` into what makes its other operand; None where it has to stay."""
     add = next(node for node in graph.nodes if node.name == add_name)
     x, noise = sorted(add.inputs, key=lambda t: isinstance(t, gs.Constant))
-    path = _path(x)
-    start = _moved(path[0]) if path else x
-    home = _home(start.inputs[0]) if start.inputs else None
-    channels = None if home is None else _channels(graph, home, path, add, x, noise, trace)
-    if home is None or channels is None:
+    way = _way(x)
+    home = _home(way[0])
+    if home is None or (len(way) > 1 and input_at(*home[:2]) is None):
         return None
-    old, holder = home.constant, home.holder
+    holder, index, shape = home
+    old = input_at(holder, index)
     before = np.zeros(noise.values.size) if old is None else old.values
+    numbers = np.broadcast_to(np.arange(before.size, dtype=np.float32).reshape(shape), _lengths(way[0]))
+    channels = _channels(graph, way, numbers, add, trace)
+    if channels is None or len(channels) != noise.values.size:
+        return None
     added = np.zeros(before.size)
     added[channels] = noise.values.reshape(-1)
     added = added.reshape(before.shape)
     name = noise.name if old is None or len(old.outputs) > 1 else old.name
     new = gs.Constant(name, (before.astype(np.float64) + added).astype(np.float32))
-    if old is None:
-        holder.inputs.append(new)
-    else:
-        holder.inputs[home.index] = new
-    for tensor in (x, *map(_moved, path)):
+    holder.inputs = [*holder.inputs[:index], new, *holder.inputs[index + 1 :]]
+    for tensor in way:
         tensor.name += f"/with-{method}"
     for reader in list(add.outputs[0].outputs):
-        for index in [i for i, tensor in enumerate(reader.inputs) if tensor is add.outputs[0]]:
-            reader.inputs[index] = x
+        reader.inputs = [x if tensor is add.outputs[0] else tensor for tensor in reader.inputs]
     remove(graph, add)
-    return Fold(holder.name, home.index, method, "" if old is None else old.name, None if old is None else before, added)
+    return Fold(holder.name, index, method, "" if old is None else old.name, None if old is None else before, added)
 
 
 # --- from the tensor back to the constant ----------------------------------------------------------------------------
 
 
-def _path(x: gs.Tensor) -> list[gs.Node]:
-    """The operators between x and what it was made with: moves, and one product with a Softmax at most."""
-    path: list[gs.Node] = []
-    while x.inputs:
-        node = x.inputs[0]
-        if not is_op(node, *MOVES) and (not _is_average(node) or any(n.op == "MatMul" for n in path)):
-            break
-        path.insert(0, node)
-        x = _moved(node)
-    return path
+def _way(x: gs.Tensor) -> list[gs.Tensor]:
+    """The tensors whose values reach x by moves and averages alone, from what the first one was made with to x."""
+    way = [x]
+    while way[0].inputs and (moved := _moved(way[0].inputs[0])) is not None:
+        way.insert(0, moved)
+    return way
 
 
-def _moved(node: gs.Node) -> gs.Tensor:
-    """The input whose values a node of the path moves or averages."""
-    return node.inputs[1 if node.op == "MatMul" else 0]
+def _moved(node: gs.Node) -> gs.Tensor | None:
+    """The input whose values a node only moves, or averages in a product with rows that sum to 1; None where it does else."""
+    if is_op(node, "MatMul") and node.inputs[0].inputs:
+        softmax = node.inputs[0].inputs[0]
+        if is_op(softmax, "Softmax") and softmax.attrs.get("axis", -1) in (-1, len(softmax.outputs[0].shape or ()) - 1):
+            return node.inputs[1]
+    return node.inputs[0] if is_op(node, *MOVES) else None
 
 
-def _is_average(node: gs.Node) -> bool:
-    """Whether the node is a product whose first operand's rows sum to 1."""
-    if not is_op(node, "MatMul") or not node.inputs[0].inputs:
-        return False
-    softmax = node.inputs[0].inputs[0]
-    return is_op(softmax, "Softmax") and softmax.attrs.get("axis", -1) in (-1, len(softmax.outputs[0].shape or ()) - 1)
-
-
-def _home(node: gs.Node) -> _Home | None:
-    rank = len(node.outputs[0].shape or ())
-    if is_op(node, "Add", "Sum") and len(node.inputs) == 2:
-        return _added(node, 0) or _added(node, 1)
-    plain = (is_op(node, "Conv") and rank > 0) or (is_op(node, "Gemm") and node.attrs.get("beta", 1.0) == 1.0)
+def _home(made: gs.Tensor) -> tuple[gs.Node, int, Sequence[int]] | None:
+    """Where a constant per channel enters `made`: the node, its input, where a layer without a bias has none yet, and the
+    shape in which it lies along the axes of `made`.
+    """
+    if not made.inputs or not made.shape:
+        return None
+    node, last = made.inputs[0], len(made.shape) - 1
+    if is_op(node, "Add", "Sum"):
+        # the constant, or the one in a sum with a table, which the runtime adds up at load time
+        tables = [t.inputs[0] for t in node.inputs if t.inputs and is_load_time(t) and is_op(t.inputs[0], "Add", "Sum")]
+        holder = tables[0] if tables else node
+        shapes = [t.values.shape if isinstance(t, gs.Constant) else () for t in holder.inputs]
+        return next(((holder, i, s) for i, s in enumerate(shapes) if s and max(s) == np.prod(s)), None)
+    plain = is_op(node, "Conv") or (is_op(node, "Gemm") and node.attrs.get("beta", 1.0) == 1.0)
     if is_op(node, "LayerNormalization"):
-        plain = node.attrs.get("axis", -1) in (-1, rank - 1) and len(node.outputs) == 1
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
+        plain = node.attrs.get("axis", -1) in (-1, last) and len(node.outputs) == 1
+    bias = input_at(node, 2)
     if not plain or not (bias is None or (isinstance(bias, gs.Constant) and bias.values.ndim == 1)):
         return None
-    return _Home(node, node, 2, 1 - rank if node.op == "Conv" else -1, bias)
-
-
-def _added(node: gs.Node, index: int) -> _Home | None:
-    """The constant at this input of an Add, or the one in a sum with a table, which the runtime adds up at load time."""
-    holder, tensor = node, node.inputs[index]
-    if isinstance(tensor, gs.Variable) and is_load_time(tensor) and is_op(tensor.inputs[0], "Add", "Sum"):
-        holder = tensor.inputs[0]
-        index = next((i for i, t in enumerate(holder.inputs) if isinstance(t, gs.Constant)), 0)
-        tensor = holder.inputs[index]
-    if not isinstance(tensor, gs.Constant) or not tensor.values.ndim:
-        return None
-    shape = tensor.values.shape
-    axis = int(np.argmax(shape)) - len(shape)
-    return _Home(node, holder, index, axis, tensor) if shape[axis] == tensor.values.size else None
+    return node, 2, (-1, *[1] * (last - 1)) if node.op == "Conv" else (-1,)
 
 
 # --- which channel becomes which -------------------------------------------------------------------------------------
 
 
-def _channels(
-    graph: gs.Graph, home: _Home, path: Sequence[gs.Node], add: gs.Node, x: gs.Tensor, noise: gs.Tensor, trace: Trace
-) -> np.ndarray | None:
-    """For every channel that `noise` is added to, the one of the home's that alone makes it; None where that is not so,
-    or something beside x sees one of them.
+def _channels(graph: gs.Graph, way: Sequence[gs.Tensor], numbers: np.ndarray, add: gs.Node, trace: Trace) -> np.ndarray | None:
+    """For each channel that `add` changes, the number that alone makes it when the first tensor of the way holds `numbers`;
+    None where that is not so, or something beside `add` sees one of them.
     """
-    made, axis = home.node.outputs[0], -max(noise.values.ndim, 1)
-    inside, exits = _spread(graph, made, path, add)
-    size = noise.values.size if home.constant is None else home.constant.values.size
-    if not path:
-        return np.arange(size) if (axis, size) == (home.axis, noise.values.size) and exits == [] else None
-    if home.constant is None or made.shape is None or exits is None or any(t is made for t in exits):
+    readers = [(t, node) for t in way for node in t.outputs if node is not add and not is_op(node, "Shape", "Size")]
+    if any(t in graph.outputs for t in way) or any(_moved(node) is not t for t, node in readers):
         return None
-    numbers = np.arange(size, dtype=np.float32).reshape(-1, *[1] * (-1 - home.axis))
-    known = {made.name: np.array(np.broadcast_to(numbers, _lengths(made)))}
+    beside = [t for _, node in readers for t in node.outputs if t not in way]
+    part, feeds = extract(graph, [way[0].name], [t.name for t in (way[-1], *beside)]), {way[0].name: numbers}
+    for node in part.nodes:
+        if node.op == "MatMul" and (moved := _moved(node)) is not None:  # an average of equal tokens is one of them
+            node.op, node.inputs = "Identity", [moved]
+        elif is_op(node, "Shape", "Size") and node.inputs[0] not in [*way, *part.inputs] and node.inputs[0].shape is not None:
+            feeds[node.inputs[0].name] = np.zeros(_lengths(node.inputs[0]), node.inputs[0].dtype)
+            part.inputs.append(node.inputs[0])
+    part.cleanup(remove_unused_graph_inputs=True)
     try:
-        for product in [node for node in path if node.op == "MatMul"]:
-            known |= _run(graph, known, [_moved(product)], inside, trace)
-            known[product.outputs[0].name] = known[_moved(product).name]  # an average of equal tokens is one of them
-        known |= _run(graph, known, [x, *exits], inside, trace)
+        known = trace(part, {t.name: feeds[t.name] for t in part.inputs})
     except ModelError:
         return None
-    rows = np.moveaxis(known[x.name], axis, -1).reshape(-1, known[x.name].shape[axis])
-    alone = len(np.unique(rows[0])) == noise.values.size and bool((rows == rows[0]).all())
-    seen = any(np.isin(rows[0], known[t.name]).any() for t in exits)
+    axis = next(-t.values.ndim for t in add.inputs if isinstance(t, gs.Constant))
+    x = np.moveaxis(known[way[-1].name], axis, -1)
+    rows = x.reshape(-1, x.shape[-1])
+    alone = len(np.unique(rows[0])) == rows.shape[1] and (rows == rows[0]).all()
+    seen = any(np.isin(rows[0], known[t.name]).any() for t in beside)
     return rows[0].astype(int) if alone and not seen else None
-
-
-def _spread(graph: gs.Graph, made: gs.Tensor, path: Sequence[gs.Node], add: gs.Node) -> tuple[set[int], list[gs.Tensor] | None]:
-    """The tensors that hold values of `made`, and those of them that something beside the path and `add` reads; None for
-    these where one lies behind the product.
-    """
-    leaving, on_path = {id(t) for t in graph.outputs}, {id(node) for node in path}
-    inside: set[int] = set()
-    exits: list[gs.Tensor] | None = []
-    pending = [(made, False)]
-    while pending:
-        tensor, averaged = pending.pop()
-        inside.add(id(tensor))
-        others = [node for node in tensor.outputs if node is not add and not is_op(node, "Shape", "Size")]
-        moves = [n for n in others if (is_op(n, *MOVES) or id(n) in on_path) and _moved(n) is tensor]
-        pending += [(t, averaged or n.op == "MatMul") for n in moves for t in n.outputs]
-        if id(tensor) in leaving or len(moves) < len(others):
-            exits = None if averaged or exits is None else [*exits, tensor]
-    return inside, exits
-
-
-def _run(graph: gs.Graph, known: Values, wanted: Sequence[gs.Tensor], inside: set[int], trace: Trace) -> Values:
-    """The `wanted` tensors, from the `known` ones and from the shapes of those that are only asked for their shape."""
-    names = [t.name for t in wanted if t.name not in known]
-    feeds, met = dict(known), set(map(id, wanted))
-    pending = [t for t in wanted if t.name in names]
-    while pending:
-        producers = pending.pop().inputs
-        for read in producers[0].inputs if producers else ():
-            if is_op(producers[0], "Shape", "Size") and id(read) not in inside and read.shape is not None:
-                feeds[read.name] = np.zeros(_lengths(read), read.dtype)
-            elif id(read) not in met and read.name not in known:
-                met.add(id(read))
-                pending.append(read)
-    part = extract(graph, list(feeds), names)
-    return trace(part, {t.name: feeds[t.name] for t in part.inputs}) if names else {}
 
 
 def _lengths(tensor: gs.Tensor) -> list[int]:

@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from onnxcomp.graph.edit import Tape
 from onnxcomp.methods.base import Array, Batch, Samples
-from onnxcomp.numerics.affine import QParams, Scheme, from_range
+from onnxcomp.numerics.affine import QParams, Scheme
 from onnxcomp.numerics.ranges import choose
-from onnxcomp.numerics.statistics import Extremes, Histogram, subsample
+from onnxcomp.numerics.statistics import Histogram, subsample
 
 VALUES_PER_SAMPLE = 1 << 14
 ROWS_PER_SAMPLE = 64
-RATIOS = np.array([1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6])
+RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 XH = frozenset({"xh"})
+Fake = Callable[[Array], Array]
+"""What quantizing makes of one sample."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,15 @@ class RatioErrors:
 
 def fit_static(samples: Samples, scheme: Scheme, ranges: str, percentile: float, highest: float = np.inf) -> QParams:
     """Scale and zero point of the tensor read as `xh`; the largest code stands for no more than `highest`."""
-    if ranges == "minmax":
-        extremes = samples.reduce(_extremes, XH)
-        q = from_range(extremes.min, extremes.max, scheme)
-    else:
-        q = choose(samples.reduce(_histogram, XH), scheme, ranges, percentile)
+
+    def read(batch: Batch) -> Histogram:
+        extremes = ranges == "minmax"
+        seen = [
+            np.array([x.min(), x.max()]) if extremes and x.size else subsample(x, VALUES_PER_SAMPLE) for x in batch.read("xh")
+        ]
+        return functools.reduce(Histogram.merge, map(Histogram.of, seen))
+
+    q = choose(samples.reduce(read, XH), scheme, ranges, percentile)
     reach = scheme.qmax - int(q.zero_point)
     if reach * float(q.scale) <= highest:
         return q
@@ -54,8 +61,8 @@ def fit_static(samples: Samples, scheme: Scheme, ranges: str, percentile: float,
 
 def fit_ratio(samples: Samples, scheme: Scheme) -> float:
     """The clip ratio of a per-token quantizer with the least squared error on the tensor read as `xh`."""
-    errors = samples.reduce(lambda batch: _ratio_errors(batch, scheme), XH).errors
-    return float(RATIOS[int(np.argmin(errors))])
+    fakes = [functools.partial(fake, scheme=scheme, granularity="token", ratio=ratio) for ratio in RATIOS]
+    return RATIOS[int(np.argmin(_errors(samples, fakes, ROWS_PER_SAMPLE)))]
 
 
 def token_gain(samples: Samples, q: QParams) -> float:
@@ -64,20 +71,14 @@ def token_gain(samples: Samples, q: QParams) -> float:
     Over all tokens: what a static range costs is the few tokens of far larger values that it must either clip or make
     room for.
     """
-    errors = samples.reduce(lambda batch: _both_errors(batch, q), XH).errors
-    return float(10 * np.log10(max(errors[0], 1e-30) / max(errors[1], 1e-30)))
+    static, token = _errors(samples, [q.fake, functools.partial(fake, scheme=q.scheme, granularity="token")])
+    return float(10 * np.log10(max(static, 1e-30) / max(token, 1e-30)))
 
 
-def fake(
-    x: Array, *, scheme: Scheme, granularity: str, q: QParams | None = None, ratio: float = 1.0, noise: Array | None = None
-) -> Array:
-    """What the quantizer makes of one sample's x, as the graph computes it up to rounding; `noise` is added in front of it
-    and taken out behind.
-    """
-    if q is not None and granularity == "static":
-        return q.fake(x) if noise is None else q.fake(x + noise) - noise
+def fake(x: Array, *, scheme: Scheme, granularity: str, ratio: float = 1.0) -> Array:
+    """What a quantizer that measures its range when it runs makes of one sample's x, as the graph computes it."""
     top = 2 ** (scheme.bits - 1) - 1
-    largest = np.abs(x).max(axis=-1, keepdims=True) if granularity == "token" else np.abs(x).max(initial=0.0)
+    largest = np.abs(x).max(axis=-1 if granularity == "token" else None, keepdims=True, initial=0.0)
     scale = np.maximum(largest * np.float32(ratio / top), np.float32(1e-12))
     return np.clip(np.rint(x / scale), -top - 1, top).astype(np.float32) * scale
 
@@ -97,33 +98,12 @@ def build_run_time(op: Tape, x: str, scheme: Scheme, granularity: str, ratio: fl
     return op.abstract("FakeQuantize", x, bits=scheme.bits, signed=int(scheme.signed), granularity=granularity, ratio=ratio)
 
 
-def _histogram(batch: Batch) -> Histogram:
-    parts = [Histogram.of(subsample(x, VALUES_PER_SAMPLE)) for x in batch.read("xh")]
-    return functools.reduce(Histogram.merge, parts)
+def _errors(samples: Samples, fakes: Sequence[Fake], rows_per_sample: int | None = None) -> Array:
+    """The squared error of each quantizer on the tensor read as `xh`, all of it or some evenly spread rows."""
 
+    def read(batch: Batch) -> RatioErrors:
+        rows = [x.reshape(-1, x.shape[-1]) for x in batch.read("xh")]
+        seen = [r[:: max(1, len(r) // (rows_per_sample or len(r)))] for r in rows]
+        return RatioErrors(np.array([sum(np.square(f(x) - x).sum(dtype=np.float64) for x in seen) for f in fakes]))
 
-def _extremes(batch: Batch) -> Extremes:
-    return functools.reduce(Extremes.merge, [Extremes.of(x) for x in batch.read("xh")])
-
-
-def _both_errors(batch: Batch, q: QParams) -> RatioErrors:
-    """Squared error of `q` and of the per-token quantizer of the same width."""
-    top, errors = 2 ** (q.scheme.bits - 1) - 1, np.zeros(2)
-    for x in batch.read("xh"):
-        scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True) / np.float32(top), np.float32(1e-12))
-        for i, quantized in enumerate((q.fake(x), np.rint(x / scale) * scale)):
-            errors[i] += float(np.square(quantized - x).sum(dtype=np.float64))
-    return RatioErrors(errors)
-
-
-def _ratio_errors(batch: Batch, scheme: Scheme) -> RatioErrors:
-    top = 2 ** (scheme.bits - 1) - 1
-    errors = np.zeros(len(RATIOS))
-    for x in batch.read("xh"):
-        rows = x.reshape(-1, x.shape[-1])
-        rows = rows[:: max(1, len(rows) // ROWS_PER_SAMPLE)].astype(np.float64)
-        largest = np.abs(rows).max(axis=-1, keepdims=True)
-        for i, ratio in enumerate(RATIOS):
-            scale = np.maximum(largest * ratio / top, 1e-12)
-            errors[i] += np.square(np.clip(np.rint(rows / scale), -top - 1, top) * scale - rows).sum()
-    return RatioErrors(errors)
+    return samples.reduce(read, XH).errors

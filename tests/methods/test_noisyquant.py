@@ -17,7 +17,7 @@ from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.edit import Edit, Replacement, Tape, apply
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Input, Outcome
-from onnxcomp.methods.noisyquant import EVEN, FIRST, PEAK, ROWS, NoisyQuant, Rows, amplitude, denoise
+from onnxcomp.methods.noisyquant import EVEN, FIRST, PEAK, ROWS, NoisyQuant, Rows, amplitude
 from onnxcomp.numerics.affine import QParams, Scheme
 
 Array = np.ndarray
@@ -296,8 +296,7 @@ def test_the_correction_of_a_matmul_is_minus_the_noise_times_its_weight(rng: np.
     exact = [-math.fsum(float(a) * float(b) for a, b in zip(noise, column, strict=True)) for column in w.T]
 
     # Products of float32 are exact in float64, their sum of five is rounded to float32 once.
-    assert denoise(noise, w, LAYER).tolist() == np.array(exact, np.float32).tolist()
-    assert NoisyQuant().correction({"noise": noise}, w, LAYER).tolist() == denoise(noise, w, LAYER).tolist()
+    assert NoisyQuant().correction({"noise": noise}, w, LAYER).tolist() == np.array(exact, np.float32).tolist()
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -310,7 +309,7 @@ def test_the_correction_of_a_conv_makes_up_for_the_noise_in_every_pixel(rng: np.
     )
     x = rng.integers(-8, 9, size=(1, 4, 5, 5)).astype(np.float32)
 
-    b = denoise(noise.astype(np.float32), w.astype(np.float32), CONV)
+    b = NoisyQuant().correction({"noise": noise.astype(np.float32)}, w.astype(np.float32), CONV)
 
     shifted = run(model, {"x": x + noise.astype(np.float32).reshape(-1, 1, 1)})["y"]
     # Eighths times quarters, few of them: every sum is exact in float32.
