@@ -11,8 +11,7 @@ from onnx import ModelProto, numpy_helper
 from onnxcomp.errors import ModelError
 from onnxcomp.inspect import inspect
 from onnxcomp.report.json import to_stored
-from onnxcomp.report.model import Report, Verification
-from onnxcomp.report.model import Count, FoundSite
+from onnxcomp.report.model import Count, FoundSite, Report, Verification
 
 REPORT = Report(
     version="0.1.0",
