@@ -26,14 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["Bits", "OnnxcompError", "Recipe", "Report", "Result", "__version__", "compare", "quantize"]
 
 _HOME = {
-    "Bits": "onnxcomp.recipe",
-    "OnnxcompError": "onnxcomp.errors",
-    "Recipe": "onnxcomp.recipe",
-    "Report": "onnxcomp.report.model",
-    "Result": "onnxcomp.pipeline",
-    "compare": "onnxcomp.compare",
-    "quantize": "onnxcomp.pipeline",
-}
+    "Bits": "onnxcomp.recipe", "Recipe": "onnxcomp.recipe", "OnnxcompError": "onnxcomp.errors",
+    "Report": "onnxcomp.report.model", "Result": "onnxcomp.pipeline",
+    "compare": "onnxcomp.compare", "quantize": "onnxcomp.pipeline",
+}  # fmt: skip
 
 try:
     __version__ = version("onnxcomp")

@@ -9,6 +9,7 @@ Limits: made-up numbers time the operators, not branches that depend on values.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -28,16 +29,10 @@ FEEDS = 8
 
 
 def bench(
-    models: Sequence[str | Path],
-    data: object = None,
-    *,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-    preprocess: Preprocess | None = None,
-    threads: int = 1,
-    rounds: int = 20,
-    operators: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Benchmark:
+    models: Sequence[str | Path], data: object = None, *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None, preprocess: Preprocess | None = None, threads: int = 1,
+    rounds: int = 20, operators: bool = False, progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Benchmark:  # fmt: skip
     """Time `models` on the first samples of `data`, or on one made-up feed.
 
     shapes     of made-up inputs, by name
@@ -55,13 +50,11 @@ def bench(
         feeds = [made_up(specs[0], shapes or {}, notes)]
     else:
         feeds = list(islice(open_data(data, specs[0], preprocess=preprocess), FEEDS))
-    watch = None if progress is None else lambda done, total: progress("timing", done, total)
-    latencies = runtime.measure(models, feeds, threads=threads, rounds=rounds, progress=watch)
+    latencies = runtime.measure(models, feeds, threads=threads, rounds=rounds, progress=functools.partial(progress, "timing"))
     timings = []
     for model, latency in zip(models, latencies, strict=True):
-        costs = runtime.profile(model, feeds[0], threads) if operators else ()
-        by_operator = tuple(Operator(*cost) for cost in costs)
-        timings.append(Timing(str(model), files.size(model), *dataclasses.astuple(latency), operators=by_operator))
+        costs = tuple(Operator(*cost) for cost in runtime.profile(model, feeds[0], threads)) if operators else ()
+        timings.append(Timing(str(model), files.size(model), *dataclasses.astuple(latency), operators=costs))
     return Benchmark(tuple(timings), threads, tuple(notes))
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import re
 import shlex
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,22 +27,20 @@ if TYPE_CHECKING:
     from onnxcomp.recipe import Recipe
     from onnxcomp.report.model import Comparison
 
-PATIENCE = 2.0
-"""Seconds before a progress bar appears."""
 INTERRUPTED = 130
 UNBOUNDED = 1 << 16
 """Width of a line that nobody reads on a terminal."""
 
 
 class Command(click.Command):
-    """A command with --json, --debug and examples, which are printed as they are written.
+    """A command with --json, --debug and, as its epilog, examples, which are printed as they are written.
 
-    Its function returns the answer, and then what to show of it: renderables, and text whose lines are never broken.
+    Its function returns the answer, and then what to show of it: renderables, facts by name, and text whose lines are
+    never broken.
     """
 
-    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.examples = tuple(examples)
         self.params.append(click.Option(["--json"], is_flag=True, help="Print the answer as JSON."))
         self.params.append(click.Option(["--debug"], is_flag=True, help="Show an error's trace."))
 
@@ -60,7 +57,7 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""
         with formatter.section("Example"):
-            for line in self.examples:
+            for line in (self.epilog or "").splitlines():
                 formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
 
@@ -84,13 +81,13 @@ class Commands(click.Group):
             ctx.exit(INTERRUPTED)
 
 
-def _read_preprocess(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Preprocess | None:
+def _steps(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Preprocess | None:
     from onnxcomp.preprocess import Preprocess
 
     return None if value is None else Preprocess.parse(value)
 
 
-def _read_shapes(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def _shapes(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for text in values:
         found = re.fullmatch(r"(.+)=([1-9]\d*(?:x[1-9]\d*)*)", text, re.ASCII)
@@ -100,23 +97,18 @@ def _read_shapes(ctx: click.Context, parameter: click.Parameter, values: Sequenc
     return shapes
 
 
-PREPROCESS = click.option(
-    "--preprocess", callback=_read_preprocess, metavar='"KEY=VALUE ..."', help="From pixels to the model's input."
-)
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+PREPROCESS = click.option("--preprocess", callback=_steps, metavar='"KEY=VALUE ..."', help="From pixels to the model's input.")
 
 
-@click.group(cls=Commands, context_settings=CONTEXT)
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="onnxcomp")
 def main() -> None:
     """Quantize ONNX models and repair the quantization error."""
 
 
 @main.command(
-    examples=[
-        "onnxcomp quantize vit.onnx --data calib.npz",
-        'onnxcomp quantize vit.onnx --data images/ --preprocess "crop=224 mean=0.5 std=0.5" --bits w4a8 -o vit4.onnx',
-    ]
+    epilog="onnxcomp quantize vit.onnx --data calib.npz\n"
+    'onnxcomp quantize vit.onnx --data images/ --preprocess "crop=224 mean=0.5 std=0.5" --bits w4a8 -o vit4.onnx'
 )
 @click.argument("model", type=click.Path())
 @click.option("--data", type=click.Path(), help="Calibration samples: .npz, .npy, a folder of either, or of images.")
@@ -175,10 +167,8 @@ def quantize(
 
 
 @main.command(
-    examples=[
-        "onnxcomp compare vit.onnx vit.w8a8.onnx --data test.npz",
-        "onnxcomp compare vit.onnx vit.w8a8.onnx --data images/ --labels labels.csv --preprocess crop=224",
-    ]
+    epilog="onnxcomp compare vit.onnx vit.w8a8.onnx --data test.npz\n"
+    "onnxcomp compare vit.onnx vit.w8a8.onnx --data images/ --labels labels.csv --preprocess crop=224"
 )
 @click.argument("reference", type=click.Path())
 @click.argument("other", type=click.Path())
@@ -197,35 +187,31 @@ def compare(reference: str, other: str, data: str, **options: Any) -> tuple[obje
 
 
 @main.command(
-    examples=[
-        "onnxcomp bench vit.onnx vit.w8a8.onnx --threads 1",
-        "onnxcomp bench vit.onnx --shape pixel_values=8x3x224x224 --profile",
-    ]
+    epilog="onnxcomp bench vit.onnx vit.w8a8.onnx --threads 1\n"
+    "onnxcomp bench vit.onnx --shape pixel_values=8x3x224x224 --profile"
 )
 @click.argument("models", nargs=-1, required=True, type=click.Path(), metavar="MODEL...")
 @click.option("--data", type=click.Path(), help="Samples to run on; made-up ones by default.")
-@click.option(
-    "--shape", "shapes", callback=_read_shapes, multiple=True, metavar="NAME=1x3x224x224", help="Shape of a made-up input."
-)
+@click.option("--shape", callback=_shapes, multiple=True, metavar="NAME=1x3x224x224", help="Shape of a made-up input.")
 @PREPROCESS
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads per model.")
 @click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Rounds of 20 ms per model.")
 @click.option("--profile", "operators", is_flag=True, help="Show the time by type of operator.")
-def bench(models: tuple[str, ...], data: str | None, shapes: dict[str, tuple[int, ...]], **options: Any) -> tuple[object, ...]:
+def bench(models: tuple[str, ...], data: str | None, shape: dict[str, tuple[int, ...]], **options: Any) -> tuple[object, ...]:
     """Time models in turn; ratios are to the first."""
-    if data is not None and shapes:
+    if data is not None and shape:
         raise UsageError("--data and --shape exclude each other: the samples have shapes of their own.")
     from onnxcomp.bench import bench as time_models
     from onnxcomp.report import text
 
     with _progress() as progress:
-        found = time_models(models, data, shapes=shapes, progress=progress, **options)
+        found = time_models(models, data, shapes=shape, progress=progress, **options)
     for note in found.notes:
         click.echo(note, err=True)
     return found, text.benchmark(found)
 
 
-@main.command(examples=["onnxcomp inspect vit.onnx --all", "onnxcomp inspect vit.w8a8.onnx --json"])
+@main.command(epilog="onnxcomp inspect vit.onnx --all\nonnxcomp inspect vit.w8a8.onnx --json")
 @click.argument("model", type=click.Path())
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
 def inspect(model: str, all_sites: bool) -> tuple[object, ...]:
@@ -237,34 +223,32 @@ def inspect(model: str, all_sites: bool) -> tuple[object, ...]:
     return found, text.inspection(found, all_sites=all_sites)
 
 
-@main.command(examples=["onnxcomp strip vit.w4a4.onnx --method nbc -o plain.onnx"])
+@main.command(epilog="onnxcomp strip vit.w4a4.onnx --method nbc -o plain.onnx")
 @click.argument("model", type=click.Path())
 @click.option("--method", "methods", multiple=True, required=True, metavar="NAME", help="The method to take out.")
 @click.option("-o", "--output", type=click.Path(), help="Where the file goes; MODEL.stripped.onnx by default.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 def strip(model: str, methods: tuple[str, ...], output: str | None, force: bool) -> tuple[object, ...]:
     """Take a method's compensations out of a quantized model again."""
-    from onnxcomp.report import text
     from onnxcomp.strip import strip as strip_file
 
     destination = output or str(Path(model).with_suffix(".stripped.onnx"))
     places = strip_file(model, methods, output=destination, force=force).places
-    shown = text.facts([("Stripped", ", ".join(places)), ("File", destination)])
-    return {"path": destination, "stripped": list(places)}, shown
+    return {"path": destination, "stripped": places}, {"Stripped": [", ".join(places)], "File": [destination]}
 
 
-@main.command(examples=["onnxcomp methods", "onnxcomp methods bias"])
+@main.command(epilog="onnxcomp methods\nonnxcomp methods bias")
 @click.argument("name", required=False)
 def methods(name: str | None) -> tuple[object, ...]:
     """List the compensation methods, or explain one."""
     from onnxcomp import manual
-    from onnxcomp.report import text
 
     if name is None:
         pages = manual.pages()
-        return pages, text.facts((page.name, page.summary) for page in pages)
+        return pages, {page.name: [page.summary] for page in pages}
     page = manual.page(name)
-    return page, text.manual(page.text, [(o.name, o.default, o.help) for o in page.options])
+    options = {f"  {option.name} = {option.default}": [option.help] for option in page.options}
+    return page, f"{page.text}\n\nOptions\n", options
 
 
 @main.group()
@@ -272,17 +256,16 @@ def recipe() -> None:
     """List the named recipes, or show one as TOML."""
 
 
-@recipe.command("list", examples=["onnxcomp recipe list"])
+@recipe.command("list", epilog="onnxcomp recipe list")
 def list_recipes() -> tuple[object, ...]:
     """List the named recipes."""
     from onnxcomp import recipe as recipes
-    from onnxcomp.report import text
 
     found = [{"name": r.name, "description": r.description} for r in recipes.NAMED.values()]
-    return found, text.facts((r["name"], r["description"]) for r in found)
+    return found, {r["name"]: [r["description"]] for r in found}
 
 
-@recipe.command("show", examples=["onnxcomp recipe show base > mine.toml"])
+@recipe.command("show", epilog="onnxcomp recipe show base > mine.toml")
 @click.argument("name", metavar="NAME|FILE")
 def show_recipe(name: str) -> tuple[object, ...]:
     """Print a recipe as TOML, every key written out."""
@@ -292,7 +275,7 @@ def show_recipe(name: str) -> tuple[object, ...]:
     return {"name": found.name, "toml": recipes.dumps(found)}, recipes.dumps(found)
 
 
-@main.command(examples=["onnxcomp export pkg.module:factory --input x=1x3x224x224 --dynamic batch -o model.onnx"])
+@main.command(epilog="onnxcomp export pkg.module:factory --input x=1x3x224x224 --dynamic batch -o model.onnx")
 @click.argument("spec", metavar="PKG.MODULE:FACTORY|FILE.pt2")
 @click.option("--input", "inputs", multiple=True, required=True, metavar="NAME=SHAPE[:TYPE]", help="An input: x=1x3x224x224.")
 @click.option("--dynamic", multiple=True, metavar="batch|NAME:AXIS=DIM", help="A dimension that may vary.")
@@ -301,12 +284,11 @@ def show_recipe(name: str) -> tuple[object, ...]:
 def export(spec: str, inputs: tuple[str, ...], output: str, **options: Any) -> tuple[object, ...]:
     """Export a torch module to ONNX and check it against torch."""
     from onnxcomp.export import export as export_module
-    from onnxcomp.report import text
 
     found = export_module(spec, inputs, output=output, **options)
-    lines = [("Inputs", port) for port in found.inputs] + [("Outputs", port) for port in found.outputs]
-    lines += [("Opset", str(found.opset)), ("Max error", f"{found.max_error:.3g}, tolerance {found.tolerance:.3g}")]
-    return found, text.facts(lines), f"\n{found.path}\nNext: {shlex.join(['onnxcomp', 'quantize', str(found.path)])}"
+    error = f"{found.max_error:.3g}, tolerance {found.tolerance:.3g}"
+    lines = {"Inputs": found.inputs, "Outputs": found.outputs, "Opset": [str(found.opset)], "Max error": [error]}
+    return found, lines, f"\n{found.path}\nNext: {shlex.join(['onnxcomp', 'quantize', str(found.path)])}"
 
 
 # --- what the commands share -----------------------------------------------------------------------------------------
@@ -327,13 +309,12 @@ def _recipe(recipe_name: str, compensate: str | None, exclude: tuple[str, ...], 
 
 def _demand(found: Comparison, max_drop: float) -> None:
     """Raise BoundError where more is lost than `max_drop` points."""
+    shares = [output.agreement for output in found.outputs if output.agreement is not None]
+    if found.accuracy is None and not shares:
+        raise UsageError("--max-drop needs an output with classes, and the model has none.")
+    drop, what = 100 * (1 - min(shares, default=0)), "top-1 agreement"
     if found.accuracy is not None:
         drop, what = found.accuracy.drop_points, "accuracy"
-    else:
-        shares = [output.agreement for output in found.outputs if output.agreement is not None]
-        if not shares:
-            raise UsageError("--max-drop needs an output with classes, and the model has none.")
-        drop, what = 100 * (1 - min(shares)), "top-1 agreement"
     if drop > max_drop:
         raise BoundError(
             f"The quantized model loses {drop:.2f} points of {what} on {found.samples} samples, more than "
@@ -342,34 +323,29 @@ def _demand(found: Comparison, max_drop: float) -> None:
 
 
 def _render(shown: Iterable[Any]) -> str:
-    """What to show, for the width of the terminal; for a file or pipe, on lines as long as they are."""
+    """What a command shows, for the width of the terminal; for a file or pipe, on lines as long as they are."""
     from rich.console import Console
+
+    from onnxcomp.report.text import facts
 
     width = None if sys.stdout.isatty() else UNBOUNDED
     console = Console(width=width, markup=False, highlight=False, emoji=False)
     with console.capture() as capture:
         for part in shown:
-            console.print(part, soft_wrap=isinstance(part, str))
+            console.print(facts(part) if isinstance(part, dict) else part, soft_wrap=isinstance(part, str))
     return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """What takes progress(stage, done, total) and shows a bar once `PATIENCE` is over, if stderr is a terminal."""
+    """What takes progress(stage, done, total) and shows a bar, if stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
     columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", TimeElapsedColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task, start = bar.add_task("", total=None), time.monotonic()
-
-    def show(stage: str, done: int, total: int) -> None:
-        if sys.stderr.isatty() and time.monotonic() - start >= PATIENCE:
-            bar.start()
-        bar.update(task, description=stage, completed=done, total=total)
-
-    try:
-        yield show
-    finally:
-        if bar.live.is_started:
-            bar.stop()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)

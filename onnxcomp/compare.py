@@ -30,19 +30,14 @@ from onnxcomp.report.model import Accuracy, Comparison, OutputComparison
 from onnxcomp.runtime import Session
 
 Array = np.ndarray
+Model = str | Path | bytes | files.ModelProto
 
 
 def compare(
-    reference: str | Path | bytes | files.ModelProto,
-    other: str | Path | bytes | files.ModelProto,
-    data: object,
-    *,
-    labels: str | os.PathLike[str] | Array | None = None,
-    limit: int | None = None,
-    preprocess: Preprocess | None = None,
-    seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Comparison:
+    reference: Model, other: Model, data: object, *,
+    labels: str | os.PathLike[str] | Array | None = None, limit: int | None = None, preprocess: Preprocess | None = None,
+    seed: int = 0, progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Comparison:  # fmt: skip
     """Run both models on `data` and compare their outputs.
 
     data    whatever `onnxcomp.data.open_data` takes; integer labels that it carries itself are used where they fit
@@ -64,17 +59,9 @@ def compare(
         r, o = left.run(feed, names), right.run(feed, names)
         for output in outputs:
             output.add(r[output.name], o[output.name])
-        if progress is not None:
-            progress("comparing", number, len(opened))
-    return Comparison(
-        reference=titles[0],
-        other=titles[1],
-        reference_bytes=sizes[0],
-        other_bytes=sizes[1],
-        samples=len(opened),
-        outputs=tuple(output.result() for output in outputs),
-        accuracy=_accuracy(outputs, opened.labels, is_required=labels is not None),
-    )
+        progress("comparing", number, len(opened))
+    results, accuracy = [o.result() for o in outputs], _accuracy(outputs, opened.labels, is_required=labels is not None)
+    return Comparison(titles[0], titles[1], sizes[0], sizes[1], len(opened), tuple(results), accuracy)
 
 
 @dataclass
@@ -114,14 +101,8 @@ class _Output:
     def result(self) -> OutputComparison:
         count = sum(len(r) for r, _ in self.answers)
         same = sum(int(np.count_nonzero(r == o)) for r, o in self.answers)
-        return OutputComparison(
-            name=self.name,
-            sqnr_db=sqnr_db(self.signal, self.noise) if self.cosines else None,
-            cosine=float(np.mean(self.cosines)) if self.cosines else None,
-            agreement=same / count if count else None,
-            answers=count,
-            not_finite=self.not_finite,
-        )
+        sqnr, cosine = (sqnr_db(self.signal, self.noise), float(np.mean(self.cosines))) if self.cosines else (None, None)
+        return OutputComparison(self.name, sqnr, cosine, same / count if count else None, count, self.not_finite)
 
 
 def _accuracy(outputs: Sequence[_Output], labels: Array | None, *, is_required: bool) -> Accuracy | None:
@@ -137,16 +118,9 @@ def _accuracy(outputs: Sequence[_Output], labels: Array | None, *, is_required: 
     want = np.ravel(labels)
     right, kept = (np.concatenate(answers) == want for answers in zip(*output.answers, strict=True))
     n, lost, gained = len(want), int(np.count_nonzero(right & ~kept)), int(np.count_nonzero(kept & ~right))
-    return Accuracy(
-        output=output.name,
-        answers=n,
-        reference=float(right.mean()),
-        other=float(kept.mean()),
-        drop_points=100 * (lost - gained) / n,
-        standard_error=100 * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n,
-        lost=lost,
-        gained=gained,
-    )
+    error = 100 * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
+    drop = 100 * (lost - gained) / n
+    return Accuracy(output.name, n, float(right.mean()), float(kept.mean()), drop, error, lost, gained)
 
 
 def _misfit(outputs: Sequence[_Output], labels: Array) -> str:
@@ -160,16 +134,15 @@ def _misfit(outputs: Sequence[_Output], labels: Array) -> str:
 
 
 def _check_ports(left: Session, right: Session) -> None:
-    for what, ours, theirs in (("inputs", left.inputs, right.inputs), ("outputs", left.outputs, right.outputs)):
-        a, b = dict(ours), dict(theirs)
+    inputs, others = dict(left.inputs), dict(right.inputs)
+    for what, a, b in (("inputs", inputs, others), ("outputs", dict(left.outputs), dict(right.outputs))):
         if a.keys() != b.keys():
             raise ModelError(f"The models have different {what}: {', '.join(a)} against {', '.join(b)}.")
-    kinds = dict(right.inputs)
-    for name, kind in left.inputs:
+    for name, kind in inputs.items():
         if kind.dtype is None:
             raise ModelError(f"Input '{name}' is not a tensor, so it cannot be fed.")
-        if kind.dtype != kinds[name].dtype:
+        if kind.dtype != others[name].dtype:
             raise ModelError(
-                f"Input '{name}' is {kind.dtype} in the one model and {kinds[name].dtype} in the other. "
+                f"Input '{name}' is {kind.dtype} in the one model and {others[name].dtype} in the other. "
                 "Only models that take the same tensors can be compared."
             )

@@ -9,7 +9,6 @@ true where the file was made.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections import Counter
@@ -30,7 +29,6 @@ from onnxcomp.numerics.arrays import describe
 from onnxcomp.report.json import from_json
 from onnxcomp.report.model import Count, FoundSite, Inspection
 
-REPORT_KEY = "onnxcomp.report"
 QUANTIZES = re.compile(r"(?i:quantize)|^QLinear|^QGemm|(Integer|IntegerToFloat|NBits)$")
 """The names of operators that quantize, dequantize or compute with codes."""
 
@@ -45,45 +43,34 @@ def inspect(path: str | Path) -> Inspection:
     size = files.size(path)
     operators = tuple(Count(*pair) for pair in Counter(sorted(node.op for node in graph.nodes)).most_common())
     quantization = tuple(count for count in operators if QUANTIZES.search(count.op))
-    stored = files.metadata(model).get(REPORT_KEY)
+    stored = files.metadata(model).get("onnxcomp.report")
     report, sites, notes = None, (), []
     try:
         if stored is not None:
-            report = dataclasses.replace(from_json(stored), output_bytes=size)
+            report = from_json(stored, output_bytes=size)
     except ModelError as error:
         notes.append(str(error))
     if report is None and not quantization:
-        sites = _sites(_prepared(model, graph, notes))
+        sites = _sites(model, graph, notes)
+    producer = f"{model.producer_name} {model.producer_version}".strip()
+    domains = tuple(f"{o.domain} {o.version}" for o in model.opset_import if o.domain not in ("", "ai.onnx"))
+    inputs, outputs = tuple(map(_port, graph.inputs)), tuple(map(_port, graph.outputs))
+    parameters = sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
     return Inspection(
-        path=str(path),
-        file_bytes=size,
-        producer=f"{model.producer_name} {model.producer_version}".strip(),
-        opset=standard_opset(model),
-        domains=tuple(f"{o.domain} {o.version}" for o in model.opset_import if o.domain not in ("", "ai.onnx")),
-        inputs=tuple(map(_port, graph.inputs)),
-        outputs=tuple(map(_port, graph.outputs)),
-        parameters=sum(math.prod(tensor.dims) for tensor in model.graph.initializer),
-        operators=operators,
-        quantization=quantization,
-        sites=sites,
-        report=report,
-        notes=tuple(notes),
-    )
+        str(path), size, producer, standard_opset(model), domains, inputs, outputs, parameters,
+        operators, quantization, sites, report, tuple(notes),
+    )  # fmt: skip
 
 
-def _prepared(model: files.ModelProto, graph: Graph, notes: list[str]) -> Graph:
-    """The graph that `quantize` would work on; the file's own where it cannot be brought to that form."""
+def _sites(model: files.ModelProto, graph: Graph, notes: list[str]) -> tuple[FoundSite, ...]:
+    """Of the graph that `quantize` would work on; of the file's own where it cannot be brought to that form."""
     try:
-        return prepare(model, runtime.infer_types).graph
+        graph = prepare(model, runtime.infer_types).graph
     except ModelError as error:
         notes.append(f"This model cannot be quantized as it is. {error}")
-        return graph
-
-
-def _sites(graph: Graph) -> tuple[FoundSite, ...]:
-    sites, tensors = find_sites(graph), graph.tensors()
-    shapes = [None if site.weight is None else tuple(map(int, tensors[site.weight].shape)) for site in sites]
-    return tuple(FoundSite(site.name, site.op, site.kind, shape) for site, shape in zip(sites, shapes, strict=True))
+    tensors = graph.tensors()
+    shapes = {site: None if site.weight is None else tuple(tensors[site.weight].shape) for site in find_sites(graph)}
+    return tuple(FoundSite(site.name, site.op, site.kind, shape) for site, shape in shapes.items())
 
 
 def _port(tensor: Tensor) -> str:

@@ -55,9 +55,7 @@ def page(name: str) -> Page:
 def _field_docstrings(kind: type) -> dict[str, str]:
     """The strings that stand under the fields, of the bases too."""
     found: dict[str, str] = {}
-    for owner in reversed(kind.__mro__):
-        if not dataclasses.is_dataclass(owner):
-            continue
+    for owner in [one for one in reversed(kind.__mro__) if dataclasses.is_dataclass(one)]:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         assert isinstance(definition, ast.ClassDef)
         for pair in itertools.pairwise(definition.body):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from onnxcomp.data import Preprocess
 from onnxcomp.errors import RecipeError, UsageError, did_you_mean
@@ -34,7 +34,6 @@ ACTIVATIONS = ("auto", "static", "dynamic", "token", "float")
 """Activation ranges: static or per token, whichever suits the site; fixed at calibration; per tensor at run time; per token
 at run time; or not quantized."""
 CHOICES = {"ranges": RANGES, "activations": ACTIVATIONS, "rounding": ("auto", "nearest", "gptq")}
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -168,16 +167,13 @@ def parse_compensate(text: str) -> tuple[Compensation, ...] | None:
 
     Raises RecipeError for an unknown method.
     """
-    if text == "auto":
-        return None
-    if text == "none":
-        return ()
-    return tuple(methods.find(name.strip())() for name in text.split(","))
+    names = [] if text == "none" else text.split(",")
+    return None if text == "auto" else tuple(methods.find(name.strip())() for name in names)
 
 
-def _read(kind: type[T], table: Mapping[str, Any]) -> T:
+def _read(kind: Any, table: Mapping[str, Any]) -> Any:
     """The frozen dataclass whose fields the keys of `table` name; what is no value of a field's type is refused."""
-    types = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    types = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(kind)}
     for key in table:
         if key not in types:
             raise RecipeError(f"unknown key '{key}'.{did_you_mean(key, types, 'The keys are')}")
@@ -235,11 +231,8 @@ def _located(where: str) -> Iterator[None]:
 
 def _toml(value: object) -> str:
     """The value as TOML: as JSON has it, but for infinite floats and for DEL, which must be escaped."""
-    return (
-        repr(value)
-        if isinstance(value, float)
-        else json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", r"\u007f")
-    )
+    written = repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str)
+    return written.replace("\x7f", r"\u007f")
 
 
 def _published(name: str, description: str, *compensate: Compensation) -> Recipe:
@@ -247,7 +240,7 @@ def _published(name: str, description: str, *compensate: Compensation) -> Recipe
     return Recipe(name, description, activations="static", rounding="nearest", compensate=compensate)
 
 
-_RECIPES = (
+NAMED: dict[str, Recipe] = {recipe.name: recipe for recipe in (
     Recipe("auto", "What fits model and machine: MSE ranges, GPTQ below 8 bits, biases and blocks compensated, gated."),
     _published("base", "Static MSE ranges alone: nothing is compensated."),
     _published("bc", "Bias Compensation (arXiv:2404.01892), kept everywhere as the paper does.",
@@ -261,6 +254,5 @@ _RECIPES = (
            compensate=(XInt(weight_terms=2, activation_terms=2, keep="always"),)),
     Recipe("best", "Everything there is, each where held-out samples gain enough for its price.",
            compensate=(NoisyQuant(), XInt(budget=1.1), BiasCompensation(), NonlinearBipolarCompensation())),
-)  # fmt: skip
-NAMED: dict[str, Recipe] = {recipe.name: recipe for recipe in _RECIPES}
+)}  # fmt: skip
 """The named recipes."""

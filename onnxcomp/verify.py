@@ -47,14 +47,8 @@ def verify(path: Path, reference: runtime.Session, feeds: Sequence[Feed], expect
     _demand(on, off, want, "with optimizations on and off differ by more than the quantization error")
     if expected is not None:
         _demand(on, expected, want, "and calibration differ by more than the quantization error")
-    return Verification(
-        checker=checker,
-        runtime=f"onnxruntime {runtime.version()}",
-        samples=sum(_length(feed) for feed in feeds),
-        agreement_db=sqnr(on, off),
-        sqnr_db=sqnr(on, want),
-        expected_db=None if expected is None else sqnr(on, expected),
-    )
+    samples, calibrated = sum(_length(feed) for feed in feeds), None if expected is None else sqnr(on, expected)
+    return Verification(checker, f"onnxruntime {runtime.version()}", samples, sqnr(on, off), sqnr(on, want), calibrated)
 
 
 def _length(feed: Feed) -> int:
@@ -80,9 +74,7 @@ def _energies(found: Sequence[Feed], want: Sequence[Feed], name: str) -> Array:
 
 
 def _demand(found: Sequence[Feed], other: Sequence[Feed], want: Sequence[Feed], text: str) -> None:
-    for name in want[0]:
-        if not np.issubdtype(want[0][name].dtype, np.floating):
-            continue
+    for name in (name for name, array in want[0].items() if np.issubdtype(array.dtype, np.floating)):
         _, difference = _energies(found, other, name)
         energy, error = _energies(other, want, name)
         if not difference <= max(error, FLOOR * energy):  # so that NaN does not pass

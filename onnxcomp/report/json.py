@@ -16,18 +16,15 @@ import math
 import types
 import typing
 import zlib
-from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import ModelError
 from onnxcomp.report.model import Report
 
-_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
 
 def to_json(value: object) -> str:
     """A frozen dataclass, or a list of them, as indented JSON."""
-    return json.dumps(_plain(value), indent=2, allow_nan=False)
+    return json.dumps(_plain(value), indent=2, allow_nan=False, default=str)
 
 
 def to_stored(report: Report) -> str:
@@ -46,40 +43,31 @@ def from_json(text: str, *, output_bytes: int = 0) -> Report:
         plain = json.loads(text if text.startswith(("{", "[")) else zlib.decompress(base64.b64decode(text, validate=True)))
     except (ValueError, zlib.error):
         raise ModelError("The stored report cannot be read. The file was changed after onnxcomp wrote it.") from None
-    if isinstance(plain, dict):
-        plain.setdefault("output_bytes", output_bytes)
+    plain = {"output_bytes": output_bytes} | plain if isinstance(plain, dict) else plain
     return _read(Report, plain, "report")
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if dataclasses.is_dataclass(value):
+        return {name: _plain(item) for name, item in vars(value).items()}
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, types.UnionType):
-        inner = next(option for option in typing.get_args(kind) if option is not type(None))
-        return None if value is None else _read(inner, value, where)
+        return None if value is None else _read(typing.get_args(kind)[0], value, where)
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         inner = typing.get_args(kind)[0]
         return tuple(_read(inner, item, f"{where}[{index}]") for index, item in enumerate(value))
     if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
-        missing = [field.name for field in dataclasses.fields(kind) if field.name not in value]
-        if missing:
-            raise ModelError(f"The stored report has no '{where}.{missing[0]}'. Another version of onnxcomp wrote it.")
-        names = [field.name for field in dataclasses.fields(kind)]
-        return kind(**{name: _read(hints[name], value[name], f"{where}.{name}") for name in names})
-    if kind is float and isinstance(value, str) and value in _NOT_FINITE:
-        return _NOT_FINITE[value]
-    if kind is float and type(value) is int:
+        for name in hints:
+            if name not in value:
+                raise ModelError(f"The stored report has no '{where}.{name}'. Another version of onnxcomp wrote it.")
+        return kind(**{name: _read(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    if kind is float and (type(value) is int or value in ("nan", "inf", "-inf")):
         return float(value)
     if type(value) is kind:
         return value

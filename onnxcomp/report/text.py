@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -17,58 +17,52 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxcomp.numerics.arrays import EQUAL_DB
-from onnxcomp.report.model import Benchmark, Comparison, Count, Decision, Inspection, OutputComparison, Report, SiteReport
+from onnxcomp.report import model
 
 LONGEST = 20
 """Sites shown where not all of them were asked for."""
 Cell = str | Text
 
 
-def report(value: Report, *, all_sites: bool = False) -> RenderableType:
+def report(value: model.Report, *, all_sites: bool = False) -> RenderableType:
     """The whole report; the `LONGEST` worst sites only, unless `all_sites`."""
     return Group(_header(value), "", sites(value.sites, all_sites=all_sites), "", facts(_facts(value)))
 
 
-def comparison(value: Comparison) -> RenderableType:
+def comparison(value: model.Comparison) -> RenderableType:
     """One row per output, then accuracy and size."""
-    lines: list[tuple[str, Cell]] = []
-    for output in value.outputs:
-        if output.not_finite:
-            text = f"{plural(output.not_finite, 'value')} of '{output.name}' in {value.other}, finite in {value.reference}"
-            lines.append(("NaN or Inf", Text(text, style="yellow")))
-    if value.accuracy is not None:
-        a = value.accuracy
-        drop = f"drop {a.drop_points:.2f} +- {a.standard_error:.2f} points"
-        counts = f"{a.lost} lost and {a.gained} gained of {a.answers}"
-        lines.append(("Accuracy", f"{a.reference:.2%} -> {a.other:.2%}, {drop} ({counts})"))
-    lines.append(("Size", change(value.reference_bytes, value.other_bytes)))
-    head = Text(f"{value.reference} -> {value.other}", style="bold")
-    head.append(f", {plural(value.samples, 'sample')}", style="not bold")
+    lost = [f"{plural(o.not_finite, 'value')} of '{o.name}' in {value.other}" for o in value.outputs if o.not_finite]
+    lines: dict[str, Sequence[Cell]] = {
+        "NaN or Inf": [Text(f"{text}, finite in {value.reference}", style="yellow") for text in lost],
+        "Accuracy": [_accuracy(value.accuracy)] if value.accuracy is not None else [],
+        "Size": [change(value.reference_bytes, value.other_bytes)],
+    }
+    head = Text.assemble((f"{value.reference} -> {value.other}", "bold"), f", {plural(value.samples, 'sample')}")
     rows = [_output_row(output) for output in value.outputs]
     table = Columns(["Output", "SQNR", "Cosine", "Agreement"], rows, right=("SQNR", "Cosine"))
     return Group(head, "", table, "", facts(lines))
 
 
-def inspection(value: Inspection, *, all_sites: bool = False) -> RenderableType:
+def inspection(value: model.Inspection, *, all_sites: bool = False) -> RenderableType:
     """What the file is, and then its report or the sites that could be quantized."""
-    head = Text(value.path, style="bold")
-    head.append(f": {size(value.file_bytes)}, opset {', '.join([str(value.opset), *value.domains])}", style="not bold")
-    lines: list[tuple[str, Cell]] = [("Parameters", f"{value.parameters:,}")]
-    lines += [("Inputs", text) for text in value.inputs]
-    lines += [("Outputs", text) for text in value.outputs]
-    lines += [("Operators", _counts(value.operators)), ("Quantized", _counts(value.quantization) or "no")]
+    rest = f": {size(value.file_bytes)}, opset {', '.join([str(value.opset), *value.domains])}"
+    lines: dict[str, Sequence[Cell]] = {
+        "Parameters": [f"{value.parameters:,}"],
+        "Inputs": value.inputs,
+        "Outputs": value.outputs,
+        "Operators": [_counts(value.operators)],
+        "Quantized": [_counts(value.quantization) or "no"],
+        "Made by": [value.producer] if value.producer else [],
+        **({} if value.report is None else provenance(value.report)),
+        "Note": [Text(text, style="yellow") for text in value.notes],
+    }
+    last = [_sites(value, all_sites)]
     if value.report is not None:
-        lines += provenance(value.report)
-    elif value.producer:
-        lines.append(("Made by", value.producer))
-    lines += [("Note", Text(text, style="yellow")) for text in value.notes]
-    if value.report is None:
-        return Group(head, "", facts(lines), "", _sites(value, all_sites))
-    account = report(value.report, all_sites=all_sites)
-    return Group(head, "", facts(lines), "", account, "", plain(value.report.recipe.strip()))
+        last = [report(value.report, all_sites=all_sites), "", plain(value.report.recipe.strip())]
+    return Group(Text.assemble((value.path, "bold"), rest), "", facts(lines), "", *last)
 
 
-def benchmark(value: Benchmark) -> RenderableType:
+def benchmark(value: model.Benchmark) -> RenderableType:
     """One row per model, then the operators of each."""
     rows = [
         [t.model, size(t.file_bytes), figures(t.median_ms), f"{figures(t.low_ms)}-{figures(t.high_ms)}", f"{t.ratio:.3f}",
@@ -85,13 +79,7 @@ def benchmark(value: Benchmark) -> RenderableType:
     return Group(*parts)
 
 
-def manual(page: str, options: Sequence[tuple[str, str, str]]) -> RenderableType:
-    """A method's page, and its options as (name, default, help)."""
-    rows = [(f"  {name} = {default}", help_text) for name, default, help_text in options]
-    return Group(plain(page), "", "Options", "", facts(rows))
-
-
-def sites(rows: Sequence[SiteReport], *, all_sites: bool = False) -> RenderableType:
+def sites(rows: Sequence[model.SiteReport], *, all_sites: bool = False) -> RenderableType:
     """The table of sites: in graph order if all fit, else the worst, worst first, and a line about the rest."""
     if not rows:
         return Text("No site was quantized.", style="yellow")
@@ -149,15 +137,14 @@ def shorten(names: Sequence[str], room: int) -> list[str]:
     return short
 
 
-def facts(pairs: Iterable[tuple[str, Cell]]) -> Table:
-    """Lines of a name and what there is to say; a name that repeats is written once."""
+def facts(lines: Mapping[str, Iterable[Cell]]) -> Table:
+    """Names and what there is to say of each, line by line; the name stands on the first line."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    previous = None
-    for name, value in pairs:
-        grid.add_row(plain("" if name == previous else name), plain(value))
-        previous = name
+    for name, texts in lines.items():
+        for number, text in enumerate(texts):
+            grid.add_row(plain("" if number else name), plain(text))
     return grid
 
 
@@ -195,31 +182,27 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def provenance(value: Report) -> list[tuple[str, Cell]]:
+def provenance(value: model.Report) -> dict[str, list[str]]:
     """Where the file comes from."""
     data = "none" if value.data_sha256 is None else f"{plural(value.samples, 'sample')}, sha256 {value.data_sha256}"
-    return [
-        ("Made by", f"onnxcomp {value.version}"),
-        ("From", f"{value.model_name}, {size(value.model_bytes)}, sha256 {value.model_sha256}"),
-        ("Data", data),
-    ]
+    source = f"{value.model_name}, {size(value.model_bytes)}, sha256 {value.model_sha256}"
+    return {"Made by": [f"onnxcomp {value.version}"], "From": [source], "Data": [data]}
 
 
-def _header(value: Report) -> Text:
+def _header(value: model.Report) -> Text:
     counts = Counter(site.bits for site in value.sites if site.kind == "layer") or Counter(s.bits for s in value.sites)
     bits = ", ".join(b if len(counts) == 1 else f"{b} ({n})" for b, n in counts.items()) or "nothing to quantize"
     data = "no data" if value.data_sha256 is None else plural(value.samples, "sample")
-    head = Text(value.model_name, style="bold")
-    return head.append(f" -> {bits} for {value.target}, {data}", style="not bold")
+    return Text.assemble((value.model_name, "bold"), f" -> {bits} for {value.target}, {data}")
 
 
-def _facts(value: Report) -> list[tuple[str, Cell]]:
+def _facts(value: model.Report) -> dict[str, Sequence[Cell]]:
     proof = value.verification
     expected = "" if proof.expected_db is None else f"; calibration reproduced {_closeness(proof.expected_db)}"
     agreement = f"optimized and plain agree {_closeness(proof.agreement_db)}"
     difference = "equal to" if proof.sqnr_db >= EQUAL_DB else f"{decibels(proof.sqnr_db)} SQNR against"
     fed = "1 made-up sample" if value.data_sha256 is None else plural(proof.samples, "sample")
-    lines: dict[str, Sequence[Cell]] = {
+    return {
         "Kernels": _kernels(value.sites),
         "Left float": _grouped((f"{{}} {one.op}", one.reason, one.name) for one in value.skipped),
         "Compensation": _decisions(value.decisions),
@@ -229,10 +212,9 @@ def _facts(value: Report) -> list[tuple[str, Cell]]:
         "Needs": value.requirements,
         "Note": value.notes,
     }
-    return [(name, text) for name, texts in lines.items() for text in texts]
 
 
-def _kernels(rows: Sequence[SiteReport]) -> list[Text]:
+def _kernels(rows: Sequence[model.SiteReport]) -> list[Text]:
     fallback = [("{} in float", site.reason, site.name) for site in rows if site.falls_back]
     said = sum(site.activations != "float" for site in rows)
     summary = f"{said - len(fallback)} of {said} quantized sites run as integer kernels"
@@ -241,7 +223,7 @@ def _kernels(rows: Sequence[SiteReport]) -> list[Text]:
     return [Text(summary), *(Text(line, style="yellow") for line in _grouped(fallback))]
 
 
-def _decisions(decisions: Sequence[Decision]) -> list[str]:
+def _decisions(decisions: Sequence[model.Decision]) -> list[str]:
     lines = []
     for method in dict.fromkeys(d.method for d in decisions):
         asked = [d for d in decisions if d.method == method]
@@ -265,24 +247,23 @@ def _grouped(found: Iterable[tuple[str, str, str]]) -> list[str]:
     return [f"{text} ({names}): {reason}" for text, names, (_, reason) in zip(counted, examples, groups, strict=True)]
 
 
-def _badness(site: SiteReport) -> tuple[bool, float]:
+def _badness(site: model.SiteReport) -> tuple[bool, float]:
     """Float fallbacks first, then the lowest SQNR; sites without one last."""
     return (not site.falls_back, EQUAL_DB if site.after_db is None else site.after_db)
 
 
-def _sqnr(site: SiteReport) -> str:
+def _sqnr(site: model.SiteReport) -> str:
     if site.after_db is None:
         return "-"
-    after = f"{site.after_db:.1f}"
-    before = after if site.before_db is None else f"{site.before_db:.1f}"
-    return after if before == after else f"{before} -> {after}"
+    before = site.after_db if site.before_db is None else site.before_db
+    return " -> ".join(dict.fromkeys(f"{value:.1f}" for value in (before, site.after_db)))
 
 
-def _kernel(site: SiteReport) -> Text:
+def _kernel(site: model.SiteReport) -> Text:
     return Text(f"{site.kernel} (float)", style="yellow") if site.falls_back else Text(site.kernel)
 
 
-def _sites(value: Inspection, all_sites: bool) -> RenderableType:
+def _sites(value: model.Inspection, all_sites: bool) -> RenderableType:
     if not value.sites:
         return Text("No site could be quantized.", style="yellow")
     shown = value.sites if all_sites else value.sites[:LONGEST]
@@ -291,7 +272,13 @@ def _sites(value: Inspection, all_sites: bool) -> RenderableType:
     return cut(Columns(["Site", "Operator", "Weight"], rows), len(value.sites) - len(shown), "more")
 
 
-def _output_row(output: OutputComparison) -> list[Cell]:
+def _accuracy(value: model.Accuracy) -> str:
+    drop = f"drop {value.drop_points:.2f} +- {value.standard_error:.2f} points"
+    counts = f"{value.lost} lost and {value.gained} gained of {value.answers}"
+    return f"{value.reference:.2%} -> {value.other:.2%}, {drop} ({counts})"
+
+
+def _output_row(output: model.OutputComparison) -> list[Cell]:
     sqnr = "-" if output.sqnr_db is None else decibels(output.sqnr_db)
     cosine = "-" if output.cosine is None else f"{output.cosine:.5f}"
     share = output.agreement
@@ -299,6 +286,6 @@ def _output_row(output: OutputComparison) -> list[Cell]:
     return [output.name, sqnr, cosine, agreement]
 
 
-def _counts(counts: Sequence[Count]) -> str:
+def _counts(counts: Sequence[model.Count]) -> str:
     text = ", ".join(f"{c.count} {c.op}" for c in counts[:8])
     return text if len(counts) <= 8 else f"{text}, {plural(sum(c.count for c in counts[8:]), 'other')}"
