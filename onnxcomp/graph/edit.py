@@ -7,7 +7,7 @@ value becomes `h/before-bias` and the new one is `h`; when it replaces `h` for s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,12 +45,13 @@ class Edit:
 
 @dataclass(frozen=True)
 class NewNode:
-    """One node to add: its inputs are names of the graph's tensors, of the edit's constants or of other new nodes."""
+    """One node to add: its inputs are names of the graph's tensors, of the edit's constants or of other new nodes, and
+    its one output has its own name.
+    """
 
     op: str
     name: str
     inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
     attrs: Mapping[str, object]
     domain: str | None
 
@@ -66,7 +67,7 @@ class Tape:
     def __call__(self, op: str, *inputs: str, domain: str | None = None, **attrs: object) -> str:
         """Add one node of one output; return the output's name."""
         name = f"{self.prefix}/{op.lower()}-{len(self.nodes)}" if self.nodes else f"{self.prefix}/{op.lower()}"
-        self.nodes.append(NewNode(op, name, inputs, (name,), attrs, domain))
+        self.nodes.append(NewNode(op, name, inputs, attrs, domain))
         return name
 
     def abstract(self, op: str, *inputs: str, **attrs: object) -> str:
@@ -80,116 +81,78 @@ class Tape:
         return name
 
 
-def apply(graph: gs.Graph, edit: Edit) -> None:
+def apply(graph: Graph, edit: Edit) -> None:
     """Write `edit` into `graph`, in place, behind the naming law above. The graph stays topologically sorted."""
     tensors = graph.tensors()
-    values: dict[str, gs.Tensor] = {name: gs.Constant(name, value) for name, value in edit.constants.items()}
-
-    def value(name: str) -> gs.Tensor:
-        if name not in values:
-            values[name] = tensors[name]
-        return values[name]
-
-    for new in edit.nodes:
-        for name in new.outputs:
-            values[name] = gs.Variable(name, dtype=np.dtype(np.float32))
-    new_nodes = [
-        gs.Node(
-            new.op,
-            new.name,
-            attrs=dict(new.attrs),
-            inputs=[value(name) for name in new.inputs],
-            outputs=[value(name) for name in new.outputs],
-            domain=new.domain,
-        )
+    values: dict[str, Tensor] = {**tensors, **{name: Constant(name, value) for name, value in edit.constants.items()}}
+    values |= {new.name: Variable(new.name, dtype=np.dtype(np.float32)) for new in edit.nodes}
+    nodes = [
+        Node(new.op, new.name, dict(new.attrs), [values[name] for name in new.inputs], [values[new.name]], domain=new.domain)
         for new in edit.nodes
     ]
-    added = {id(node) for node in new_nodes}
-    position = _insert_position(graph, new_nodes, added)
+    added = {id(node) for node in nodes}
+    makers = {id(maker) for node in nodes for tensor in node.inputs for maker in tensor.inputs}
+    position = max((i + 1 for i, node in enumerate(graph.nodes) if id(node) in makers), default=0)
     for replacement in edit.replacements:
-        _replace(graph, tensors[replacement.old], value(replacement.new), replacement, added, edit.label, tensors)
-    graph.nodes[position:position] = new_nodes
-
-
-def _insert_position(graph: gs.Graph, new_nodes: list[gs.Node], added: set[int]) -> int:
-    """Behind the last producer of anything that the new nodes read."""
-    producers = {id(p) for n in new_nodes for t in n.inputs for p in t.inputs if id(p) not in added}
-    return max((i + 1 for i, node in enumerate(graph.nodes) if id(node) in producers), default=0)
-
-
-def _replace(
-    graph: gs.Graph,
-    old: gs.Tensor,
-    new: gs.Tensor,
-    how: Replacement,
-    added: set[int],
-    label: str,
-    taken: Mapping[str, gs.Tensor],
-) -> None:
-    wanted = None if how.consumers is None else set(how.consumers)
-    for node in list(old.outputs):
-        if id(node) in added or (wanted is not None and node.name not in wanted):
+        old, new, wanted = values[replacement.old], values[replacement.new], replacement.consumers
+        replace_uses(old, new, [n for n in old.outputs if id(n) not in added and (wanted is None or n.name in wanted)])
+        if wanted is not None:
             continue
-        for index, tensor in enumerate(node.inputs):
-            if tensor is old:
-                node.inputs[index] = new
-    if wanted is not None:
-        return
-    if isinstance(old, gs.Variable) and isinstance(new, gs.Variable):
-        new.dtype, new.shape = old.dtype, old.shape
-    for index, tensor in enumerate(graph.outputs):
-        if tensor is old:
-            graph.outputs[index] = new
-    before, count = f"{old.name}/before-{label}", 1
-    while before in taken:
-        count += 1
-        before = f"{old.name}/before-{label}-{count}"
-    old.name, new.name = before, old.name
+        if isinstance(old, Variable) and isinstance(new, Variable):
+            new.dtype, new.shape = old.dtype, old.shape
+        graph.outputs[:] = [new if tensor is old else tensor for tensor in graph.outputs]
+        old.name, new.name = fresh_name(f"{old.name}/before-{edit.label}", set(tensors), "-"), old.name
+    graph.nodes[position:position] = nodes
 
 
-def extract(graph: gs.Graph, inputs: list[str], outputs: list[str]) -> gs.Graph:
-    """The part of `graph` that computes `outputs` from `inputs`, as a copy that may be changed freely.
+def extract(graph: Graph, inputs: list[str], outputs: list[str]) -> Graph:
+    """The part of the sorted `graph` that computes `outputs` from `inputs`, as a copy that may be changed freely.
 
     Its inputs are those of `inputs` that are really read; they must have a known dtype. Weights are shared, not copied.
     """
     tensors = graph.tensors()
-    stop = {id(tensors[name]) for name in inputs}
-    needed: set[int] = set()
-    pending = [tensors[name] for name in outputs]
-    while pending:
-        tensor = pending.pop()
-        if id(tensor) in stop:
-            continue
-        for node in tensor.inputs:
-            if id(node) not in needed:
-                needed.add(id(node))
-                pending.extend(node.inputs)
-                pending.extend(outer_reads(node, tensors))
-    nodes = [node for node in graph.nodes if id(node) in needed]
-    used = {id(t) for node in nodes for t in [*node.inputs, *outer_reads(node, tensors)]} | {id(tensors[n]) for n in outputs}
-    part = gs.Graph(
-        nodes=nodes,
-        inputs=[tensors[name] for name in inputs if id(tensors[name]) in used],
-        outputs=[tensors[name] for name in outputs],
-        name=graph.name,
-        opset=graph.opset,
-        import_domains=graph.import_domains,
-        ir_version=graph.ir_version,
-    )
-    return part.copy()
+    given, used = {id(tensors[name]) for name in inputs}, {id(tensors[name]) for name in outputs}
+    nodes: list[Node] = []
+    for node in reversed(graph.nodes):
+        if any(id(tensor) in used and id(tensor) not in given for tensor in node.outputs):
+            nodes.append(node)
+            used |= {id(tensor) for tensor in (*node.inputs, *outer_reads(node, tensors))}
+    read = [tensors[name] for name in inputs if id(tensors[name]) in used]
+    return Graph(nodes[::-1], read, [tensors[name] for name in outputs], opset=graph.opset).copy()
 
 
-def outer_reads(node: gs.Node, tensors: Mapping[str, gs.Tensor]) -> list[gs.Tensor]:
+def outer_reads(node: Node, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """Tensors that a control-flow body reads from this graph by name."""
-    reads = []
-    for body in node.attrs.values():
-        if isinstance(body, gs.Graph):
-            inner = {t.name for n in body.nodes for t in n.outputs} | {t.name for t in body.inputs}
-            for inner_node in body.nodes:
-                reads += [tensors[t.name] for t in inner_node.inputs if t.name in tensors and t.name not in inner]
-                reads += outer_reads(inner_node, tensors)
-            reads += [tensors[t.name] for t in body.outputs if t.name in tensors and t.name not in inner]
+    reads: list[Tensor] = []
+    for body in [value for value in node.attrs.values() if isinstance(value, Graph)]:
+        inner = {t.name for n in body.nodes for t in n.outputs} | {t.name for t in body.inputs}
+        found = [t for n in body.nodes for t in (*n.inputs, *outer_reads(n, tensors))]
+        reads += [tensors[t.name] for t in (*found, *body.outputs) if t.name in tensors and t.name not in inner]
     return reads
+
+
+def fresh_name(stem: str, taken: set[str], mark: str = "_") -> str:
+    """The stem, or the first of stem_2, stem_3 ... that is not taken; it is taken then."""
+    number, name = 1, stem
+    while name in taken:
+        number += 1
+        name = f"{stem}{mark}{number}"
+    taken.add(name)
+    return name
+
+
+def replace_uses(old: Tensor, new: Tensor, readers: Iterable[Node] | None = None) -> None:
+    """Let `readers`, by default all there are, read `new` in place of `old`."""
+    for node in list(old.outputs) if readers is None else readers:
+        for index, tensor in enumerate(node.inputs):
+            if tensor is old:
+                node.inputs[index] = new
+
+
+def detach(node: Node) -> None:
+    """Cut the node off its tensors; the graph's `cleanup` then takes it out of the graph."""
+    node.inputs.clear()
+    node.outputs.clear()
 
 
 def insert_before(graph: Graph, node: Node, new: Sequence[Node]) -> None:
@@ -207,8 +170,7 @@ def insert_after(graph: Graph, node: Node, new: Sequence[Node]) -> None:
 def remove(graph: Graph, node: Node) -> None:
     """Take `node` out of the graph and off its tensors."""
     del graph.nodes[_position(graph, node)]
-    node.inputs.clear()
-    node.outputs.clear()
+    detach(node)
 
 
 def _position(graph: Graph, node: Node) -> int:

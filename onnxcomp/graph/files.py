@@ -11,18 +11,18 @@ are two moves: one that fails undoes the other, but a machine that stops between
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import ModelProto, checker, helper, numpy_helper, shape_inference
+from onnx import ModelProto, NodeProto, checker, helper, numpy_helper, shape_inference
 from onnx.external_data_helper import set_external_data
 
 from onnxcomp.errors import ModelError, UsageError
@@ -39,12 +39,13 @@ from onnxcomp.graph.weights import (
     walk_tensors,
 )
 
+Location = str | os.PathLike[str]
 INLINE_LIMIT = 1_900_000_000
 _ALIGNMENT = 4096
 _CHUNK = 1 << 20
 
 
-def load(source: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
+def load(source: Location | bytes | ModelProto) -> ModelProto:
     """The model with all its weights in memory.
 
     A ModelProto is returned as it is, and no function of this package changes it. Raises ModelError for a file that is
@@ -63,6 +64,11 @@ def load(source: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
     return model
 
 
+def read_nodes(path: Path) -> tuple[NodeProto, ...]:
+    """The operators of the main graph of a model file, in order; weights beside the file are not read."""
+    return tuple(_read_structure(path).graph.node)
+
+
 def metadata(model: ModelProto) -> dict[str, str]:
     """The model's metadata, keys sorted."""
     return {p.key: p.value for p in sorted(model.metadata_props, key=lambda p: p.key)}
@@ -74,21 +80,23 @@ def set_metadata(model: ModelProto, values: Mapping[str, str]) -> None:
     helper.set_model_props(model, dict(sorted(merged.items())))
 
 
-def weight_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """The files beside a model that hold its weights, sorted; none where the model holds them itself."""
-    path = Path(path)
-    return tuple(sorted({external_file(tensor, path) for tensor in external_tensors(_read_structure(path).graph)}))
+def files_of(source: object) -> tuple[Path, ...]:
+    """The file of a model, and those beside it that hold its weights, sorted; none for a model in memory."""
+    if not isinstance(source, str | os.PathLike):
+        return ()
+    path = Path(source)
+    return path, *sorted({external_file(tensor, path) for tensor in external_tensors(_read_structure(path).graph)})
 
 
-def size(path: str | os.PathLike[str]) -> int:
+def size(path: Location) -> int:
     """The bytes of a model and its weight files."""
-    return sum(file.stat().st_size for file in _files_of(path))
+    return sum(file.stat().st_size for file in files_of(path))
 
 
-def sha256(source: str | os.PathLike[str] | bytes) -> str:
+def sha256(source: Location | bytes) -> str:
     """Hex digest of a model: of its bytes, then of those of its weight files in the order of their names."""
     digest = hashlib.sha256(source if isinstance(source, bytes) else b"")
-    for file in _files_of(source):
+    for file in files_of(source):
         with reading(file) as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
@@ -103,7 +111,7 @@ def to_bytes(model: ModelProto) -> bytes:
         raise ModelError("The model exceeds 2 GiB, the most that ONNX can hold in one piece.") from error
 
 
-def check(path: str | os.PathLike[str]) -> str:
+def check(path: Location) -> str:
     """Run the full checker on a model file; returns `onnx` and its version. Raises ModelError with its complaint."""
     try:
         checker.check_model(os.fspath(path), full_check=True)
@@ -112,7 +120,7 @@ def check(path: str | os.PathLike[str]) -> str:
     return f"onnx {onnx.__version__}"
 
 
-def check_output(output: str | os.PathLike[str] | None, source: object = None, *, force: bool = False) -> None:
+def check_output(output: Location | None, source: object = None, *, force: bool = False) -> None:
     """Raise UsageError if a model read from `source` cannot be written to `output`, before any work is done.
 
     `source` matters where it is a path: the input and its weight files are never written over.
@@ -124,22 +132,16 @@ def check_output(output: str | os.PathLike[str] | None, source: object = None, *
         raise UsageError(f"The folder {output.parent} does not exist. Create it first, or choose another output.")
     if output.is_dir():
         raise UsageError(f"{output} is a folder. Give the name of the file to write.")
-    _check_free([output], _files_of(source), force=force)
+    _check_free([output], files_of(source), force=force)
 
 
-def save(
-    model: ModelProto,
-    path: str | os.PathLike[str],
-    *,
-    force: bool = False,
-    source: str | os.PathLike[str] | None = None,
-) -> None:
+def save(model: ModelProto, path: Location, *, force: bool = False, source: Location | None = None) -> None:
     """Write `model` to `path` in one step; see PendingFile for the arguments and errors."""
     with PendingFile(model, path, force=force, source=source) as pending:
         pending.commit()
 
 
-class PendingFile:
+class PendingFile(AbstractContextManager["PendingFile"]):
     """A model written beside its destination, ready to be run, and moved there by `commit`.
 
     `path` is the written file, loadable as it is; leaving the context without `commit` removes it. An existing
@@ -147,34 +149,25 @@ class PendingFile:
     Raises UsageError for a destination that cannot be used and ModelError where writing fails.
     """
 
-    def __init__(
-        self,
-        model: ModelProto,
-        path: str | os.PathLike[str],
-        *,
-        force: bool = False,
-        source: str | os.PathLike[str] | None = None,
-    ) -> None:
+    def __init__(self, model: ModelProto, path: Location, *, force: bool = False, source: Location | None = None) -> None:
         domains = {o.domain for o in model.opset_import} | {node.domain for node in walk_nodes(model.graph)}
         assert DOMAIN not in domains, "abstract nodes were not lowered"
         check_output(path, source, force=force)
-        self.destination = Path(path)
-        self._inputs, self._force = _files_of(source), force
+        self.destination = destination = Path(path)
         is_large = sum(tensor_bytes(tensor) for tensor in walk_tensors(model.graph)) > INLINE_LIMIT
-        weights = [self.destination.with_name(f"{self.destination.name}.data")] if is_large else []
-        self._targets = [*weights, self.destination]
+        weights = [destination.with_name(f"{destination.name}.data")] if is_large else []
+        self._targets = [*weights, destination]
+        self._check_targets = functools.partial(_check_free, self._targets, files_of(source), force=force)
         self._check_targets()
-        with _writing(self.destination):
-            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.destination.name}.", dir=self.destination.parent))
-            self.path = self._folder / self.destination.name
-            try:
-                structure = _write_weights(model, self._folder / weights[0].name) if weights else model
-                with self.path.open("wb") as stream:
-                    stream.write(to_bytes(structure))
-                    _settle(stream)
-            except BaseException:
-                self.discard()
-                raise
+        with ExitStack() as written, _writing(destination):
+            folder = TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent, ignore_cleanup_errors=True)
+            self._folder = Path(written.enter_context(folder))
+            self.path = self._folder / destination.name
+            structure = _write_weights(model, self._folder / weights[0].name) if weights else model
+            with self.path.open("wb") as stream:
+                stream.write(to_bytes(structure))
+                _settle(stream)
+            self._written = written.pop_all()
 
     def commit(self) -> None:
         """Move the file into place. Where that fails, the destination is left as it was."""
@@ -191,18 +184,8 @@ class PendingFile:
                     undo.callback(target.unlink)
             undo.pop_all()
 
-    def discard(self) -> None:
-        """Remove what was written and not committed."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> PendingFile:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.discard()
-
-    def _check_targets(self) -> None:
-        _check_free(self._targets, self._inputs, force=self._force)
+        self._written.close()
 
 
 @contextmanager
@@ -221,11 +204,6 @@ def _check_free(targets: Sequence[Path], inputs: tuple[Path, ...], *, force: boo
             raise UsageError(f"{target} is the input itself, which is never changed. Choose another output.")
         if not force:
             raise UsageError(f"{target} exists. Pass --force to overwrite it.")
-
-
-def _files_of(source: object) -> tuple[Path, ...]:
-    """A model's file and its weight files; none for a model in memory."""
-    return (Path(source), *weight_files(source)) if isinstance(source, str | os.PathLike) else ()
 
 
 def _read_structure(path: Path) -> ModelProto:

@@ -1,5 +1,7 @@
 """Exact rewrites that only take away: nodes of constants are computed, Identity and Dropout removed.
 
+Nodes that have become idle are detached; the graph's `cleanup` takes them out.
+
 Limits: constants are computed for the operators of `_FOLDABLE` and only where the result takes at most twice the bytes
 of its inputs. DequantizeLinear is not one of them: a tensor that is stored quantized stays so.
 """
@@ -14,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from onnxcomp.graph.convert import STANDARD
+from onnxcomp.graph.edit import detach, replace_uses
 from onnxcomp.graph.types import Tensor
 
 _FOLDABLE = (
@@ -40,25 +43,11 @@ def names_leaving(graph: gs.Graph) -> set[str]:
     return {tensor.name for part in (graph, *graph.subgraphs(recursive=True)) for tensor in part.outputs}
 
 
-def fresh_name(stem: str, taken: set[str]) -> str:
-    """The stem, or the first of stem_2, stem_3 ... that is not taken; it is taken then."""
-    number, name = 1, stem
-    while name in taken:
-        number += 1
-        name = f"{stem}_{number}"
-    taken.add(name)
-    return name
-
-
-def detach(node: gs.Node) -> None:
-    """Cut the node off its tensors; `sweep` then takes it out of the graph."""
-    node.inputs.clear()
-    node.outputs.clear()
-
-
-def sweep(graph: gs.Graph) -> None:
-    """Take detached nodes out of the graph."""
-    graph.nodes = [node for node in graph.nodes if node.outputs]
+def set_input(node: gs.Node, index: int, tensor: Tensor) -> None:
+    """Make the tensor the node's input at this place, which may be one that was left out."""
+    while len(node.inputs) <= index:
+        node.inputs.append(gs.Variable.empty())
+    node.inputs[index] = tensor
 
 
 def evaluate(nodes: list[NodeProto], output: str, feeds: dict[str, np.ndarray], opset: int) -> np.ndarray:
@@ -73,18 +62,14 @@ def evaluate(nodes: list[NodeProto], output: str, feeds: dict[str, np.ndarray], 
 def fold_constants(graph: gs.Graph) -> int:
     """Compute the nodes whose inputs are all constant; returns how many."""
     leaving = names_leaving(graph)
-    count = sum(_fold(node, leaving, graph.opset) for node in graph.nodes)
-    sweep(graph)
-    return count
+    return sum(_fold(node, leaving, graph.opset) for node in graph.nodes)
 
 
 def drop_pass_through(graph: gs.Graph) -> int:
     """Remove Identity nodes and inference Dropouts where every output of the graph and its bodies keeps its name."""
     leaving = names_leaving(graph)
     own = {tensor.name for tensor in graph.outputs}
-    count = sum(_passes_through(node, leaving) and _bypass(node, leaving, own) for node in graph.nodes)
-    sweep(graph)
-    return count
+    return sum(_passes_through(node, leaving) and _bypass(node, leaving, own) for node in graph.nodes)
 
 
 def _fold(node: gs.Node, leaving: set[str], opset: int) -> bool:
@@ -117,20 +102,13 @@ def _bypass(node: gs.Node, leaving: set[str], own: set[str]) -> bool:
     """Join the node's input and output, under the name that leaves a graph; False where both do."""
     x, y = node.inputs[0], node.outputs[0]
     if y.name not in leaving:
-        _replace_uses(y, x)
+        replace_uses(y, x)
     elif y.name in own and x.name not in leaving and len(x.inputs) == 1:
         (producer,) = x.inputs
         node.outputs.clear()
         producer.outputs[[t is x for t in producer.outputs].index(True)] = y
-        _replace_uses(x, y)
+        replace_uses(x, y)
     else:
         return False
     detach(node)
     return True
-
-
-def _replace_uses(old: Tensor, new: Tensor) -> None:
-    for consumer in list(old.outputs):
-        for i, tensor in enumerate(consumer.inputs):
-            if tensor is old:
-                consumer.inputs[i] = new

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import ModelProto, NodeProto, helper
 
-from onnxcomp.graph.fold import detach, evaluate, names_leaving, sweep
+from onnxcomp.graph.edit import detach
+from onnxcomp.graph.fold import evaluate, names_leaving
 from onnxcomp.graph.types import Tensor
 
 _TRIAL_WIDTH = 257
@@ -33,10 +34,14 @@ _ROUNDINGS = 16
 
 @dataclass(frozen=True)
 class _Match:
-    """A standard node that may stand for the nodes with these outputs."""
+    """A standard operator that may stand for `replaced`, nodes in the graph's order that make the tensors `inside`."""
 
-    node: NodeProto
-    replaced: tuple[NodeProto, ...]
+    op: str
+    attrs: dict[str, Any]
+    inputs: Sequence[str]
+    output: str
+    replaced: list[NodeProto]
+    inside: set[str]
 
 
 def fuse_primitives(graph: gs.Graph, model: ModelProto) -> int:
@@ -48,7 +53,6 @@ def fuse_primitives(graph: gs.Graph, model: ModelProto) -> int:
         if _is_closed(match, tensors, leaving) and _is_equal(match, tensors, graph.opset):
             _replace(match, tensors)
             count += 1
-    sweep(graph)
     return count
 
 
@@ -61,9 +65,11 @@ def _matches(model: ModelProto) -> Iterator[_Match]:
             fusion.nodes_to_add, fusion.nodes_to_remove = [], []
             fusion.fuse(node, consumers, producers)
             names = {removed.output[0] for removed in fusion.nodes_to_remove}
-            replaced = tuple(node for node in model.graph.node if node.output[0] in names)
+            replaced = [node for node in model.graph.node if node.output[0] in names]
             if len(fusion.nodes_to_add) == 1 and len(replaced) == len(names):
-                yield _Match(_standard(fusion.nodes_to_add[0]), replaced)
+                (fused,) = fusion.nodes_to_add
+                inside = {name for node in replaced for name in node.output}
+                yield _Match(*_standard(fused), fused.input, fused.output[0], replaced, inside)
 
 
 def _matchers(model: ModelProto) -> tuple[Any, tuple[Any, ...]]:
@@ -78,48 +84,44 @@ def _matchers(model: ModelProto) -> tuple[Any, tuple[Any, ...]]:
     return wrapped, (FusionGelu(wrapped), FusionFastGelu(wrapped), FusionLayerNormalization(wrapped))
 
 
-def _standard(fused: NodeProto) -> NodeProto:
+def _standard(fused: NodeProto) -> tuple[str, dict[str, Any]]:
+    """The standard operator, and its attributes, that the matcher's is."""
     if fused.op_type == "LayerNormalization":
-        epsilon = next(a.f for a in fused.attribute if a.name == "epsilon")
-        return helper.make_node("LayerNormalization", fused.input, fused.output, axis=-1, epsilon=epsilon)
-    approximate = "tanh" if fused.op_type == "FastGelu" else "none"
-    return helper.make_node("Gelu", fused.input, fused.output, approximate=approximate)
+        return "LayerNormalization", {"axis": -1, "epsilon": next(a.f for a in fused.attribute if a.name == "epsilon")}
+    return "Gelu", {"approximate": "tanh" if fused.op_type == "FastGelu" else "none"}
 
 
 def _is_closed(match: _Match, tensors: dict[str, Tensor], leaving: set[str]) -> bool:
     """Whether nothing outside reads what the replaced nodes compute on the way."""
-    inside = {name for node in match.replaced for name in node.output}
-    if any(name not in tensors or not tensors[name].inputs for name in inside):
+    if any(name not in tensors or not tensors[name].inputs for name in match.inside):
         return False
-    hidden = inside - set(match.node.output)
+    hidden = match.inside - {match.output}
     readers = {reader.outputs[0].name for name in hidden for reader in tensors[name].outputs}
-    return not hidden & leaving and readers <= inside
+    return not hidden & leaving and readers <= match.inside
 
 
 def _is_equal(match: _Match, tensors: dict[str, Tensor], opset: int) -> bool:
     """Whether the standard node does what the replaced nodes do, on trial values of the input's rank."""
-    x = tensors[match.node.input[0]]
-    inside = {name for node in match.replaced for name in node.output}
-    outside = {name for node in (*match.replaced, match.node) for name in node.input} - inside - {x.name, ""}
+    x = tensors[match.inputs[0]]
+    fused = helper.make_node(match.op, match.inputs, [match.output], **match.attrs)
+    outside = {name for node in (*match.replaced, fused) for name in node.input} - match.inside - {x.name, ""}
     constants = {name: t.values for name in sorted(outside) if isinstance(t := tensors[name], gs.Constant)}
     if x.dtype != np.float32 or x.shape is None or len(constants) < len(outside):
         return False
-    width = constants[match.node.input[1]].shape[0] if len(match.node.input) > 1 else _TRIAL_WIDTH
+    width = constants[match.inputs[1]].shape[0] if len(match.inputs) > 1 else _TRIAL_WIDTH
     shape = (*range(2, 1 + len(x.shape)), width)
     trial = np.linspace(-_SPREAD, _SPREAD, math.prod(shape), dtype=np.float32)
     feeds = {x.name: np.random.default_rng(0).permutation(trial).reshape(shape), **constants}
-    results = [evaluate(list(nodes), match.node.output[0], feeds, opset) for nodes in (match.replaced, [match.node])]
+    before, after = (evaluate(nodes, match.output, feeds, opset) for nodes in (match.replaced, [fused]))
     bound = _ROUNDINGS * _SPREAD * np.finfo(np.float32).eps / 2
-    return results[0].shape == results[1].shape and bool(np.max(np.abs(results[0] - results[1])) <= bound)
+    return before.shape == after.shape and bool(np.max(np.abs(before - after)) <= bound)
 
 
 def _replace(match: _Match, tensors: dict[str, Tensor]) -> None:
-    output = tensors[match.node.output[0]]
+    output = tensors[match.output]
     last: gs.Node = output.inputs[0]
     for node in [tensors[replaced.output[0]].inputs[0] for replaced in match.replaced]:
         detach(node)
-    attrs: dict[str, object] = {a.name: helper.get_attribute_value(a) for a in match.node.attribute}
-    last.op = match.node.op_type
-    last.attrs = {key: value.decode() if isinstance(value, bytes) else value for key, value in attrs.items()}
-    last.inputs.extend([tensors[name] for name in match.node.input])
+    last.op, last.attrs = match.op, dict(match.attrs)
+    last.inputs.extend([tensors[name] for name in match.inputs])
     last.outputs.append(output)

@@ -16,8 +16,8 @@ from collections.abc import Hashable
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.graph.edit import insert_before
-from onnxcomp.graph.fold import detach, fresh_name, input_at, is_op, names_leaving, sweep
+from onnxcomp.graph.edit import detach, fresh_name, insert_before
+from onnxcomp.graph.fold import input_at, is_op, names_leaving, set_input
 from onnxcomp.graph.types import Tensor
 
 _PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
@@ -49,9 +49,7 @@ class _Constants:
             constant.values = np.array(values, dtype=node.inputs[1].dtype, order="C")
         if key is not None:
             self._made[key] = constant
-        while len(node.inputs) <= index:
-            node.inputs.append(gs.Variable.empty())
-        node.inputs[index] = constant
+        set_input(node, index, constant)
 
 
 def canonical_gemms(graph: gs.Graph) -> int:
@@ -60,7 +58,7 @@ def canonical_gemms(graph: gs.Graph) -> int:
     Gemms with a B or C that is computed, or with a C that has rows, stay as they are. Returns how many were changed.
     """
     constants = _Constants(graph)
-    gemms = [node for node in graph.nodes if is_op(node, "Gemm") and _is_constant_gemm(node) and not _is_plain(node)]
+    gemms = [node for node in graph.nodes if is_op(node, "Gemm") and _is_constant_gemm(node) and not is_plain_gemm(node)]
     for node in gemms:
         alpha, beta, turned_input, turned = _numbers(node)
         if turned_input:
@@ -83,9 +81,7 @@ def merge_affine(graph: gs.Graph) -> int:
     """Merge BatchNormalization and per-channel Add into the Conv or ConvTranspose before, the former also into Gemm."""
     constants = _Constants(graph)
     merge = {"BatchNormalization": _merge_batchnorm, "Add": _merge_add}
-    count = sum(merge[node.op](node, constants) for node in graph.nodes if is_op(node, *merge))
-    sweep(graph)
-    return count
+    return sum(merge[node.op](node, constants) for node in graph.nodes if is_op(node, *merge))
 
 
 def _is_float(tensor: Tensor | None) -> bool:
@@ -102,7 +98,8 @@ def _width(gemm: gs.Node) -> int:
     return gemm.inputs[1].shape[0 if gemm.attrs.get("transB", 0) else 1]
 
 
-def _is_plain(gemm: gs.Node) -> bool:
+def is_plain_gemm(gemm: gs.Node) -> bool:
+    """Whether the Gemm is a product and a constant bias per column, if any."""
     bias = input_at(gemm, 2)
     is_row = bias is None or (_is_float(bias) and bias.values.shape == (_width(gemm),))
     return is_row and _numbers(gemm) == tuple(_PLAIN_GEMM.values())
@@ -125,7 +122,9 @@ def _transpose_input(node: gs.Node, constants: _Constants) -> gs.Node:
 def _merge_batchnorm(node: gs.Node, constants: _Constants) -> bool:
     layer = _layer_before(node, 0, constants.leaving, "Conv", "ConvTranspose", "Gemm")
     trains = node.attrs.get("training_mode", 0) or any(t.name for t in node.outputs[1:])
-    if layer is None or trains or not all(map(_is_float, node.inputs[1:5])) or (layer.op == "Gemm" and not _is_plain(layer)):
+    if layer is None or trains or not all(map(_is_float, node.inputs[1:5])):
+        return False
+    if layer.op == "Gemm" and not is_plain_gemm(layer):
         return False
     gamma, beta, mean, variance = (tensor.values.astype(np.float64) for tensor in node.inputs[1:5])
     scale = gamma / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))

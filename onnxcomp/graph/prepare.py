@@ -20,6 +20,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from onnxcomp.graph import fold, merge
 from onnxcomp.graph.convert import to_graph, to_model
+from onnxcomp.graph.edit import fresh_name
 from onnxcomp.graph.fuse import fuse_primitives
 from onnxcomp.graph.opset import TARGET, raise_opset, standard_opset
 from onnxcomp.graph.types import TensorType
@@ -49,9 +50,8 @@ def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, 
     graph = to_graph(model)
     for step, text in _STEPS:
         count = step(graph)
-        if count:
-            notes.append(text.format(count))
-    graph.cleanup(recurse_subgraphs=False)
+        notes += [text.format(count)] if count else []
+        graph.cleanup(recurse_subgraphs=False)
     unfused = to_model(graph, model)
     _set_types(graph, infer_types(unfused))
     fused = fuse_primitives(graph, unfused)
@@ -110,7 +110,7 @@ def _tidy_nodes(model: ModelProto) -> None:
     seen = {""}
     for node in graph.node:
         if node.name in seen:
-            node.name = fold.fresh_name(next(name for name in node.output if name), taken)
+            node.name = fresh_name(next(name for name in node.output if name), taken)
         seen.add(node.name)
 
 

@@ -7,7 +7,6 @@ own (a *join*). Reading is all that happens here.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,9 @@ from typing import Protocol
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.errors import RecipeError, UnsupportedSite
+from onnxcomp.errors import RecipeError, UnsupportedSite, did_you_mean
+from onnxcomp.graph.fold import input_at, is_op
+from onnxcomp.graph.merge import is_plain_gemm
 
 LAYER_OPS = ("Conv", "Gemm", "MatMul")
 PASS_THROUGH_OPS = frozenset(
@@ -81,33 +82,25 @@ def _is_batch_second(graph: gs.Graph, tensor: gs.Tensor) -> bool:
 
 
 def _layer(node: gs.Node) -> Site | None:
-    if node.op not in LAYER_OPS or not _is_plain(node) or not is_weight(node.inputs[1]):
+    if not is_op(node, *LAYER_OPS) or isinstance(node.inputs[0], gs.Constant) or not is_weight(node.inputs[1]):
         return None
-    weight, raw = node.inputs[1], node.outputs[0]
-    rank = len(weight.shape)
+    weight, raw, bias = node.inputs[1], node.outputs[0], input_at(node, 2)
+    rank, inside = len(weight.shape), bias.name if isinstance(bias, gs.Constant) else None
     site = Site(node.name, node.op, "layer", (node.inputs[0].name,), raw.name, raw.name, -1, weight=weight.name, weight_axis=1)
     if node.op == "Conv":
         padded = any(node.attrs.get("pads") or ()) or node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-        return replace(site, channel_axis=1, rank=rank, weight_axis=0, bias=_constant_name(node, 2), padded=padded)
-    if rank != 2:
-        return None
+        return replace(site, channel_axis=1, rank=rank, weight_axis=0, bias=inside, padded=padded)
     if node.op == "Gemm":
-        plain = node.attrs.get("alpha", 1.0) == 1.0 and node.attrs.get("beta", 1.0) == 1.0
-        if node.attrs.get("transA", 0) or node.attrs.get("transB", 0) or not plain:
-            return None
-        bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
-        if bias is not None and not (isinstance(bias, gs.Constant) and tuple(bias.shape) == (weight.shape[1],)):
-            return None
-        return replace(site, bias=_constant_name(node, 2))
+        return replace(site, bias=inside) if is_plain_gemm(node) else None
     add = _bias_add(raw, int(weight.shape[1]))
-    if add is None:
-        return site
-    bias = next(t.name for t in add.inputs if isinstance(t, gs.Constant))
-    return replace(site, y=add.outputs[0].name, bias=bias, bias_node=add.name)
+    if rank != 2 or add is None:
+        return site if rank == 2 else None
+    behind = next(t.name for t in add.inputs if isinstance(t, gs.Constant))
+    return replace(site, y=add.outputs[0].name, bias=behind, bias_node=add.name)
 
 
 def _product(node: gs.Node) -> Site | None:
-    if node.op != "MatMul" or not _is_plain(node) or any(isinstance(t, gs.Constant) for t in node.inputs):
+    if not is_op(node, "MatMul") or any(isinstance(t, gs.Constant) for t in node.inputs):
         return None
     y = node.outputs[0].name
     return Site(node.name, "MatMul", "product", tuple(t.name for t in node.inputs), y, y, -1)
@@ -123,16 +116,6 @@ def join(node: gs.Node) -> Site:
 def is_weight(tensor: gs.Tensor) -> bool:
     """A constant float32 matrix or kernel."""
     return isinstance(tensor, gs.Constant) and tensor.dtype == np.float32 and len(tensor.shape) >= 2
-
-
-def _is_plain(node: gs.Node) -> bool:
-    return node.domain in (None, "", "ai.onnx") and isinstance(node.inputs[0], gs.Variable)
-
-
-def _constant_name(node: gs.Node, index: int) -> str | None:
-    """The name of the constant at this input, if there is one."""
-    found = node.inputs[index] if len(node.inputs) > index else None
-    return found.name if isinstance(found, gs.Constant) else None
 
 
 def _bias_add(raw: gs.Tensor, width: int) -> gs.Node | None:
@@ -173,8 +156,7 @@ def select(sites: Sequence[Site], include: Iterable[str], exclude: Iterable[str]
     Raises RecipeError for a pattern that is no regular expression or matches nothing, UnsupportedSite for one that
     names nodes which are no sites.
     """
-    include, exclude = tuple(include), tuple(exclude)
-    names = tuple(every)
+    include, exclude, names = tuple(include), tuple(exclude), tuple(every)
     for pattern in include + exclude:
         check_pattern(pattern, sites, names, required=pattern in include)
     wanted = [s for s in sites if not include or any(matches(p, s) for p in include)]
@@ -201,6 +183,5 @@ def check_pattern(pattern: str, sites: Sequence[Named], names: Sequence[str], *,
     if pattern.startswith("op:"):
         found = ", ".join(sorted({site.op for site in sites}))
         raise RecipeError(f"Pattern '{pattern}' matches no site. The model has sites of type {found or 'none'}.")
-    near = difflib.get_close_matches(pattern, [site.name for site in sites], n=1, cutoff=0.3)
-    hint = f" Did you mean '{near[0]}'?" if near else " `onnxcomp inspect MODEL` lists the sites."
+    hint = did_you_mean(pattern, [site.name for site in sites]) or " `onnxcomp inspect MODEL` lists the sites."
     raise RecipeError(f"Pattern '{pattern}' matches no site.{hint}")

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcomp.graph.edit import insert_before, remove
+from onnxcomp.graph.fold import input_at, set_input
 from onnxcomp.graph.sites import Site
 
 
@@ -51,37 +53,27 @@ def fold_bias(graph: gs.Graph, site: Site, add_name: str, method: str) -> Fold |
         home, index = layer, 2
     else:
         return None
-    old = home.inputs[index] if len(home.inputs) > index else None
+    old = input_at(home, index)
     if before.inputs[0] is not home or len(before.outputs) != 1:
         return None
-    fold = None
     if isinstance(operand, gs.Constant) and (old is None or isinstance(old, gs.Constant)):
         b = operand.values.astype(np.float64)
         b = b.reshape(-1) if site.op == "Conv" else b  # behind a Conv b has trailing axes of length 1
-        total = b if old is None else old.values.astype(np.float64) + b
-        shared = old is not None and len(old.outputs) > 1
-        name = operand.name if old is None or shared else old.name
         fold = Fold(home.name, index, method, "" if old is None else old.name, None if old is None else old.values, b)
-        bias: gs.Tensor = gs.Constant(name, total.astype(np.float32))
+        name = operand.name if old is None or len(old.outputs) > 1 else old.name
+        total = b if old is None else old.values.astype(np.float64) + b
+        set_input(home, index, gs.Constant(name, total.astype(np.float32)))
+        remove(graph, add)
     elif old is None or not is_load_time(old):
         return None
     else:
-        makers = [node for node in graph.nodes if node is not add and node.name.startswith(add_name.rpartition("/")[0] + "/")]
-        for node in [*makers, add]:
-            graph.nodes.remove(node)
-        at = next(i for i, node in enumerate(graph.nodes) if node is home)
-        graph.nodes[at:at] = [*makers, add]
-        bias = gs.Variable(f"{add_name}/total", dtype=np.dtype(np.float32))
+        fold, prefix = None, add_name.rpartition("/")[0] + "/"
+        moved = [*(node for node in graph.nodes if node is not add and node.name.startswith(prefix)), add]
+        graph.nodes = [node for node in graph.nodes if not any(node is other for other in moved)]
+        insert_before(graph, home, moved)
         add.inputs[add.inputs.index(before)] = old
-        add.outputs[0] = bias
-    if old is None:
-        home.inputs.append(bias)
-    else:
-        home.inputs[index] = bias
-    if fold is not None:
-        add.inputs.clear()
-        add.outputs.clear()
-        graph.nodes.remove(add)
+        add.outputs[0] = gs.Variable(f"{add_name}/total", dtype=np.dtype(np.float32))
+        home.inputs[index] = add.outputs[0]
     home.outputs[0] = y
     return fold
 

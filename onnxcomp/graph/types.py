@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto, helper
 
 Tensor = gs.Tensor
 """A tensor of a graph: a `gs.Variable` or a `gs.Constant`."""
@@ -17,3 +18,9 @@ class TensorType:
 
     dtype: np.dtype | None
     shape: tuple[int | str | None, ...] | None
+
+
+def element_type(text: str) -> np.dtype | None:
+    """The dtype of a type as a runtime writes it, such as `tensor(float)`; None for what is no tensor."""
+    element = dict(TensorProto.DataType.items()).get(text.removeprefix("tensor(").removesuffix(")").upper())
+    return None if element is None else helper.tensor_dtype_to_np_dtype(element)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from google.protobuf.message import Message
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from onnxcomp.errors import ModelError
 
@@ -70,6 +70,19 @@ def declare_inputs(skeleton: ModelProto, weights: Mapping[str, TensorProto]) -> 
         for name, tensor in weights.items()
         if name not in declared
     )
+
+
+def expose_all(model: ModelProto) -> ModelProto:
+    """The model for type inference: all node outputs are graph outputs without a type, large weights are graph inputs.
+
+    It holds no large weight, so it is small whatever the size of `model`, and it is not meant to be run.
+    """
+    exposed, weights = split_weights(model)
+    declare_inputs(exposed, weights)
+    declared = {value.name for value in exposed.graph.output}
+    produced = dict.fromkeys(name for node in exposed.graph.node for name in node.output if name)
+    exposed.graph.output.extend(ValueInfoProto(name=name) for name in produced if name not in declared)
+    return exposed
 
 
 def remove_if(items: MutableSequence[T], condition: Callable[[T], bool]) -> list[T]:

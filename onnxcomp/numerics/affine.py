@@ -83,17 +83,15 @@ class QParams:
         """The codes of x, scheme.dtype, x's shape: QuantizeLinear, then Clip to [qmin, qmax]."""
         return self._levels(x).astype(self.scheme.dtype)
 
-    def dequantize(self, codes: NDArray[np.integer]) -> NDArray[np.float32]:
+    def dequantize(self, codes: NDArray[np.integer | np.floating]) -> NDArray[np.float32]:
         """The float32 values of codes: DequantizeLinear."""
         values = np.asarray(codes, np.float32) - self._spread(self.zero_point, np.ndim(codes))
-        return values * self._spread(self.scale, np.ndim(codes))
+        values *= self._spread(self.scale, values.ndim)
+        return values
 
     def fake(self, x: NDArray[np.floating]) -> NDArray[np.float32]:
         """dequantize(quantize(x)), without the detour through integers."""
-        values = self._levels(x)
-        values -= self._spread(self.zero_point, values.ndim)
-        values *= self._spread(self.scale, values.ndim)
-        return values
+        return self.dequantize(self._levels(x))
 
     def _levels(self, x: NDArray[np.floating]) -> NDArray[np.float32]:
         x = np.asarray(x, np.float32)

@@ -12,12 +12,10 @@ Limit: detail finer than a bin, 2^-14 to 2^-15 of the range of the data, is not 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxcomp.errors import DataError, RecipeError
+from onnxcomp.errors import DataError
 from onnxcomp.numerics.affine import SMALLEST_SCALE, Codes, QParams, Scheme, from_range
 from onnxcomp.numerics.statistics import Histogram
 
@@ -34,13 +32,8 @@ def choose(h: Histogram, scheme: Scheme, method: str = "mse", percentile: float 
 
     "minmax" takes the exact extremes, "percentile" cuts 100 - percentile per cent off either end, "mse" searches both
     ends (one, if the scheme is symmetric) for the least expected squared error, clipping included. Data that are
-    nowhere negative get the zero point qmin. Raises RecipeError on an unknown method or a percentile outside (50, 100],
-    DataError on an empty histogram.
+    nowhere negative get the zero point qmin. Raises DataError on an empty histogram.
     """
-    if method not in METHODS:
-        raise RecipeError(f"range method {method!r} is not known. Choose one of {', '.join(METHODS)}.")
-    if not 50 < percentile <= 100:
-        raise RecipeError(f"percentile = {percentile:g} leaves no range. Give a number above 50 and at most 100.")
     if not h.total:
         raise DataError("A tensor to be quantized had no value in any sample, so it has no range. Check the samples.")
     if method == "mse":
@@ -51,29 +44,17 @@ def choose(h: Histogram, scheme: Scheme, method: str = "mse", percentile: float 
     return from_range(lo, hi, scheme)
 
 
-def squared_error(h: Histogram, q: QParams) -> float:
-    """The mean squared error of the per-tensor q on data with histogram h, as "mse" counts it, by the bin."""
-    return float(_Lookup.of(h).squared_error(q.scheme, q.scale.reshape(1), q.zero_point.reshape(1))[0]) / h.total
+class Lookup:
+    """Prefix sums over a histogram, at the edges of its bins and in bins: counts, G, and the sums over everything."""
 
-
-@dataclass(frozen=True, eq=False)
-class _Lookup:
-    """Prefix sums at the edges of the bins, in bins: counts, G, and the sums over everything."""
-
-    h: Histogram
-    density: NDArray[np.float64]  # [bins + 1], 0 beyond the last bin
-    below: NDArray[np.float64]  # [bins + 1], how many values lie below the edge
-    g: NDArray[np.float64]  # [bins + 1], G at the edge
-    sums: tuple[float, float, float]  # N, sum x, sum x^2
-
-    @staticmethod
-    def of(h: Histogram) -> _Lookup:
-        counts = h.counts.astype(np.float64)
-        below = np.concatenate([[0.0], np.cumsum(counts)])
-        g = -np.concatenate([[0.0], np.cumsum(below[:-1] + counts / 2)])
-        middle = h.first + np.arange(counts.size) + 0.5
-        sums = below[-1], np.sum(counts * middle), np.sum(counts * (np.square(middle) + 1 / 12))
-        return _Lookup(h, np.append(counts, 0.0), below, g, (float(sums[0]), float(sums[1]), float(sums[2])))
+    def __init__(self, h: Histogram) -> None:
+        counts, middle = h.counts.astype(np.float64), h.first + np.arange(h.counts.size) + 0.5
+        self.h = h
+        self.density = np.append(counts, 0.0)  # [bins + 1], 0 beyond the last bin
+        self.below = np.concatenate([[0.0], np.cumsum(counts)])  # [bins + 1], how many values lie below the edge
+        self.g = -np.concatenate([[0.0], np.cumsum(self.below[:-1] + counts / 2)])  # [bins + 1], G at the edge
+        squares = np.square(middle) + 1 / 12
+        self.sums = float(self.below[-1]), float(np.sum(counts * middle)), float(np.sum(counts * squares))
 
     def squared_error(self, scheme: Scheme, scale: NDArray[np.float32], zero: Codes) -> NDArray[np.float64]:
         """The summed squared error of every candidate, scale and zero point [k]."""
@@ -100,7 +81,7 @@ def _quantiles(h: Histogram, share: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _search(h: Histogram, scheme: Scheme) -> QParams:
     """Every pair of coarse ends, then the neighbourhood of the best scale and zero point, closer each time."""
-    table = _Lookup.of(h)
+    table = Lookup(h)
     lo = _coarse_ends(h.extremes.min, _quantiles(h, _TAILS))
     hi = -_coarse_ends(-h.extremes.max, -_quantiles(h, 1 - _TAILS))
     if scheme.symmetric:
@@ -118,7 +99,7 @@ def _search(h: Histogram, scheme: Scheme) -> QParams:
     return QParams(scheme, np.asarray(scale, np.float32), np.asarray(zero, scheme.dtype))
 
 
-def _best(table: _Lookup, scheme: Scheme, scale: NDArray[np.float32], zero: Codes) -> tuple[float, int]:
+def _best(table: Lookup, scheme: Scheme, scale: NDArray[np.float32], zero: Codes) -> tuple[float, int]:
     i = int(np.argmin(table.squared_error(scheme, scale, zero)))
     return float(scale[i]), int(zero[i])
 

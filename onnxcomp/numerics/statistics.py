@@ -1,15 +1,13 @@
 """Statistics that are read off the data in one pass and added up with `merge`, whatever the order or the batches.
 
-Each is a value: `of(x)` reads an array, `a.merge(b)` describes the values of both, `empty(...)` or `Extremes()` is the
-neutral element. Merging is exact for Extremes and Histogram, bit for bit; Moments are float64 sums. A histogram takes
-its values as float32. NaN and infinity raise DataError.
+Each is a value: `of(x)` reads an array, and `a.merge(b)` describes the values of both. Merging is exact for Extremes and
+Histogram, bit for bit; Moments are float64 sums. A histogram takes its values as float32. NaN and infinity raise DataError.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +16,12 @@ from onnxcomp.errors import DataError
 from onnxcomp.numerics.affine import NOT_FINITE
 
 BINS = 1 << 15
+"""The most bins of a histogram, at least 2, so that values on both sides of zero never share one."""
 _FINEST = -126  # 2^126 is the largest power of two whose inverse is a normal float32
 _WIDEST_INDEX = 24  # bits of a bin number: bins are not finer than the float32 spacing of the largest value
 _CHUNK = 1 << 18
 
 
-@final
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Per channel: how many values, their sum and their sum of squares, float64 [C]."""
@@ -33,23 +31,18 @@ class Moments:
     squares: NDArray[np.float64]
 
     @staticmethod
-    def empty(channels: int) -> Moments:
-        return Moments(0, np.zeros(channels), np.zeros(channels))
-
-    @staticmethod
-    def of(x: NDArray[np.floating], axis: int = -1) -> Moments:
-        """The moments of x over every dimension but `axis`."""
-        channels, inner = x.shape[axis], math.prod(x.shape[axis % x.ndim + 1 :])
-        blocks = x.reshape(-1, channels, inner) if x.size else np.zeros((0, channels, 1), np.float32)
-        total, squares = np.zeros(channels), np.zeros(channels)
-        step = max(_CHUNK // max(channels * inner, 1), 1)
-        for start in range(0, len(blocks), step):
-            block = blocks[start : start + step].astype(np.float64)
-            total += _sum_channels(block)
-            squares += _sum_channels(np.square(block, out=block))
+    def of(x: NDArray[np.floating]) -> Moments:
+        """The moments of x [.., C]."""
+        rows = x.reshape(-1, x.shape[-1])
+        total, squares = np.zeros(rows.shape[1]), np.zeros(rows.shape[1])
+        step = max(_CHUNK // rows.shape[1], 1)
+        for start in range(0, len(rows), step):
+            block = rows[start : start + step].astype(np.float64)
+            total += block.sum(axis=0)
+            squares += np.square(block, out=block).sum(axis=0)
         if not bool(np.all(np.isfinite(total))):
             raise DataError(NOT_FINITE)
-        return Moments(len(blocks) * blocks.shape[2], total, squares)
+        return Moments(len(rows), total, squares)
 
     def merge(self, other: Moments) -> Moments:
         return Moments(self.count + other.count, self.sum + other.sum, self.squares + other.squares)
@@ -64,7 +57,6 @@ class Moments:
         return np.maximum(self.squares / max(self.count, 1) - np.square(self.mean), 0.0)
 
 
-@final
 @dataclass(frozen=True)
 class Extremes:
     """The smallest and the largest value; min > max where there was none."""
@@ -85,14 +77,13 @@ class Extremes:
         return Extremes(min(self.min, other.min), max(self.max, other.max))
 
 
-@final
 @dataclass(frozen=True, eq=False)
 class Histogram:
     """Counts int64 [bins] over equal bins whose width is a power of two, for data whose range is not known beforehand.
 
     Bin i covers [(first + i) 2^exponent, (first + i + 1) 2^exponent), so zero is always an edge. The first bin holds
     the smallest value and the last the largest; the exponent is the smallest, from -126 on, for which these are at most
-    `limit` bins and no bin number exceeds 2^24. All of it follows from the extremes alone, and since
+    `BINS` bins and no bin number exceeds 2^24. All of it follows from the extremes alone, and since
     floor(floor(x / 2^k) / 2) = floor(x / 2^(k+1)) the histogram of a union is that of its parts with pairs of bins
     added up, bit for bit.
     """
@@ -101,21 +92,16 @@ class Histogram:
     first: int
     exponent: int
     extremes: Extremes
-    limit: int = BINS
 
     @staticmethod
-    def empty(limit: int = BINS) -> Histogram:
-        return Histogram(np.zeros(0, np.int64), 0, _FINEST, Extremes(), limit)
-
-    @staticmethod
-    def of(x: NDArray[np.floating], limit: int = BINS) -> Histogram:
-        """The histogram of all values of x, at most `limit` >= 2 bins."""
+    def of(x: NDArray[np.floating]) -> Histogram:
+        """The histogram of all values of x, without bins where there are none."""
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, which Extremes refuses
             flat = np.asarray(x, np.float32).reshape(-1)
         extremes = Extremes.of(flat)
         if not flat.size:
-            return Histogram.empty(limit)
-        exponent, first, bins = _layout(extremes, limit)
+            return Histogram(np.zeros(0, np.int64), 0, _FINEST, extremes)
+        exponent, first, bins = _layout(extremes)
         # float32 products are exact up to exponent 0; beyond, a tiny negative value could vanish and leave bin -1
         kind = np.float32 if exponent <= 0 else np.float64
         scale = kind(2.0**-exponent)
@@ -125,19 +111,18 @@ class Histogram:
             np.floor(places, out=places)
             places -= first
             counts += np.bincount(places.astype(np.intp), minlength=bins)
-        return Histogram(counts, first, exponent, extremes, limit)
+        return Histogram(counts, first, exponent, extremes)
 
     def merge(self, other: Histogram) -> Histogram:
-        assert self.limit == other.limit
         if not (self.counts.size and other.counts.size):
             return self if self.counts.size else other
         extremes = self.extremes.merge(other.extremes)
-        exponent, first, bins = _layout(extremes, self.limit)
+        exponent, first, bins = _layout(extremes)
         counts = np.zeros(bins, np.int64)
         for part in (self, other):
             added, start = part._coarsen(exponent)
             counts[start - first : start - first + added.size] += added
-        return Histogram(counts, first, exponent, extremes, self.limit)
+        return Histogram(counts, first, exponent, extremes)
 
     @property
     def total(self) -> int:
@@ -157,33 +142,24 @@ class Histogram:
         return counts, first
 
 
-def subsample(x: NDArray, limit: int, axis: int | None = None) -> NDArray:
+def subsample(x: NDArray, limit: int) -> NDArray:
     """At most `limit` values [m] of a sample, evenly spread: every stride-th in C order, a view where x is contiguous.
 
     The stride is the smallest one that fits and has no divisor in common with the number of values, so that no channel,
-    token or pixel is left out in step with it. With `axis`, x is a batch along that dimension, and the result [n, m]
-    holds the same values of each sample as if it had come alone.
+    token or pixel is left out in step with it.
     """
-    samples = x.reshape(1, -1) if axis is None else np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
-    size = samples.shape[1]
-    stride = max(-(-size // limit), 1)
-    while math.gcd(stride, size) > 1 and stride < size:
+    stride = max(-(-x.size // limit), 1)
+    while math.gcd(stride, x.size) > 1 and stride < x.size:
         stride += 1
-    kept = samples[:, ::stride]
-    return kept[0] if axis is None else kept
+    return x.reshape(-1)[::stride]
 
 
-def _sum_channels(block: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (block[:, :, 0] if block.shape[2] == 1 else block.sum(axis=2)).sum(axis=0)
-
-
-def _layout(extremes: Extremes, limit: int) -> tuple[int, int, int]:
+def _layout(extremes: Extremes) -> tuple[int, int, int]:
     """Exponent, first bin number and number of bins for data between the extremes."""
-    assert limit >= 2  # values on both sides of zero never share a bin
     largest = max(-extremes.min, extremes.max)
     exponent = max(math.frexp(largest)[1] - _WIDEST_INDEX, _FINEST) if largest else _FINEST
     while True:
         first, last = math.floor(math.ldexp(extremes.min, -exponent)), math.floor(math.ldexp(extremes.max, -exponent))
-        if last - first < limit:
+        if last - first < BINS:
             return exponent, first, last - first + 1
         exponent += 1

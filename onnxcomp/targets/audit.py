@@ -18,7 +18,7 @@ from onnxcomp import runtime
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_graph
 from onnxcomp.graph.edit import Graph, Node
-from onnxcomp.graph.kernels import OptimizedNode
+from onnxcomp.graph.files import NodeProto
 from onnxcomp.targets.fallback import MOVES, SELECTIONS, STORED, Case, explain, is_quantized
 
 _WEIGHT_ONLY = "MatMulNBits"
@@ -28,6 +28,8 @@ _LAYERS = INTEGER_KERNELS | {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "G
 _CONVERSIONS = MOVES | {"Cast", "Clip", "DequantizeLinear", "QuantizeLinear", "Relu"}
 _ARITHMETIC = frozenset({"Add", "Mul", "Sum"})
 """These and conversions may stand between a site's kernel and the tensors that the site is known by."""
+_Found = Mapping[str, NodeProto]
+"""Operators of the optimized model, by their names or by what they make."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,7 @@ def audit(model: bytes | Path, sites: Sequence[AuditSite]) -> tuple[Kernel, ...]
     return tuple(_find_kernel(site, producers, by_name, lowered) for site in sites)
 
 
-def _find_kernel(
-    site: AuditSite,
-    producers: Mapping[str, OptimizedNode],
-    by_name: Mapping[str, OptimizedNode],
-    lowered: Callable[[], Graph],
-) -> Kernel:
+def _find_kernel(site: AuditSite, producers: _Found, by_name: _Found, lowered: Callable[[], Graph]) -> Kernel:
     """What computes the first of the site's tensors that still exists, or the node that kept the site's name."""
     maker = next((producers[name] for name in site.outputs if name in producers), None)
     kernel = (maker and _layer_behind(maker, site.name, producers)) or by_name.get(site.name)
@@ -86,7 +83,7 @@ def _find_kernel(
     return Kernel(site.name, kernel.op_type, False, explain(Case(node, outputs), runtime.version()))
 
 
-def _layer_behind(node: OptimizedNode, site: str, producers: Mapping[str, OptimizedNode]) -> OptimizedNode | None:
+def _layer_behind(node: NodeProto, site: str, producers: _Found) -> NodeProto | None:
     """The node itself if it computes the site, else what it converts, rescales or shifts the result of."""
     if node.name == site or node.op_type not in _CONVERSIONS | _ARITHMETIC:
         return node
@@ -97,10 +94,10 @@ def _layer_behind(node: OptimizedNode, site: str, producers: Mapping[str, Optimi
     return layers[0] if layers else None
 
 
-def _is_integer(kernel: OptimizedNode, producers: Mapping[str, OptimizedNode]) -> bool:
+def _is_integer(kernel: NodeProto, producers: _Found) -> bool:
     if kernel.op_type in INTEGER_KERNELS:
         return True
-    node: OptimizedNode | None = kernel
+    node: NodeProto | None = kernel
     while node is not None and node.op_type in SELECTIONS:
         node = producers.get(node.input[0])
     if node is None or node is kernel:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from onnxcomp.graph.sites import Site
 from onnxcomp.graph.tidy import is_load_time
 from onnxcomp.numerics.affine import Scheme, from_range
 from onnxcomp.targets.base import Plan, Settings, Target
-from onnxcomp.targets.regions import clip_bounds, is_operand, lower_bound, plan_with_regions
+from onnxcomp.targets.regions import clip_bounds, is_operand, plan_with_regions
 
 TINY = np.float32(1e-12)
 """Floor of a range measured at run time, so that an all-zero tensor does not divide by zero."""
@@ -66,6 +66,21 @@ class OrtX86(Target):
                 _keep_integer(graph, node)
 
 
+@dataclass
+class _Nodes:
+    """New nodes that stand for one: they are called after `name` and their operator, what they make after it too."""
+
+    name: str
+    made: list[Node] = field(default_factory=list)
+
+    def __call__(self, op: str, output: str | Tensor, *inputs: Tensor, dtype: type = np.float32, **attrs: object) -> Tensor:
+        """Add one node that makes `output`, a tensor or the last part of the name of a new one."""
+        if isinstance(output, str):
+            output = Variable(f"{self.name}/{output}", dtype=np.dtype(dtype))
+        self.made.append(Node(op, f"{self.name}/{op}", attrs=attrs, inputs=list(inputs), outputs=[output]))
+        return output
+
+
 @dataclass(frozen=True)
 class _Digit:
     """A lowered quantizer, for the next one that takes up what it has left."""
@@ -100,13 +115,9 @@ class _Lowering:
                 self._split_gemm(node)
         results = {id(t) for t in self.graph.outputs}
         for node in [n for n in self.graph.nodes if n.domain == DOMAIN]:
-            if not node.outputs[0].outputs and id(node.outputs[0]) not in results:
-                remove(self.graph, node)  # the runtime would compute it all the same
-            elif node.op == "Dequantize":
-                self._weight(node)
-            else:
-                lower = {"static": self._static, "dynamic": self._dynamic, "token": self._token, "residual": self._residual}
-                lower[node.attrs["granularity"]](node)
+            if node.outputs[0].outputs or id(node.outputs[0]) in results:  # else the runtime would compute it all the same
+                insert_before(self.graph, node, self._weight(node) if node.op == "Dequantize" else self._activation(node))
+            remove(self.graph, node)
         for node in [n for n in self.graph.nodes if n.op == "Sum"]:
             self._scale_once(node)
 
@@ -115,105 +126,84 @@ class _Lowering:
             self.shared[name] = Constant(name, np.array(value, dtype=dtype))
         return self.shared[name]
 
-    def _replace(self, node: Node, new: Sequence[Node]) -> None:
-        insert_before(self.graph, node, new)
-        remove(self.graph, node)
-
     # --- activations -------------------------------------------------------------------------------------------------
 
-    def _static(self, node: Node) -> None:
-        """Q, an integer Clip below 8 bits, DQ."""
-        x, scale, zero_point = node.inputs
-        y = node.outputs[0]
-        self.digits[y.name] = _Digit(x, y, scale)
-        name = node.name.rpartition("/fakequantize")[0] or y.name  # the edit's own name, which a tensor's may follow
-        self._replace(node, self._quantize(name, x, scale, zero_point, node.attrs["bits"], y))
+    def _activation(self, node: Node) -> list[Node]:
+        """The quantizer of one tensor, by its granularity.
 
-    def _quantize(self, name: str, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, y: Tensor) -> list[Node]:
-        codes = Variable(f"{name}/codes", dtype=np.dtype(np.uint8))
-        nodes = [_node("QuantizeLinear", name, [x, scale, zero_point], codes)]
+        static    scale and zero point are the node's own
+        dynamic   a range measured over the tensor: the runtime's own operator at 8 bits, a symmetric scale below
+        token     a range per token: x/s is quantized with scale 1, and the product is multiplied by s behind the MatMul, so
+                  the kernel itself stays the ordinary integer one
+        residual  see `_residual`
+        """
+        x, y, bits, granularity = node.inputs[0], node.outputs[0], node.attrs["bits"], node.attrs["granularity"]
+        new, middle = _Nodes(y.name), self._constant(f"onnxcomp/middle.u{bits}", 2 ** (bits - 1), np.uint8)
+        if granularity == "static":
+            new.name = node.name.rpartition("/fakequantize")[0] or y.name  # the edit's own name, which a tensor's may follow
+            digit = self._quantize(new, x, node.inputs[1], node.inputs[2], bits, y)
+        elif granularity == "residual":
+            digit = self._residual(new, node, middle)
+        elif granularity == "token":
+            scale, one = self._measured_scale(new, node), self._constant("onnxcomp/one", 1.0, np.float32)
+            unit, levels = new("Div", "unit", x, scale), Variable(f"{y.name}/levels", dtype=np.dtype(np.float32))
+            new.name = levels.name
+            digit = self._quantize(new, unit, one, middle, bits, levels, scale)
+        elif bits < 8 or node.attrs["ratio"] != 1:
+            digit = self._quantize(new, x, self._measured_scale(new, node), middle, bits, y)
+        else:
+            codes, zero_point = (Variable(f"{y.name}/{n}", dtype=np.dtype(np.uint8)) for n in ("codes", "zero_point"))
+            scale = Variable(f"{y.name}/scale", dtype=np.dtype(np.float32))
+            new("DynamicQuantizeLinear", codes, x)
+            new.made[0].outputs += [scale, zero_point]
+            digit = _Digit(x, new("DequantizeLinear", y, codes, scale, zero_point), scale)
+        self.digits[y.name] = digit
+        if digit.value is not y:
+            self._read_levels(y, digit)
+        return new.made
+
+    def _quantize(
+        self, new: _Nodes, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, y: str | Tensor, token: Tensor | None = None
+    ) -> _Digit:
+        """Q, an integer Clip below 8 bits, DQ."""
+        codes = new("QuantizeLinear", "codes", x, scale, zero_point, dtype=np.uint8)
         if bits < 8:
             low = self._constant("onnxcomp/zero.u8", 0, np.uint8)
             high = self._constant(f"onnxcomp/max.u{bits}", 2**bits - 1, np.uint8)
-            clipped = Variable(f"{name}/codes.u{bits}", dtype=np.dtype(np.uint8))
-            nodes.append(_node("Clip", name, [codes, low, high], clipped))
-            codes = clipped
-        return [*nodes, _node("DequantizeLinear", name, [codes, scale, zero_point], y)]
+            codes = new("Clip", f"codes.u{bits}", codes, low, high, dtype=np.uint8)
+        return _Digit(x, new("DequantizeLinear", y, codes, scale, zero_point), scale, token)
 
-    def _dynamic(self, node: Node) -> None:
-        """A range measured at run time, per tensor: DynamicQuantizeLinear for 8 bits, a computed symmetric scale below."""
-        x, y, bits = node.inputs[0], node.outputs[0], node.attrs["bits"]
-        if bits < 8 or node.attrs["ratio"] != 1:
-            nodes, scale = self._measured_scale(y.name, x, bits, node.attrs["ratio"], per_token=False)
-            self.digits[y.name] = _Digit(x, y, scale)
-            self._replace(node, nodes + self._quantize(y.name, x, scale, self._middle(bits), bits, y))
-            return
-        codes, zero_point = (Variable(f"{y.name}/{n}", dtype=np.dtype(np.uint8)) for n in ("codes", "zero_point"))
-        scale = Variable(f"{y.name}/scale", dtype=np.dtype(np.float32))
-        quantize = _node("DynamicQuantizeLinear", y.name, [x], codes)
-        quantize.outputs += [scale, zero_point]
-        self.digits[y.name] = _Digit(x, y, scale)
-        self._replace(node, [quantize, _node("DequantizeLinear", y.name, [codes, scale, zero_point], y)])
-
-    def _measured_scale(self, name: str, x: Tensor, bits: int, ratio: float, *, per_token: bool) -> tuple[list[Node], Variable]:
+    def _measured_scale(self, new: _Nodes, node: Node) -> Tensor:
         """Scale = max(ratio * max|x| / qmax, tiny), over the last axis or over everything."""
-        names = ("abs", "max", "unfloored", "scale")
-        absolute, largest, unfloored, scale = (Variable(f"{name}/{n}", dtype=np.dtype(np.float32)) for n in names)
-        factor = Constant(f"{name}/factor", np.array(ratio / (2 ** (bits - 1) - 1), np.float32))
+        per_token = node.attrs["granularity"] == "token"
         axes = [self._constant("onnxcomp/last-axis", [-1], np.int64)] if per_token else []
-        nodes = [
-            _node("Abs", name, [x], absolute),
-            _node("ReduceMax", name, [absolute, *axes], largest, keepdims=int(per_token)),
-            _node("Mul", name, [largest, factor], unfloored),
-            _node("Max", name, [unfloored, self._constant("onnxcomp/tiny", TINY, np.float32)], scale),
-        ]
-        return nodes, scale
+        factor = Constant(f"{new.name}/factor", np.array(node.attrs["ratio"] / (2 ** (node.attrs["bits"] - 1) - 1), np.float32))
+        largest = new("ReduceMax", "max", new("Abs", "abs", node.inputs[0]), *axes, keepdims=int(per_token))
+        unfloored = new("Mul", "unfloored", largest, factor)
+        return new("Max", "scale", unfloored, self._constant("onnxcomp/tiny", TINY, np.float32))
 
-    def _token(self, node: Node) -> None:
-        """A range per token at run time: x/s is quantized with scale 1, and the product is multiplied by s behind the
-        MatMul, so the kernel itself stays the ordinary integer one.
-        """
-        x, y, bits = node.inputs[0], node.outputs[0], node.attrs["bits"]
-        nodes, scale = self._measured_scale(y.name, x, bits, node.attrs["ratio"], per_token=True)
-        unit, levels = (Variable(f"{y.name}/{n}", dtype=np.dtype(np.float32)) for n in ("unit", "levels"))
-        nodes.append(_node("Div", y.name, [x, scale], unit))
-        one = self._constant("onnxcomp/one", 1.0, np.float32)
-        nodes += self._quantize(levels.name, unit, one, self._middle(bits), bits, levels)
-        self.digits[y.name] = _Digit(unit, levels, one, scale)
-        self._read_levels(y, levels, scale)
-        self._replace(node, nodes)
-
-    def _residual(self, node: Node) -> None:
+    def _residual(self, new: _Nodes, node: Node, middle: Constant) -> _Digit:
         """What the quantizer that makes the second input has left of the first, with a step finer by the factor `finer`, or
         a static range of its own. Readers with one step share it.
         """
-        before, y, bits, finer = self.digits[node.inputs[1].name], node.outputs[0], node.attrs["bits"], node.attrs["finer"]
-        key = tuple(float(t.values) for t in node.inputs[2:]) or (finer, float(bits))
+        before, bits, finer, ranges = self.digits[node.inputs[1].name], node.attrs["bits"], node.attrs["finer"], node.inputs[2:]
+        key = tuple(float(t.values) for t in ranges) or (finer, float(bits))
         if key not in before.next:
-            rest, value, scale = (Variable(f"{y.name}/{n}", dtype=np.dtype(np.float32)) for n in ("rest", "value", "scale"))
-            nodes, ranges = [_node("Sub", y.name, [before.source, before.value], rest)], (scale, self._middle(bits))
-            if len(node.inputs) == 4:
-                ranges = (node.inputs[2], node.inputs[3])
-            else:
-                factor = Constant(f"{y.name}/finer", np.array(finer, np.float32))
-                nodes.append(_node("Mul", y.name, [before.scale, factor], scale))
-            insert_before(self.graph, node, [*nodes, *self._quantize(y.name, rest, *ranges, bits, value)])
-            before.next[key] = _Digit(rest, value, ranges[0], before.token)
-        found = self.digits[y.name] = before.next[key]
-        self._read_levels(y, found.value, found.token)
-        remove(self.graph, node)
+            rest = new("Sub", "rest", before.source, before.value)
+            if not ranges:
+                ranges = [new("Mul", "scale", before.scale, Constant(f"{new.name}/finer", np.array(finer, np.float32))), middle]
+            before.next[key] = self._quantize(new, rest, ranges[0], ranges[1], bits, "value", before.token)
+        return before.next[key]
 
-    def _read_levels(self, y: Tensor, levels: Tensor, scale: Tensor | None) -> None:
-        """Let the products that read `y` read `levels` instead, and multiply them by the `scale` of each token."""
+    def _read_levels(self, y: Tensor, digit: _Digit) -> None:
+        """Let the products that read `y` read the digit instead, and multiply them by its scale of each token."""
         for consumer in [n for n in list(y.outputs) if n.domain != DOMAIN]:
-            consumer.inputs[[t is y for t in consumer.inputs].index(True)] = levels
+            consumer.inputs[[t is y for t in consumer.inputs].index(True)] = digit.value
             result = consumer.outputs[0]
-            if scale is None or result.name.endswith("/unscaled"):
+            if digit.token is None or result.name.endswith("/unscaled"):
                 continue
             assert consumer.op in ("MatMul", "Sum"), "per-token ranges stand in front of a MatMul, or a sum of their terms"
-            unscaled = Variable(f"{result.name}/unscaled", dtype=result.dtype)
-            consumer.outputs[0] = unscaled
-            insert_after(self.graph, consumer, [_node("Mul", consumer.name, [unscaled, scale], result)])
+            _put_behind(self.graph, consumer, "Mul", "unscaled", digit.token)
 
     def _scale_once(self, node: Node) -> None:
         """Multiply a sum of products by the scale of each token, instead of every product."""
@@ -221,85 +211,71 @@ class _Lowering:
         scaled = [m for m in makers if m.op == "Mul" and m.inputs[0].name.endswith("/unscaled")]
         if len(scaled) != len(node.inputs) or len({id(mul.inputs[1]) for mul in scaled}) != 1:
             return
-        scale, result, name = scaled[0].inputs[1], node.outputs[0], scaled[0].name
+        scale, name = scaled[0].inputs[1], scaled[0].name  # the layer's own name, for the product behind the sum now
         node.inputs = [mul.inputs[0] for mul in scaled]
         for mul in scaled:
             remove(self.graph, mul)
-        node.outputs[0] = Variable(f"{result.name}/unscaled", dtype=result.dtype)
-        last = Node("Mul", name, inputs=[node.outputs[0], scale], outputs=[result])  # the layer's own, behind the sum now
-        insert_after(self.graph, node, [last])
-
-    def _middle(self, bits: int) -> Constant:
-        return self._constant(f"onnxcomp/middle.u{bits}", 2 ** (bits - 1), np.uint8)
+        _put_behind(self.graph, node, "Mul", "unscaled", scale, name=name)
 
     # --- weights and biases --------------------------------------------------------------------------------------------
 
-    def _weight(self, node: Node) -> None:
+    def _weight(self, node: Node) -> list[Node]:
         """Stored codes, then DequantizeLinear per channel; 4 bits and fewer are stored as int4 and cast. In front of an
         operator with float activations Cast and Mul, which the runtime folds when it loads the file, so that it runs at
         float speed; a DequantizeLinear there is computed at every run, or becomes a kernel of lower accuracy.
         """
         codes, scale = node.inputs
-        y, axis = node.outputs[0], node.attrs["axis"]
-        stored = packed_int4(codes.name, codes.values) if node.attrs["bits"] <= 4 else codes
+        y, axis, new = node.outputs[0], node.attrs["axis"], _Nodes(node.outputs[0].name)
+        stored: Tensor = packed_int4(codes.name, codes.values) if node.attrs["bits"] <= 4 else codes
         if any(reader.op == "Sum" or not _is_quantized(reader.inputs[0]) for reader in y.outputs):
-            shape = [-1 if i == axis else 1 for i in range(len(codes.shape))]
-            floats = Variable(f"{y.name}/codes.f32", dtype=np.dtype(np.float32))
-            factor = Constant(scale.name, scale.values.reshape(shape))
-            cast = _node("Cast", y.name, [stored], floats, to=FLOAT)
-            self._replace(node, [cast, _node("Mul", y.name, [floats, factor], y)])
-            return
-        nodes, widened = [], stored
+            factor = Constant(scale.name, _along(scale.values, axis, codes))
+            new("Mul", y, new("Cast", "codes.f32", stored, to=FLOAT), factor)
+            return new.made
         if stored is not codes:
-            widened = Variable(f"{y.name}/codes.i8", dtype=np.dtype(np.int8))
-            nodes.append(_node("Cast", y.name, [stored], widened, to=INT8))
+            stored = new("Cast", "codes.i8", stored, dtype=np.int8, to=INT8)
         zero_point = Constant(f"{y.name}/zero_point", np.zeros(scale.shape, np.int8))
-        self._replace(node, [*nodes, _node("DequantizeLinear", y.name, [widened, scale, zero_point], y, axis=axis)])
+        new("DequantizeLinear", y, stored, scale, zero_point, axis=axis)
+        return new.made
 
     def _integer_bias(self, conv: Node) -> None:
         """Give a Conv with quantized input and weight an int32 bias of scale s_x * s_w, as its kernel expects."""
-        weight, source = _weight_codes(conv), conv.inputs[0].inputs
-        if weight is None or len(conv.inputs) < 3 or not isinstance(conv.inputs[2], Constant):
+        weight = _weight_codes(conv)
+        if weight is None or len(conv.inputs) < 3 or not isinstance(conv.inputs[2], Constant) or not _is_static(conv.inputs[0]):
             return
-        if len(source) != 1 or source[0].attrs.get("granularity") != "static":
-            return
-        bias, input_scale = conv.inputs[2].values.astype(np.float64), np.float64(source[0].inputs[1].values)
+        bias, input_scale = conv.inputs[2].values.astype(np.float64), np.float64(conv.inputs[0].inputs[0].inputs[1].values)
         _widen_dead_channels(weight, np.abs(bias) / (input_scale * 2.0**30))
         step = (input_scale * weight.inputs[1].values.astype(np.float64)).astype(np.float32)
-        codes = np.rint(bias / step)
-        stored = Constant(f"{conv.name}/int32-bias.i32", codes.astype(np.int32))
-        scale = Constant(f"{conv.name}/int32-bias.scale", step)
-        zero = Constant(f"{conv.name}/int32-bias.zero_point", np.zeros(step.shape, np.int32))
-        conv.inputs[2] = Variable(f"{conv.name}/int32-bias", dtype=np.dtype(np.float32))
-        name = f"{conv.name}/int32-bias"
-        insert_before(self.graph, conv, [_node("DequantizeLinear", name, [stored, scale, zero], conv.inputs[2], axis=0)])
+        stored = {"i32": np.rint(bias / step).astype(np.int32), "scale": step, "zero_point": np.zeros(step.shape, np.int32)}
+        self._read_stored(conv, 2, "int32-bias", stored, axis=0)
 
     def _integer_operand(self, node: Node) -> None:
         """Store the constant operand of an integer Add or Mul in 8 bits; its kernel takes no float one."""
         constants = [i for i, t in enumerate(node.inputs) if is_operand(node, t)]
-        reader = node.outputs[0].outputs[0] if len(node.outputs[0].outputs) == 1 else None
-        if reader is not None and reader.op in ("Relu", "Clip") and len(reader.outputs[0].outputs) == 1:
-            reader = reader.outputs[0].outputs[0]
+        reader = _only_reader(node.outputs[0])
+        if reader is not None and reader.op in ("Relu", "Clip"):
+            reader = _only_reader(reader.outputs[0]) or reader
         if len(constants) != 1 or not _is_static(node.inputs[1 - constants[0]]) or reader is None or reader.domain != DOMAIN:
             return
-        values, name = node.inputs[constants[0]].values, f"{node.name}/operand"
+        values = node.inputs[constants[0]].values
         q = from_range(values.min(), values.max(), Scheme(8))
-        stored = [Constant(f"{name}.codes", q.quantize(values)), Constant(f"{name}.scale", q.scale)]
-        node.inputs[constants[0]] = Variable(name, dtype=np.dtype(np.float32))
-        zero_point = Constant(f"{name}.zero_point", q.zero_point)
-        insert_before(self.graph, node, [_node("DequantizeLinear", name, [*stored, zero_point], node.inputs[constants[0]])])
+        stored = {"codes": q.quantize(values), "scale": q.scale, "zero_point": q.zero_point}
+        self._read_stored(node, constants[0], "operand", stored)
+
+    def _read_stored(self, node: Node, index: int, label: str, stored: Mapping[str, np.ndarray], **attrs: Any) -> None:
+        """Let `node` read DequantizeLinear of the stored codes, scale and zero point in place of its input at `index`."""
+        new = _Nodes(f"{node.name}/{label}")
+        node.inputs[index] = Variable(new.name, dtype=np.dtype(np.float32))
+        constants = [Constant(f"{new.name}.{key}", values) for key, values in stored.items()]
+        new("DequantizeLinear", node.inputs[index], *constants, **attrs)
+        insert_before(self.graph, node, new.made)
 
     def _split_gemm(self, node: Node) -> None:
         """Write a plain Gemm as MatMul and Sum."""
         assert not node.attrs.get("transB", 0), "prepare() has transposed the weight"
         node.op = "MatMul"
         node.attrs.clear()
-        if len(node.inputs) < 3:
-            return
-        bias, y = node.inputs.pop(), node.outputs[0]
-        product = Variable(f"{y.name}/product", dtype=y.dtype)
-        node.outputs[0] = product
-        insert_after(self.graph, node, [_node("Sum", node.name, [product, bias], y)])
+        if len(node.inputs) == 3:
+            _put_behind(self.graph, node, "Sum", "product", node.inputs.pop())
 
 
 def _absorb(graph: Graph, quantize: Node) -> None:
@@ -312,7 +288,7 @@ def _absorb(graph: Graph, quantize: Node) -> None:
         return
     step, zero = float(scale.values), int(zero_point.values)
     largest = 255 if reader.op != "Clip" else int(reader.inputs[2].values)
-    low, high = lower_bound(clip), clip_bounds(clip)[1] if clip.op == "Clip" else None
+    low, high = clip_bounds(clip)
     if low is not None and -zero * step < low:
         return
     # The largest code may exceed the bound by a rounding of its scale: no value in between has another code.
@@ -329,26 +305,33 @@ def _keep_integer(graph: Graph, node: Node) -> None:
     """Keep the runtime from fusing a product of quantized operands with what reads it into a float operator: an Add
     becomes a Sum, and in front of a ReLU, or of several readers, stands a Sum of one.
     """
-    y = node.outputs[0]
-    while len(y.outputs) == 1 and y.outputs[0].op in ("Add", "Sum", "Mul") and y.outputs[0].outputs[0].outputs:
-        reader = y.outputs[0]
+    reader = first = _only_reader(node.outputs[0])
+    while reader is not None and reader.op in ("Add", "Sum", "Mul") and reader.outputs[0].outputs:
         if reader.op == "Add" or (reader.op == "Sum" and any(is_load_time(t) for t in reader.inputs)):
             reader.op = "Sum"
             return
-        y = reader.outputs[0]
+        reader = _only_reader(reader.outputs[0])
+    if first is not None and first.op == "Add":
+        first.op = "Sum"
+    elif node.outputs[0].outputs and (first is None or first.op in ("Relu", "Clip")):
+        _put_behind(graph, node, "Sum", "product")
+
+
+def _put_behind(graph: Graph, node: Node, op: str, suffix: str, *others: Tensor, name: str = "") -> None:
+    """Let an operator on what `node` makes, and on `others`, make it in its place; `suffix` names the value before."""
     y = node.outputs[0]
-    if len(y.outputs) == 1 and y.outputs[0].op not in ("Relu", "Clip", "Add"):
-        return
-    if len(y.outputs) == 1 and y.outputs[0].op == "Add":
-        y.outputs[0].op = "Sum"
-    elif y.outputs:
-        raw = Variable(f"{y.name}/product", dtype=y.dtype)
-        node.outputs[0] = raw
-        insert_after(graph, node, [_node("Sum", node.name, [raw], y)])
+    node.outputs[0] = Variable(f"{y.name}/{suffix}", dtype=y.dtype)
+    new = Node(op, name or f"{node.name}/{op}", inputs=[node.outputs[0], *others], outputs=[y])
+    insert_after(graph, node, [new])
 
 
-def _node(op: str, prefix: str, inputs: Sequence[Tensor], output: Tensor, **attrs: object) -> Node:
-    return Node(op, f"{prefix}/{op}", attrs=dict(attrs), inputs=list(inputs), outputs=[output])
+def _only_reader(tensor: Tensor) -> Node | None:
+    return tensor.outputs[0] if len(tensor.outputs) == 1 else None
+
+
+def _along(values: np.ndarray, axis: int, codes: Tensor) -> np.ndarray:
+    """Values per channel in the rank of the codes, whose channels run along `axis`."""
+    return values.reshape([-1 if i == axis else 1 for i in range(len(codes.shape))])
 
 
 def _widen_dead_channels(weight: Node, least: np.ndarray) -> None:
@@ -359,8 +342,8 @@ def _widen_dead_channels(weight: Node, least: np.ndarray) -> None:
     wide = np.maximum(scale.values, least.astype(np.float32))
     if np.array_equal(wide, scale.values):
         return
-    shape = [-1 if i == weight.attrs["axis"] else 1 for i in range(codes.values.ndim)]
-    rounded = np.rint(codes.values * (scale.values.astype(np.float64) / wide).reshape(shape)).astype(np.int8)
+    narrower = _along(scale.values.astype(np.float64) / wide, weight.attrs["axis"], codes)
+    rounded = np.rint(codes.values * narrower).astype(np.int8)
     weight.inputs[0], weight.inputs[1] = Constant(codes.name, rounded), Constant(scale.name, wide)
 
 

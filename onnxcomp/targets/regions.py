@@ -8,7 +8,7 @@ kernel: a residual Add, a Concat, a MaxPool. Everything else around a layer need
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,58 +20,46 @@ from onnxcomp.targets.base import Plan, Point, Settings
 JOIN_OPS = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
 """Operators without weights that have an integer kernel when inputs and output are quantized."""
 STORAGE = Scheme(bits=8)
-
-
-@dataclass
-class _Region:
-    stored: dict[str, str | None]
-    """Stored tensor -> the tensor whose parameters it shares, or None for its own."""
-    joins: list[Site]
+_Stored = dict[str, str | None]
+"""Stored tensor -> the tensor whose parameters it shares, or None for its own."""
 
 
 def plan_with_regions(graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings]) -> Plan:
     """Points for `sites`: stored tensors of 8 bits, and the sites' inputs at their own bits."""
     static = {s.name: s for s in sites if settings[s.name].activations in ("static", "auto")}
-    tensors = graph.tensors()
-    results = {t.name for t in graph.outputs}
-    region = _find_region(graph, static, results)
-    points: list[Point] = []
-    direct: dict[str, Point] = {}
-    for tensor, same_as in region.stored.items():
-        source = direct[same_as] if same_as is not None else None
-        point = _storage_point(tensors[tensor], region, settings, results, source)
-        direct[tensor] = point
-        points.append(point)
-    points += _input_points(graph, sites, settings, direct)
+    tensors, results = graph.tensors(), {t.name for t in graph.outputs}
+    stored, joins = _find_region(graph, static, results)
+    points: dict[str, Point] = {}
+    for tensor, same_as in stored.items():
+        if same_as is None:
+            points[tensor] = _storage_point(tensors[tensor], stored, settings, results)
+        else:  # the same values, so the same codes
+            points[tensor] = replace(points[same_as], tensor=tensor, highest=float("inf"), same_as=same_as)
     order = {node.name: index for index, node in enumerate(graph.nodes)}
-    every = sorted([*sites, *region.joins], key=lambda site: order[site.name])
+    every = sorted([*sites, *joins], key=lambda site: order[site.name])
     heads: dict[str, Site | None] = {site.name: site for site in every}
-    for tensor in region.stored:
+    for tensor in stored:
         if tensors[tensor].outputs:
             heads.setdefault(min(tensors[tensor].outputs, key=lambda node: order[node.name]).name, None)
-    return Plan(tuple(every), dict(settings), tuple(points), heads)
+    return Plan(tuple(every), dict(settings), (*points.values(), *_input_points(sites, settings, points)), heads)
 
 
-def _find_region(graph: Graph, static: Mapping[str, Site], results: set[str]) -> _Region:
-    region = _Region({}, [])
+def _find_region(graph: Graph, static: Mapping[str, Site], results: set[str]) -> tuple[_Stored, list[Site]]:
+    """The stored tensors, and the sites of the operators that join them."""
+    stored: _Stored = {}
+    joins: list[Site] = []
     for node in graph.nodes:
         if node.name in static and static[node.name].op == "Conv":
-            _store(region, tail(node.outputs[0], results), None)
-        elif node.op in JOIN_OPS and _activations(node) and all(t.name in region.stored for t in _activations(node)):
+            stored[tail(node.outputs[0], results).name] = None
+        elif node.op in JOIN_OPS and _activations(node) and all(t.name in stored for t in _activations(node)):
             output, constants = tail(node.outputs[0], results), [t for t in node.inputs if not isinstance(t, Variable)]
-            useful = all(is_operand(node, t) for t in constants) and (not constants or _feeds_integers(output, static, region))
+            useful = all(is_operand(node, t) for t in constants) and (not constants or _feeds_integers(output, static))
             if useful and output.name not in results:
-                region.joins.append(join(node))
-                _store(region, output, None)
-        elif node.op in PASS_THROUGH_OPS and node.inputs and node.inputs[0].name in region.stored:
-            for output in node.outputs:
-                if _feeds_integers(output, static, region):
-                    _store(region, output, node.inputs[0].name)
-    return region
-
-
-def _store(region: _Region, tensor: Tensor, same_as: str | None) -> None:
-    region.stored[tensor.name] = same_as
+                joins.append(join(node))
+                stored[output.name] = None
+        elif node.op in PASS_THROUGH_OPS and node.inputs and node.inputs[0].name in stored:
+            stored |= {output.name: node.inputs[0].name for output in node.outputs if _feeds_integers(output, static)}
+    return stored, joins
 
 
 def is_operand(node: Node, tensor: Tensor) -> bool:
@@ -84,102 +72,73 @@ def tail(tensor: Tensor, results: set[str]) -> Tensor:
     graph's outputs.
     """
     readers = tensor.outputs
-    if (
-        tensor.name not in results
-        and len(readers) == 1
-        and readers[0].op in ("Relu", "Clip")
-        and lower_bound(readers[0]) == 0.0
-    ):
-        return readers[0].outputs[0]
-    return tensor
-
-
-def lower_bound(node: Node) -> float | None:
-    """The constant lower bound of a Relu or Clip; None where there is none."""
-    if node.op == "Relu":
-        return 0.0
-    return clip_bounds(node)[0]
+    is_absorbed = tensor.name not in results and len(readers) == 1 and clip_bounds(readers[0])[0] == 0.0
+    return readers[0].outputs[0] if is_absorbed else tensor
 
 
 def clip_bounds(node: Node) -> tuple[float | None, float | None]:
-    """The constant bounds of a Clip; None for a bound that is absent or no constant."""
-    bounds: list[float | None] = [None, None]
-    for index, tensor in enumerate(node.inputs[1:3]):
-        if isinstance(tensor, Constant):
-            bounds[index] = float(np.asarray(tensor.values).reshape(()))
-    return bounds[0], bounds[1]
+    """The constant bounds of a Relu or Clip; None for a bound that is absent or no constant, and for other operators."""
+    if node.op == "Relu":
+        return 0.0, None
+    given = [float(t.values.reshape(())) if isinstance(t, Constant) else None for t in node.inputs[1:3] if node.op == "Clip"]
+    low, high, *_ = *given, None, None
+    return low, high
 
 
 def _activations(node: Node) -> list[Tensor]:
     return [t for t in node.inputs if isinstance(t, Variable) and not t.is_empty()]
 
 
-def _feeds_integers(tensor: Tensor, static: Mapping[str, Site], region: _Region) -> bool:
+def _feeds_integers(tensor: Tensor, static: Mapping[str, Site]) -> bool:
     """Whether an integer kernel reads `tensor`, at once or behind further moves of the same values."""
     return any(
         node.name in static
         or node.op in JOIN_OPS
-        or (node.op in PASS_THROUGH_OPS and any(_feeds_integers(t, static, region) for t in node.outputs))
+        or (node.op in PASS_THROUGH_OPS and any(_feeds_integers(t, static) for t in node.outputs))
         for node in tensor.outputs
     )
 
 
-def _storage_point(
-    tensor: Tensor, region: _Region, settings: Mapping[str, Settings], results: set[str], source: Point | None
-) -> Point:
-    """The quantizer of a stored tensor: its source's where it holds the same values, else its readers' own where they are
-    layers that agree, else 8 bits.
-    """
-    if source is not None:
-        return replace(source, tensor=tensor.name, highest=float("inf"), same_as=source.tensor)
-    readers = _readers(tensor, region, settings, results)
-    point = Point(tensor.name, STORAGE, "static", "mse", 99.99, None, _upper_bound(tensor))
-    layers = [reader for reader in readers if reader is not None]
-    if not layers:
+def _storage_point(tensor: Tensor, stored: _Stored, settings: Mapping[str, Settings], results: set[str]) -> Point:
+    """The quantizer of a stored tensor: its readers' own where they are layers that agree, else 8 bits."""
+    readers = _readers(tensor, stored, settings, results)
+    maker = tensor.inputs[0] if tensor.inputs else None
+    highest = clip_bounds(maker)[1] if maker is not None else None
+    point = Point(tensor.name, STORAGE, "static", "mse", 99.99, None, float("inf") if highest is None else highest)
+    first = next((reader for reader in readers if reader is not None), None)
+    if first is None:
         return point
-    first = layers[0]
-    point = replace(point, ranges=first.ranges, percentile=first.percentile)
-    agree = len(layers) == len(readers) and all(
-        replace(r, weight_bits=0, rounding="") == replace(first, weight_bits=0, rounding="") for r in layers
-    )
-    return replace(point, scheme=activation_scheme(first)) if agree else point
+    scheme = activation_scheme(first) if set(readers) == {first} else STORAGE
+    return replace(point, scheme=scheme, ranges=first.ranges, percentile=first.percentile)
 
 
-def _readers(tensor: Tensor, region: _Region, settings: Mapping[str, Settings], results: set[str]) -> list[Settings | None]:
-    """The settings of the layers that read `tensor` or what only moves its values; None for any other reader."""
+def _readers(tensor: Tensor, stored: _Stored, settings: Mapping[str, Settings], results: set[str]) -> list[Settings | None]:
+    """How the layers that read `tensor`, or what only moves its values, want it; None for any other reader."""
     found: list[Settings | None] = [None] if tensor.name in results else []
     for node in tensor.outputs:
-        moved = [t for t in node.outputs if region.stored.get(t.name) == tensor.name]
+        moved = [t for t in node.outputs if stored.get(t.name) == tensor.name]
         if node.op in PASS_THROUGH_OPS and len(moved) == len(node.outputs):
-            found += [reader for t in moved for reader in _readers(t, region, settings, results)]
+            found += [reader for t in moved for reader in _readers(t, stored, settings, results)]
         else:
             wanted = settings.get(node.name)
-            found.append(wanted if wanted is not None and wanted.activations in ("static", "auto") else None)
+            found.append(_of_input(wanted) if wanted is not None and wanted.activations in ("static", "auto") else None)
     return found
 
 
-def _upper_bound(tensor: Tensor) -> float:
-    """The bound of the Clip that makes `tensor`, infinity where there is none."""
-    maker = tensor.inputs[0] if tensor.inputs else None
-    bound = clip_bounds(maker)[1] if maker is not None and maker.op == "Clip" else None
-    return float("inf") if bound is None else bound
+def _of_input(wanted: Settings) -> Settings:
+    """The settings without those of the weight: layers that agree in these can share a quantizer."""
+    return replace(wanted, weight_bits=0, rounding="")
 
 
-def _input_points(
-    graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], direct: Mapping[str, Point]
-) -> list[Point]:
+def _input_points(sites: Sequence[Site], settings: Mapping[str, Settings], stored: Mapping[str, Point]) -> list[Point]:
     """One point per tensor and scheme, shared by all the sites that read the tensor in the same way."""
     shared: dict[tuple[str, Settings], list[str]] = {}
     for site in sites:
         wanted = settings[site.name]
-        if wanted.activations == "float":
-            continue
-        for tensor in dict.fromkeys(site.inputs):
-            stored = direct.get(tensor)
-            if stored is not None and stored.scheme == activation_scheme(wanted) and wanted.activations in ("static", "auto"):
-                continue
-            key = (tensor, replace(wanted, weight_bits=0, rounding=""))
-            shared.setdefault(key, []).append(site.name)
+        is_static, scheme = wanted.activations in ("static", "auto"), activation_scheme(wanted)
+        for tensor in dict.fromkeys(site.inputs if wanted.activations != "float" else ()):
+            if not (is_static and tensor in stored and stored[tensor].scheme == scheme):
+                shared.setdefault((tensor, _of_input(wanted)), []).append(site.name)
     return [
         Point(tensor, activation_scheme(wanted), wanted.activations, wanted.ranges, wanted.percentile, tuple(readers))
         for (tensor, wanted), readers in shared.items()

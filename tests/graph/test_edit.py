@@ -65,8 +65,8 @@ def test_a_tape_names_nodes_by_prefix_operator_and_number():
 
     assert (first, second) == ("fc/nbc/abs", "fc/nbc/log-1")
     assert tape.nodes == [
-        NewNode("Abs", "fc/nbc/abs", ("x",), ("fc/nbc/abs",), {}, None),
-        NewNode("Log", "fc/nbc/log-1", ("fc/nbc/abs",), ("fc/nbc/log-1",), {"base": 2}, None),
+        NewNode("Abs", "fc/nbc/abs", ("x",), {}, None),
+        NewNode("Log", "fc/nbc/log-1", ("fc/nbc/abs",), {"base": 2}, None),
     ]
 
 

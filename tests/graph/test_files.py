@@ -49,7 +49,7 @@ def test_a_large_model_keeps_its_weights_beside_it_where_the_runtime_finds_them(
 
     assert entries_of(external.parent) == ["m.onnx", "m.onnx.data"]
     assert external.stat().st_size < 1000
-    assert files.weight_files(external) == (external.parent / "m.onnx.data",)
+    assert files.files_of(external) == (external, external.parent / "m.onnx.data")
     np.testing.assert_array_equal(run(session, X)["y"], run(model, X)["y"])
     assert files.check(external) == f"onnx {onnx.__version__}"
     assert model.SerializeToString(deterministic=True) == before
@@ -195,7 +195,7 @@ def test_a_folder_that_cannot_be_written_to_says_why(model: ModelProto, tmp_path
     def refuse(**_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(files.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(files, "TemporaryDirectory", refuse)
     with pytest.raises(ModelError, match=r"m\.onnx cannot be written: permission denied\.$"):
         files.save(model, tmp_path / "m.onnx")
 

@@ -163,7 +163,7 @@ def test_a_static_quantizer_is_recorded_with_its_parameters():
     name = activations.build_static(tape, "h", q)
 
     (node,) = tape.nodes
-    assert (node.op, node.domain, node.outputs) == ("FakeQuantize", DOMAIN, (name,))
+    assert (node.op, node.domain, node.name) == ("FakeQuantize", DOMAIN, name)
     assert node.inputs == ("h", "h/quantized.scale", "h/quantized.zero_point")
     assert node.attrs == {"bits": 4, "signed": 0, "granularity": "static"}
     assert (tape.constants["h/quantized.scale"], tape.constants["h/quantized.zero_point"]) == (0.25, 0)
