@@ -10,14 +10,12 @@ The public names are loaded on first use: `import onnxcomp` alone loads neither 
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onnxcomp.compare import compare
+    from onnxcomp.comparison import compare
     from onnxcomp.errors import OnnxcompError
     from onnxcomp.pipeline import Result, quantize
     from onnxcomp.recipe import Bits, Recipe
@@ -28,7 +26,7 @@ __all__ = ["Bits", "OnnxcompError", "Recipe", "Report", "Result", "__version__",
 _HOME = {
     "Bits": "onnxcomp.recipe", "Recipe": "onnxcomp.recipe", "OnnxcompError": "onnxcomp.errors",
     "Report": "onnxcomp.report.model", "Result": "onnxcomp.pipeline",
-    "compare": "onnxcomp.compare", "quantize": "onnxcomp.pipeline",
+    "compare": "onnxcomp.comparison", "quantize": "onnxcomp.pipeline",
 }  # fmt: skip
 
 try:
@@ -47,14 +45,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """`compare` is a function and a module: importing the module must not put it in the function's place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

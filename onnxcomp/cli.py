@@ -145,7 +145,7 @@ def quantize(
     destination = Path(output) if output is not None else path.with_name(f"{path.stem}.{recipe.bits}.onnx")
 
     from onnxcomp import pipeline
-    from onnxcomp.compare import compare as compare_models
+    from onnxcomp.comparison import compare as compare_models
     from onnxcomp.graph import files
     from onnxcomp.report import text
 
@@ -178,7 +178,7 @@ def quantize(
 @click.option("--samples", "limit", type=int, metavar="N", help="Compare on N of the samples.")
 def compare(reference: str, other: str, data: str, **options: Any) -> tuple[object, ...]:
     """Compare the outputs of two models on samples."""
-    from onnxcomp.compare import compare as compare_models
+    from onnxcomp.comparison import compare as compare_models
     from onnxcomp.report import text
 
     with _progress() as progress:

@@ -83,10 +83,8 @@ def quantize(
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable = can_stack(reference, samples)
-        sites, blocks = (
-            confirm_tokens(prepared.graph, prepared.model, places, samples, stackable=stackable)
-            for places in (choice.sites, choice.blocks)
-        )
+        sites = confirm_tokens(prepared.graph, prepared.model, choice.sites, samples, stackable=stackable)
+        blocks = confirm_tokens(prepared.graph, prepared.model, choice.blocks, samples, stackable=stackable)
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
         store = Store(samples, batchable=stackable)
     plan = target.plan(prepared.graph, choice.sites, choice.settings)

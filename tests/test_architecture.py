@@ -28,7 +28,7 @@ LAYERS = (
     ("recipe", "report"),
     ("choose", "compress", "verify"),
     ("account",),
-    ("pipeline", "compare", "inspect", "bench", "manual", "strip", "export"),
+    ("pipeline", "comparison", "inspect", "bench", "manual", "strip", "export"),
     ("cli",),
 )
 """From the ground up. Imports reach into the layers below and into one's own package, never sideways or up."""

@@ -14,29 +14,30 @@ Paper   arXiv:2605.16423 (its constants are not published; ours are measured). L
 Cost    C_in C_out weights. On ViT-Ti, in percent of the block's time: 5 linear, 8 with the error bent, 15 with both.
 Gate    the branch of the highest gain in dB on held-out samples less its price, where that is above zero. The error is
         relative per token; the worst 5 % of a sample's tokens do not count.
-Limits  needs some 15 tokens per input channel; trusts the calibration data.
+Limits  needs some 15 tokens per input channel; trusts the calibration data; holds the errors of up to 1,024 tokens of every
+        sample in memory.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, NamedTuple, final
 
 import numpy as np
 
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Tape
-from onnxcomp.methods.activations import RatioErrors
-from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, Samples
-from onnxcomp.methods.bias import HOLD_OUT, TRIM
+from onnxcomp.methods.activations import build_shared
+from onnxcomp.methods.base import HOLD_OUT, Array, Batch, Compensation, Fit, Outcome, Samples
+from onnxcomp.methods.bias import TRIM
 from onnxcomp.numerics.affine import QParams, Scheme, from_range, weight_qparams
 from onnxcomp.numerics.prices import X86
-from onnxcomp.numerics.regression import Regression, Sums, rows, times
-from onnxcomp.numerics.statistics import Extremes, Moments
+from onnxcomp.numerics.regression import Regression, rows, times
+from onnxcomp.numerics.statistics import Moments
 
 INF = math.inf
 GRID = ((1.0, 1.0), (3.0, 3.0), (10.0, 10.0), (INF, 1.0), (INF, 3.0), (INF, INF))
@@ -53,74 +54,26 @@ DEAD, TINY = 1e-6, 1e-30
 ONE, HUGE = np.array(1.0, np.float32), np.array(1e30, np.float32)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """One sample: its number, how many tokens it has, and of at most `TOKENS` of them, evenly spread: x [T, C_in], the float
-    output f [T, C_out] and its error e [T, C_out].
+class Rows(NamedTuple):
+    """One sample: its number, how many tokens it has, and of at most `TOKENS` of them, evenly spread: x [T, C_in], the block's
+    error e [T, C_out] and the energy of its float output, summed over channels [T].
     """
 
-    index: int
+    number: int
     tokens: int
     x: Array
-    f: Array
     e: Array
+    energy: Array
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Moments per channel of the block's input and of its error, the samples' numbers, and how many tokens they have."""
-
-    x: Moments
-    e: Moments
-    index: tuple[int, ...]
-    tokens: int
-
-    def merge(self, other: Spread) -> Spread:
-        """Both, in sample order."""
-        return Spread(self.x.merge(other.x), self.e.merge(other.e), self.index + other.index, self.tokens + other.tokens)
-
-
-@dataclass(frozen=True)
-class Products:
-    """For every pair of c: the sums over the samples to fit to, and over all the largest |V| of each channel [C_out] and the
-    extremes of U.
+class Seen(tuple[Rows, ...]):
+    """The samples, in order. They are kept, not summed: every pair of c looks at them anew, and what the float and the
+    compressed block give is computed but once.
     """
 
-    sums: tuple[Sums, ...]
-    bound: tuple[Array, ...]
-    u: tuple[Extremes, ...]
-
-    def merge(self, other: Products) -> Products:
+    def merge(self, other: Seen) -> Seen:
         """Both."""
-        sums = tuple(a.merge(b) for a, b in zip(self.sums, other.sums, strict=True))
-        u = tuple(a.merge(b) for a, b in zip(self.u, other.u, strict=True))
-        return Products(sums, tuple(map(np.maximum, self.bound, other.bound)), u)
-
-
-@dataclass(frozen=True)
-class Scales:
-    """For every pair of c [A]: the factors on x [A, C_in], zero for a constant channel, and a_e [A, C_out]."""
-
-    grid: tuple[tuple[float, float], ...]
-    x: Array
-    e: Array
-
-    @classmethod
-    def of(cls, spread: Spread, grid: tuple[tuple[float, float], ...]) -> Scales:
-        """From standard deviations; where c is infinite they are taken as they are."""
-        c = np.array([[c if math.isfinite(c) else 1.0 for c in pair] for pair in grid])
-        x, e = np.sqrt(spread.x.variance), np.sqrt(spread.e.variance)
-        alive = x > DEAD * x.max()
-        return cls(grid, alive / np.where(alive, x, 1.0) / c[:, :1], np.maximum(e, max(DEAD * e.max(), TINY)) * c[:, 1:])
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One way to compensate: in words, as arrays, and its time in percent of the block's (0 where that is unknown)."""
-
-    name: str
-    fit: dict[str, Array]
-    percent: float
+        return Seen((*self, *other))
 
 
 @final
@@ -152,94 +105,109 @@ class NonlinearBipolarCompensation(Compensation):
             raise RecipeError(f"weight = '{self.weight}' is unknown. Use one of: {', '.join(FORMS)}.")
 
     def fit(self, place: Block, samples: Samples) -> Outcome:
-        spread = samples.reduce(lambda batch: _spread(batch, place), self.reads)
-        if spread.x.count != spread.e.count:
+        seen = samples.reduce(lambda batch: Seen(_samples(batch, place)), self.reads)
+        if any(len(s.x) != len(s.e) for s in seen):
             return Outcome(None, "its input and output do not line up")
-        if not spread.e.squares.any():
+        if not any(s.e.any() for s in seen):
             return Outcome(None, "there is no error to correct")
         always = self.keep == "always"
-        held_out = set() if always else {i for i in spread.index if i % HOLD_OUT == HOLD_OUT - 1}
-        scales = Scales.of(spread, ((self.alpha, self.alpha),) if self.alpha else GRID)
-        products = samples.reduce(lambda batch: _products(batch, place, scales, held_out), self.reads)
-        branches = self._branches(place, scales, products, spread.tokens / len(spread.index))
-        judges = held_out or set(spread.index)
-        errors = samples.reduce(lambda batch: _errors(batch, place, branches, judges), self.reads).errors
-        db = -10.0 * np.log10(np.maximum(errors / len(judges), TINY))
-        gains, prices = db[1:] - db[0], np.array([0.0 if always else self.price * branch.percent for branch in branches])
-        best = int(np.argmax(gains - prices))
-        gain, before_db, chosen = float(gains[best]), float(db[0]), branches[best]
-        if gains.max() <= 0 and not always:
+        fitted = [s for s in seen if always or s.number % HOLD_OUT != HOLD_OUT - 1]
+        judges = [s for s in seen if not always and s.number % HOLD_OUT == HOLD_OUT - 1] or seen
+        branches, tokens = dict(self._branches(place, seen, fitted)), sum(s.tokens for s in seen) / len(seen)
+        db = -10.0 * np.log10(np.maximum(np.mean([_errors(s, branches.values()) for s in judges], axis=0), TINY))
+        gains, percents = db[1:] - db[0], np.array([_percent(branch, place, tokens) for branch in branches.values()])
+        worth = gains - (0.0 if always else self.price) * percents
+        best = int(np.argmax(worth))
+        gain, before_db, time = float(gains[best]), float(db[0]), f"{percents[best]:.1f} % of the block's time"
+        if not always and gains.max() <= 0:
             return Outcome(None, "held-out samples do not improve", float(gains.max()), before_db, before_db)
-        if gain <= prices[best] and not always:
-            reason = f"{gain:.2f} dB are not worth {chosen.percent:.1f} % of the block's time"
-            return Outcome(None, reason, gain, before_db, before_db)
-        time = f", {chosen.percent:.1f} % of the block's time" if place.macs else ""
-        return Outcome(chosen.fit, chosen.name + time, gain, before_db, float(db[best + 1]))
+        if not always and worth[best] <= 0:
+            return Outcome(None, f"{gain:.2f} dB are not worth {time}", gain, before_db, before_db)
+        name, branch = list(branches.items())[best]
+        return Outcome(branch, f"{name}, {time}" if place.macs else name, gain, before_db, float(db[best + 1]))
 
-    def _branches(self, block: Block, scales: Scales, products: Products, tokens: float) -> list[Branch]:
-        """Every branch to try."""
-        found: list[Branch] = []
-        integer = block.channel_axis == -1
-        for i, (c_x, c_e) in enumerate(scales.grid):
-            regression = Regression.of(products.sums[i], self.ridge)
-            groups = len(regression.weight)
-            unit, inverse = scales.e[i].reshape(groups, 1, -1), scales.x[i].reshape(groups, -1, 1)
+    def _branches(self, block: Block, seen: Seen, fitted: Sequence[Rows]) -> Iterator[tuple[str, Fit]]:
+        """W in every form to try, for every pair of c: in words, and as arrays."""
+        moments = (functools.reduce(Moments.merge, map(Moments.of, a)) for a in ([s.x for s in seen], [s.e for s in seen]))
+        x, e = (np.sqrt(m.variance) for m in moments)
+        low, high = np.min([s.x.min(axis=0) for s in seen], axis=0), np.max([s.x.max(axis=0) for s in seen], axis=0)
+        largest = np.max([np.abs(s.e).max(axis=0) for s in seen], axis=0)
+        alive, integer, groups = x > DEAD * x.max(), block.channel_axis == -1, _groups(block)
+        for c_x, c_e in ((self.alpha, self.alpha),) if self.alpha else GRID:
+            factor = alive / np.where(alive, x, 1.0) / (1.0 if c_x == INF else c_x)
+            unit = np.maximum(e, max(DEAD * e.max(), TINY)) * (1.0 if c_e == INF else c_e)
+            pairs = ((_bent(s.x * factor, c_x), _bent(s.e / unit, c_e)) for s in fitted)
+            regression = Regression.of(pairs, groups, self.ridge)
             # A linear branch ends behind its bias; any other has W in units of the bound and goes on with clip and L^-1.
-            behind, common = unit, dict[str, Array]()
-            if c_e != INF:
-                behind = 1.0 / np.maximum(products.bound[i], TINY).reshape(groups, 1, -1)
-                common |= {"bound": products.bound[i], "unit": scales.e[i]}
-            if c_x != INF:
-                common |= {"factor": scales.x[i], "log": ONE}
+            bound = _bent(largest / unit, c_e)
+            behind = unit if c_e == INF else 1.0 / np.maximum(bound, TINY)
+            ends = {} if c_e == INF else {"bound": bound, "unit": unit}
+            common = ends if c_x == INF else ends | {"factor": factor, "log": ONE}
             bent = "linear" if c_e == INF else f"c = {c_e:g}" + (" on the error" if c_x == INF else "")
-            for form, left, right in self._factors(regression, unit, integer=integer):
-                w = left if right is None else left @ right
-                arrays = common | {"bias": (regression.bias(w) * behind).reshape(-1)}
-                if form == "int8" and integer:
-                    q = from_range(products.u[i].min, products.u[i].max, Scheme(8))
-                    arrays |= {"factor": scales.x[i], "input_scale": q.scale, "input_zero_point": q.zero_point}
+            for form, parts in self._forms(regression, unit, integer=integer).items():
+                weights = list(parts.values())
+                arrays = common | {"bias": regression.bias(functools.reduce(np.matmul, weights)).reshape(-1) * behind}
+                if "codes" in parts and integer:
+                    q = from_range(_bent(low * factor, c_x).min(), _bent(high * factor, c_x).max(), Scheme(8))
+                    arrays |= {"factor": factor, "input_scale": q.scale, "input_zero_point": q.zero_point}
                 if "factor" not in arrays:
-                    left = inverse * left
-                if right is not None:
-                    arrays |= {"left": rows(left), "right": rows(right * behind)}
-                else:
-                    arrays |= _codes(rows(left * behind)) if form == "int8" else {"weight": rows(left * behind)}
-                arrays = {k: v if v.dtype.kind in "iu" else _rounded(v).astype(np.float32) for k, v in arrays.items()}
-                percent = 100.0 * _time(arrays, block, tokens) if block.macs else 0.0
-                found.append(Branch(f"{bent}, {form}", arrays, percent))
-        return found
+                    weights[0] = factor.reshape(groups, -1, 1) * weights[0]
+                *left, last = map(rows, weights)
+                arrays |= zip(parts, [*left, last * behind[:, None]], strict=True)
+                if "codes" in parts:
+                    kept = _rounded(arrays["codes"])
+                    q = weight_qparams(kept, 0, 8)
+                    arrays |= {"codes": q.quantize(kept), "scale": q.scale}
+                fit = {k: v if v.dtype.kind in "iu" else _rounded(v).astype(np.float32) for k, v in arrays.items()}
+                yield f"{bent}, {form}", fit
 
-    def _factors(self, regression: Regression, unit: Array, *, integer: bool) -> Iterator[tuple[str, Array, Array | None]]:
+    def _forms(self, regression: Regression, unit: Array, *, integer: bool) -> dict[str, dict[str, Array]]:
         """W, or its two factors, in every form that is asked for. A Conv gains no time by integers: `auto` stores it in 8
         bits all the same.
         """
-        w = regression.weight
-        for form in ("float", "int8"):
-            if self.weight == form or (self.weight == "auto" and (integer or form == "int8")):
-                yield form, w, None
-        if self.weight in ("auto", "low-rank"):
+        auto, w, forms = self.weight == "auto", regression.weight, dict[str, dict[str, Array]]()
+        if self.weight == "float" or (auto and integer):
+            forms["float"] = {"weight": w}
+        if auto or self.weight == "int8":
+            forms["int8"] = {"codes": w}
+        if auto or self.weight == "low-rank":
             left, right = regression.factors(unit)
-            for rank in sorted({max(w.shape[1] // share, 1) for share in SHARES}):
-                yield f"rank {rank}", left[:, :, :rank], right[:, :rank]
+            ranks = sorted({max(w.shape[1] // share, 1) for share in SHARES})
+            forms |= {f"rank {rank}": {"left": left[:, :, :rank], "right": right[:, :rank]} for rank in ranks}
+        return forms
 
     def build(self, op: Tape, place: Block, fit: Fit) -> dict[str, str]:
-        def channels(key: str) -> str:
-            return op.constant(key, fit[key] if place.channel_axis == -1 else fit[key].reshape(-1, *[1] * (place.rank - 2)))
+        spatial = [1] * (place.rank - 2) if place.channel_axis == 1 else []
+
+        def stored(key: str) -> str:
+            """A vector or a matrix [C_out, C_in] as the operators take it."""
+            a = fit[key].reshape(*fit[key].shape, *spatial) if spatial else np.ascontiguousarray(fit[key].T)
+            return op.constant(key, a)
 
         u = place.x
         if any(stride > 1 for stride in place.strides):
             axes = np.arange(2, 2 + len(place.strides))
-            bounds = (np.zeros_like(axes), np.full_like(axes, np.iinfo(np.int64).max), axes, np.array(place.strides))
-            u = op("Slice", u, *(op.constant(k, v) for k, v in zip(("from", "to", "axes", "steps"), bounds, strict=True)))
+            bounds = {"from": 0 * axes, "to": np.full_like(axes, np.iinfo(np.int64).max), "axes": axes}
+            u = op("Slice", u, *(op.constant(k, v) for k, v in (bounds | {"steps": np.array(place.strides)}).items()))
         if "factor" in fit:
-            u = op("Mul", u, channels("factor"))
+            u = op("Mul", u, stored("factor"))
         if "log" in fit:
             u = _log(op, u)
-        z = _regression(op, place, fit, u)
+        if "input_scale" in fit:
+            scale, zero = (op.constant(key, fit[key]) for key in ("input_scale", "input_zero_point"))
+            u = build_shared(op, u, scale, zero, Scheme(8))
+        for key in _weights(fit):
+            w = stored(key)
+            if key == "codes":
+                w = op.abstract("Dequantize", w, op.constant("scale", fit["scale"]), bits=8, axis=0 if spatial else 1)
+            bias = [op.constant("bias", fit["bias"])] if spatial and key != "left" else []
+            u = op("Conv", u, w, *bias, group=_groups(place)) if spatial else op("MatMul", u, w)
+        if not spatial:
+            u = op("Add", u, op.constant("bias", fit["bias"]))
         if "unit" in fit:
-            z = op("Mul", op("Clip", z, op.constant("minus-one", -ONE), op.constant("one", ONE)), channels("bound"))
-            z = op("Mul", _exp(op, z), channels("unit"))
-        return {place.y: op("Add", place.y, z)}
+            u = op("Mul", op("Clip", u, op.constant("minus-one", -ONE), op.constant("one", ONE)), stored("bound"))
+            u = op("Mul", _exp(op, u), stored("unit"))
+        return {place.y: op("Add", place.y, u)}
 
 
 METHOD = NonlinearBipolarCompensation
@@ -247,20 +215,23 @@ METHOD = NonlinearBipolarCompensation
 
 def compensation(fit: Fit, x: Array) -> Array:
     """What the branch gives for x [T, C_in]: [T, C_out] float32, as `build` writes it down."""
-    u = x * fit["factor"] if "factor" in fit else x
+    z = x * fit["factor"] if "factor" in fit else x
     if "log" in fit:
-        u = _bent(u)
+        z = _bent(z)
     if "input_scale" in fit:
-        u = QParams(Scheme(8), fit["input_scale"], fit["input_zero_point"]).fake(u)
-    if "left" in fit:
-        z = times(times(u, fit["left"]), fit["right"])
-    else:
-        z = times(u, fit["codes"] * fit["scale"][:, None] if "codes" in fit else fit["weight"])
+        z = QParams(Scheme(8), fit["input_scale"], fit["input_zero_point"]).fake(z)
+    for key in _weights(fit):
+        z = times(z, fit[key] * fit["scale"][:, None] if key == "codes" else fit[key])
     z += fit["bias"]
     if "unit" in fit:
         z = np.clip(z, -1.0, 1.0) * fit["bound"]
         z = np.sign(z) * np.expm1(np.abs(z)) * fit["unit"]
     return z
+
+
+def _weights(fit: Fit) -> list[str]:
+    """The names of W, or of its two factors in the order in which they are applied."""
+    return [key for key in ("weight", "codes", "left", "right") if key in fit]
 
 
 def _log(op: Tape, t: str) -> str:
@@ -278,26 +249,9 @@ def _exp(op: Tape, z: str) -> str:
     return op("Div", op("Sub", power, one), op("Clip", power, op.constant("minus-one", -ONE), one))
 
 
-def _regression(op: Tape, block: Block, fit: Fit, u: str) -> str:
-    """U W + b: MatMuls, or grouped 1x1 Convs."""
-    conv, channels = block.channel_axis == 1, block.channels[0]
-    keys = ("left", "right") if "left" in fit else ("codes",) if "codes" in fit else ("weight",)
-    if "input_scale" in fit:
-        q = (op.constant(key, fit[key]) for key in ("input_scale", "input_zero_point"))
-        u = op.abstract("FakeQuantize", u, *q, bits=8, signed=0, granularity="static")
-    for key in keys:
-        stored = fit[key].reshape(*fit[key].shape, *[1] * (block.rank - 2)) if conv else np.ascontiguousarray(fit[key].T)
-        w = op.constant(key, stored)
-        if key == "codes":
-            w = op.abstract("Dequantize", w, op.constant("scale", fit["scale"]), bits=8, axis=0 if conv else 1)
-        bias = [op.constant("bias", fit["bias"])] if conv and key == keys[-1] else []
-        u = op("Conv", u, w, *bias, group=channels // fit[key].shape[1]) if conv else op("MatMul", u, w)
-        channels = len(fit[key])
-    return u if conv else op("Add", u, op.constant("bias", fit["bias"]))
-
-
-def _bent(t: Array) -> Array:
-    return np.sign(t) * np.log1p(np.abs(t))
+def _bent(t: Array, c: float = 1.0) -> Array:
+    """L(t); t where c is infinite."""
+    return t if c == INF else np.sign(t) * np.log1p(np.abs(t))
 
 
 def _rounded(a: Array) -> Array:
@@ -306,20 +260,12 @@ def _rounded(a: Array) -> Array:
     return np.ldexp(np.rint(mantissa * 2.0**16), exponent - 16)
 
 
-def _codes(rows: Array) -> dict[str, Array]:
-    kept = _rounded(rows)
-    q = weight_qparams(kept, 0, 8)
-    return {"codes": q.quantize(kept), "scale": q.scale}
-
-
-def _time(fit: Fit, block: Block, tokens: float) -> float:
-    """The branch's time as a share of the block's."""
-    weights = [fit[key].size for key in ("weight", "codes", "left", "right") if key in fit]
-    sizes = (tokens * block.channels[0], tokens * block.channels[1], tokens * sum(weights))
-    spatial = block.channel_axis == 1
-    marks = {"integer": "input_scale", "scaled": "factor", "log": "log", "exp": "unit"}
-    added = X86.branch_ns(sizes, len(weights), spatial=spatial, **{name: key in fit for name, key in marks.items()})
-    return added / X86.block_ns(block.macs, sizes[1], spatial=spatial)
+def _percent(branch: Fit, block: Block, tokens: float) -> float:
+    """The branch's time in percent of the block's, for so many tokens; 0 where that is unknown."""
+    inputs, outputs = tokens * block.channels[0], tokens * block.channels[1]
+    macs, spatial = tokens * sum(branch[key].size for key in _weights(branch)), block.channel_axis == 1
+    added = X86.branch_ns(branch, inputs, outputs, macs, spatial=spatial)
+    return 100.0 * (added / X86.block_ns(block.macs, outputs, spatial=spatial)) if block.macs else 0.0
 
 
 def _groups(block: Block) -> int:
@@ -333,43 +279,18 @@ def _samples(batch: Batch, block: Block) -> Iterator[Rows]:
     """Every sample of the batch; x where the strides take it."""
     reads = [batch.read(name) for name in ("xh", "f_xh", "g_xh")]
     for index, x, f, g in zip(batch.indices[: len(reads[0])], *reads, strict=True):
-        if block.strides:
-            x = x[(slice(None), slice(None), *(slice(None, None, stride) for stride in block.strides))]
+        x = x[(..., *(slice(None, None, stride) for stride in block.strides))]
         x, f, g = (np.moveaxis(a, block.channel_axis, -1).reshape(-1, a.shape[block.channel_axis]) for a in (x, f, g))
         step = -(-len(f) // TOKENS)
-        yield Rows(index, len(f), x[::step], f[::step], f[::step] - g[::step])
+        yield Rows(index, len(f), np.ascontiguousarray(x[::step]), f[::step] - g[::step], _squares(f[::step]))
 
 
-def _spread(batch: Batch, block: Block) -> Spread:
-    parts = (Spread(Moments.of(s.x), Moments.of(s.e), (s.index,), s.tokens) for s in _samples(batch, block))
-    return functools.reduce(Spread.merge, parts)
-
-
-def _products(batch: Batch, block: Block, scales: Scales, held_out: set[int]) -> Products:
-    parts = (_sample_products(s, scales, _groups(block), fitted=s.index not in held_out) for s in _samples(batch, block))
-    return functools.reduce(Products.merge, parts)
-
-
-def _sample_products(sample: Rows, scales: Scales, groups: int, *, fitted: bool) -> Products:
-    columns = []
-    for (c_x, c_e), x_scale, e_scale in zip(scales.grid, scales.x, scales.e, strict=True):
-        u, v = sample.x * x_scale, sample.e / e_scale
-        u, v = (a if c == INF else _bent(a) for a, c in ((u, c_x), (v, c_e)))
-        fold = slice(None if fitted else 0)
-        columns.append((Sums.of(u[fold], v[fold], groups), np.abs(v).max(axis=0), Extremes.of(u)))
-    return Products(*zip(*columns, strict=True))
-
-
-def _errors(batch: Batch, block: Block, branches: Sequence[Branch], judges: set[int]) -> RatioErrors:
-    """Of the samples to judge by: the typical relative squared error, as it is and with each branch [1 + K], summed."""
-    total = np.zeros(1 + len(branches))
-    for sample in _samples(batch, block):
-        if sample.index in judges:
-            left = [sample.e, *(sample.e - compensation(branch.fit, sample.x) for branch in branches)]
-            errors = np.array([_squares(e) for e in left]) / np.maximum(_squares(sample.f), TINY)
-            kept = max(math.ceil(errors.shape[1] * (1.0 - TRIM)), 1)
-            total += np.sort(errors, axis=1)[:, :kept].mean(axis=1)
-    return RatioErrors(total)
+def _errors(s: Rows, branches: Iterable[Fit]) -> Array:
+    """The typical relative squared error of a sample, as it is and with each branch [1 + K]."""
+    left = [s.e, *(s.e - compensation(branch, s.x) for branch in branches)]
+    errors = np.array([_squares(e) for e in left]) / np.maximum(s.energy, TINY)
+    kept = max(math.ceil(errors.shape[1] * (1.0 - TRIM)), 1)
+    return np.sort(errors, axis=1)[:, :kept].mean(axis=1)
 
 
 def _squares(a: Array) -> Array:

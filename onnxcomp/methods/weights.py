@@ -50,7 +50,7 @@ class Gram:
 
 def fit(site: Site, w: Array, bits: int) -> Fit:
     """Codes (int8, the weight's shape) and scale (float32 [C_out]) of the site's weight, rounded to nearest."""
-    q = weight_qparams(w, site.weight_axis, bits, "mse")
+    q = weight_qparams(w, site.weight_axis, bits)
     return {"codes": q.quantize(w), "scale": q.scale.astype(np.float32)}
 
 
@@ -61,7 +61,7 @@ def fit_gptq(
     """The same by GPTQ. `samples` offers the layer's input as `xh`, `fake` quantizes it; `attrs` are the operator's.
     `centred`: a bias compensation follows, so the mean error does not count.
     """
-    q = weight_qparams(w, site.weight_axis, bits, "mse")
+    q = weight_qparams(w, site.weight_axis, bits)
     groups = int(attrs.get("group", 1))
     seen = samples.reduce(lambda batch: _gram(batch, site, groups, w, attrs, fake), frozenset({"xh"}))
     gram = seen.centred() if centred else seen.products

@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 from onnxcomp.errors import DataError, RecipeError
 
 SMALLEST_SCALE = 1e-12  # the step of a tensor that is zero everywhere; its inverse is still finite
-WEIGHT_METHODS = ("mse", "minmax")
 NOT_FINITE = "The values to quantize hold NaN or infinity, so they have no range. Check the samples and the model."
 
 Codes = NDArray[np.int8 | np.uint8]
@@ -129,16 +128,13 @@ def from_range(lo: ArrayLike, hi: ArrayLike, scheme: Scheme, axis: int | None = 
     return QParams(scheme, scale, np.asarray(zero, scheme.dtype), axis)
 
 
-def weight_qparams(w: NDArray[np.floating], axis: int, bits: int, method: str = "mse") -> QParams:
+def weight_qparams(w: NDArray[np.floating], axis: int, bits: int) -> QParams:
     """Signed symmetric parameters of a weight, one scale per index of `axis` (its output channels), scale [C].
 
-    "minmax": the smallest scale that clips nothing, codes over the whole of -2^(bits-1)..2^(bits-1)-1. "mse": that
-    scale times the factor in [0.1, 1] with the smallest squared error, found per channel to better than 1 %. A channel
-    of zeros gets SMALLEST_SCALE. Works on a few channels at a time, so the memory on top of w is small. Raises
-    RecipeError on an unknown method or width.
+    It is the smallest scale that clips nothing, codes over the whole of -2^(bits-1)..2^(bits-1)-1, times the factor in
+    [0.1, 1] with the smallest squared error, found per channel to better than 1 %. A channel of zeros gets SMALLEST_SCALE.
+    Works on a few channels at a time, so the memory on top of w is small. Raises RecipeError on an unknown width.
     """
-    if method not in WEIGHT_METHODS:
-        raise RecipeError(f"weight range {method!r} is not known. Choose one of {', '.join(WEIGHT_METHODS)}.")
     scheme = Scheme(bits, signed=True, symmetric=True)
     rows, channels = np.moveaxis(w, axis, 0), w.shape[axis]
     scale = np.full(channels, SMALLEST_SCALE)
@@ -148,7 +144,7 @@ def weight_qparams(w: NDArray[np.floating], axis: int, bits: int, method: str = 
         part = np.ascontiguousarray(some.reshape(len(some), -1), np.float32)
         ends = np.maximum(part.max(axis=1) / scheme.qmax, part.min(axis=1) / scheme.qmin).astype(np.float64)
         ends = np.maximum(ends, SMALLEST_SCALE)
-        scale[start : start + chunk] = ends * _best_shrink(part, ends, scheme) if method == "mse" else ends
+        scale[start : start + chunk] = ends * _best_shrink(part, ends, scheme)
     scale = np.maximum(scale, SMALLEST_SCALE).astype(np.float32)
     return QParams(scheme, scale, np.zeros(channels, np.int8), axis)
 

@@ -8,6 +8,7 @@ Limits: other machines are faster or slower, which moves the ratio of two prices
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -39,22 +40,14 @@ class Prices:
         rest = elements * self.feature if spatial else elements * self.stream + self.nodes * self.node
         return macs * self.int8_mac + rest
 
-    def branch_ns(
-        self,
-        sizes: tuple[float, float, float],
-        products: int,
-        *,
-        integer: bool,
-        scaled: bool,
-        log: bool,
-        exp: bool,
-        spatial: bool,
-    ) -> float:
-        """The time of a branch beside a block. `sizes`: elements in and out, and multiply-accumulates in `products` MatMuls or
-        Convs. `integer`: with a quantizer in front; `scaled`: with a factor per input channel; `log`, `exp`: between a bipolar
-        logarithm and a clipped bipolar exponential; `spatial`: in a CNN, where the bias is a Conv's own.
+    def branch_ns(self, parts: Collection[str], inputs: float, outputs: float, macs: float, *, spatial: bool) -> float:
+        """The time of a branch beside a block: elements in and out, and multiply-accumulates. `parts` are the arrays that it
+        has. Of products there is one per `weight`, `codes`, `left` and `right`; `input_scale`: with a quantizer in front;
+        `factor`: per input channel; `log`: a bipolar logarithm of the input; `unit`: a clipped bipolar exponential behind;
+        `spatial`: in a CNN, where the bias is a Conv's own.
         """
-        inputs, outputs, macs = sizes
+        products = len({"weight", "codes", "left", "right"}.intersection(parts))
+        integer, scaled, log, exp = (name in parts for name in ("input_scale", "factor", "log", "unit"))
         nodes = 1 + products + (4 if spatial else 1) + integer + scaled + 6 * log + 7 * exp
         total = nodes * self.node + macs * (self.int8_mac if integer else self.float_mac)
         total += inputs * (integer * self.quantize + scaled * self.channelwise + log * (5 * self.elementwise + self.log))

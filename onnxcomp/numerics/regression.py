@@ -8,6 +8,7 @@ with S = U'U = L L' it comes from the singular values of L' W. float64.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,45 +37,27 @@ def rows(weight: NDArray) -> NDArray:
 
 
 @dataclass(frozen=True, eq=False)
-class Sums:
-    """U'U [G, c + 1, c + 1] and U'V [G, c + 1, o] of G groups, with a column of ones as the last of U."""
-
-    uu: Floats
-    uv: Floats
-
-    @staticmethod
-    def of(u: NDArray, v: NDArray, groups: int) -> Sums:
-        """From u [T, C_in] and v [T, C_out]."""
-        left = np.concatenate([split(u, groups), np.ones((groups, len(u), 1))], axis=2)
-        turned = left.transpose(0, 2, 1)
-        return Sums(turned @ left, turned @ split(v, groups).astype(np.float64))
-
-    def merge(self, other: Sums) -> Sums:
-        return Sums(self.uu + other.uu, self.uv + other.uv)
-
-
-@dataclass(frozen=True, eq=False)
 class Regression:
-    """W [G, c, o] of G groups, the means of U [G, 1, c] and V [G, 1, o], and the Cholesky factor L [G, c, c] of U's
-    covariance, lambda included.
-    """
+    """W [G, c, o] of G groups, the means of U [G, 1, c] and V [G, 1, o], and U's covariance [G, c, c], lambda included."""
 
     weight: Floats
     u: Floats
     v: Floats
-    factor: Floats
+    covariance: Floats
 
     @staticmethod
-    def of(sums: Sums, ridge: float) -> Regression:
-        """Fitted to everything that was summed."""
-        uu, uv = sums.uu, sums.uv
-        count = uu[0, -1, -1]
-        u, v = uu[:, -1:, :-1] / count, uv[:, -1:] / count
-        covariance = uu[:, :-1, :-1] / count - u.transpose(0, 2, 1) @ u
+    def of(pairs: Iterable[tuple[NDArray, NDArray]], groups: int, ridge: float) -> Regression:
+        """Fitted to all pairs of u [T, C_in] and v [T, C_out]: their products are summed with a column of ones beside u."""
+        uu, uv = np.zeros(()), np.zeros(())
+        for u, v in pairs:
+            left = np.concatenate([split(u, groups), np.ones((groups, len(u), 1))], axis=2)
+            uu, uv = uu + left.transpose(0, 2, 1) @ left, uv + left.transpose(0, 2, 1) @ split(v, groups)
+        uu, uv = uu / uu[0, -1, -1], uv / uu[0, -1, -1]
+        u, v = uu[:, -1:, :-1], uv[:, -1:]
+        covariance = uu[:, :-1, :-1] - u.transpose(0, 2, 1) @ u
         variance = np.einsum("gcc->gc", covariance)
         variance += ridge * variance.mean(axis=1, keepdims=True) + TINY * variance.max() + 1e-300
-        weight = np.linalg.solve(covariance, uv[:, :-1] / count - u.transpose(0, 2, 1) @ v)
-        return Regression(weight, u, v, np.linalg.cholesky(covariance))
+        return Regression(np.linalg.solve(covariance, uv[:, :-1] - u.transpose(0, 2, 1) @ v), u, v, covariance)
 
     def bias(self, weight: Floats) -> Floats:
         """The b [G, 1, o] that goes with another W."""
@@ -82,8 +65,9 @@ class Regression:
 
     def factors(self, unit: Floats) -> tuple[Floats, Floats]:
         """[G, c, n] and [G, n, o], n = min(c, o), whose product is W and whose first r columns and rows give the W of rank
-        r with the least squared error, column o of V counting in `unit`s [G, 1, o].
+        r with the least squared error, column o of V counting in `unit`s [G o].
         """
-        upper = self.factor.transpose(0, 2, 1)
+        unit = unit.reshape(len(self.v), 1, -1)
+        upper = np.linalg.cholesky(self.covariance).transpose(0, 2, 1)
         left, values, right = np.linalg.svd(upper @ (self.weight * unit), full_matrices=False)
         return np.linalg.solve(upper, left * values[:, None, :]), right / unit

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 
-from onnxcomp.errors import RecipeError
+from onnxcomp.errors import RecipeError, did_you_mean
 from onnxcomp.targets.base import Target
 
 SHARED = ("audit", "base", "fallback", "regions")
@@ -27,7 +26,5 @@ def find(name: str) -> Target:
     if name == "auto":
         name = "ort-x86"
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"Did you mean '{near[0]}'?" if near else f"The targets are: auto, {', '.join(names())}."
-        raise RecipeError(f"Unknown target '{name}'. {hint}")
+        raise RecipeError(f"Unknown target '{name}'.{did_you_mean(name, ('auto', *names()), 'The targets are')}")
     return importlib.import_module(f"onnxcomp.targets.{name.replace('-', '_')}").TARGET

@@ -32,7 +32,7 @@ def test_a_weight_has_one_scale_per_output_channel_and_codes_of_its_width(
     assert (codes.dtype, codes.shape, scale.dtype, scale.shape) == (np.int8, shape, np.float32, (channels,))
     assert -(2 ** (bits - 1)) <= codes.min()
     assert codes.max() <= 2 ** (bits - 1) - 1
-    q = weight_qparams(w, site.weight_axis, bits, "mse")
+    q = weight_qparams(w, site.weight_axis, bits)
     assert scale.tobytes() == q.scale.tobytes()
     along = scale.reshape([-1 if i == site.weight_axis else 1 for i in range(w.ndim)])
     nearest = np.clip(np.rint(w / along), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

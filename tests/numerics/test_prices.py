@@ -9,7 +9,6 @@ import pytest
 from onnxcomp.numerics.prices import X86, Prices
 
 NONE = Prices(**dict.fromkeys((field.name for field in dataclasses.fields(Prices)), 0))
-PLAIN = {"integer": False, "scaled": False, "log": False, "exp": False, "spatial": False}
 
 
 def only(**prices: float) -> Prices:
@@ -32,33 +31,35 @@ def test_only_a_transformers_block_costs_its_nodes():
 
 
 @pytest.mark.parametrize(
-    ("options", "products", "nodes"),
+    ("parts", "spatial", "nodes"),
     [
-        ({}, 1, 3),
-        ({}, 2, 4),
-        ({"integer": True}, 1, 4),
-        ({"scaled": True}, 1, 4),
-        ({"log": True}, 1, 9),
-        ({"exp": True}, 1, 10),
-        ({"spatial": True}, 1, 6),
+        (["weight"], False, 3),
+        (["codes", "scale"], False, 3),
+        (["left", "right"], False, 4),
+        (["weight", "input_scale"], False, 4),
+        (["weight", "factor"], False, 4),
+        (["weight", "log"], False, 9),
+        (["weight", "unit"], False, 10),
+        (["weight"], True, 6),
     ],
 )
-def test_a_branch_costs_its_nodes(options: dict[str, bool], products: int, nodes: int):
-    assert only(node=1.0).branch_ns((5.0, 7.0, 0.0), products, **{**PLAIN, **options}) == nodes
+def test_a_branch_costs_its_nodes(parts: list[str], spatial: bool, nodes: int):
+    assert only(node=1.0).branch_ns(parts, 5.0, 7.0, 0.0, spatial=spatial) == nodes
 
 
 @pytest.mark.parametrize(
-    ("options", "price", "count"),
+    ("part", "price", "count"),
     [
-        ({}, "float_mac", 11),
-        ({"integer": True}, "int8_mac", 11),
-        ({"integer": True}, "quantize", 5),
-        ({"scaled": True}, "channelwise", 5 + 7),
-        ({"log": True}, "log", 5),
-        ({"exp": True}, "exp", 7),
-        ({"spatial": True}, "detour", 7),
+        ("bias", "float_mac", 11),
+        ("input_scale", "int8_mac", 11),
+        ("input_scale", "quantize", 5),
+        ("factor", "channelwise", 5 + 7),
+        ("log", "log", 5),
+        ("unit", "exp", 7),
+        ("spatial", "detour", 7),
     ],
 )
-def test_a_branch_costs_its_elements(options: dict[str, bool], price: str, count: int):
+def test_a_branch_costs_its_elements(part: str, price: str, count: int):
     """5 elements in, 7 out, 11 multiply-accumulates."""
-    assert only(**{price: 1.0}).branch_ns((5.0, 7.0, 11.0), 1, **{**PLAIN, **options}) == count
+    parts = ["weight", part]
+    assert only(**{price: 1.0}).branch_ns(parts, 5.0, 7.0, 11.0, spatial=part == "spatial") == count

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxcomp.numerics.regression import Regression, Sums, rows, split, times
+from onnxcomp.numerics.regression import Regression, rows, split, times
 
 Array = np.ndarray
 EXACT = 1e-9
@@ -13,7 +13,7 @@ EXACT = 1e-9
 
 
 def regression(u: Array, v: Array, groups: int = 1, ridge: float = 0.0) -> Regression:
-    return Regression.of(Sums.of(u, v, groups), ridge)
+    return Regression.of([(u, v)], groups, ridge)
 
 
 def test_what_is_linear_is_found_with_its_bias(rng: np.random.Generator):
@@ -52,20 +52,20 @@ def test_a_column_that_never_varies_gets_no_weight(rng: np.random.Generator):
     assert regression(u, u[:, :1]).weight[0, 1, 0] == 0.0
 
 
-def test_sums_add_up_over_parts(rng: np.random.Generator):
+def test_parts_count_as_what_they_make_together(rng: np.random.Generator):
     u, v = rng.normal(size=(30, 4)), rng.normal(size=(30, 2))
 
-    merged = Sums.of(u[:7], v[:7], 2).merge(Sums.of(u[7:], v[7:], 2))
+    parts = Regression.of([(u[:7], v[:7]), (u[7:], v[7:])], 2, ridge=0.1)
 
-    whole = Sums.of(u, v, 2)
-    np.testing.assert_allclose(merged.uu, whole.uu, rtol=0, atol=EXACT)
-    np.testing.assert_allclose(merged.uv, whole.uv, rtol=0, atol=EXACT)
+    whole = regression(u, v, groups=2, ridge=0.1)
+    np.testing.assert_allclose(parts.weight, whole.weight, rtol=0, atol=EXACT)
+    np.testing.assert_allclose(parts.bias(parts.weight), whole.bias(whole.weight), rtol=0, atol=EXACT)
 
 
 def test_the_factors_make_w(rng: np.random.Generator):
     found = regression(rng.normal(size=(60, 6)), rng.normal(size=(60, 4)), groups=2)
 
-    left, right = found.factors(np.ones((2, 1, 2)))
+    left, right = found.factors(np.ones(4))
 
     np.testing.assert_allclose(left @ right, found.weight, rtol=0, atol=EXACT)
 
@@ -76,7 +76,7 @@ def test_no_other_w_of_its_rank_is_nearer_in_what_it_predicts(rng: np.random.Gen
     found = regression(u, rng.normal(size=(80, 4)))
     centred = u - u.mean(axis=0)
 
-    left, right = found.factors(np.ones((1, 1, 4)))
+    left, right = found.factors(np.ones(4))
 
     error = np.square(centred @ (found.weight[0] - left[0, :, :2] @ right[0, :2])).sum()
     values = np.linalg.svd(centred @ found.weight[0], compute_uv=False)
@@ -87,7 +87,7 @@ def test_a_unit_says_what_a_column_counts(rng: np.random.Generator):
     u = rng.normal(size=(80, 3))
     found = regression(u, rng.normal(size=(80, 2)))
 
-    left, right = found.factors(np.array([[[1.0, 1e6]]]))
+    left, right = found.factors(np.array([1.0, 1e6]))
 
     # With the second column alone that counts, the product of rank 1 has that column whole.
     np.testing.assert_allclose((left[0, :, :1] @ right[0, :1])[:, 1], found.weight[0, :, 1], rtol=0, atol=1e-6)

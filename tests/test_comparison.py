@@ -8,7 +8,7 @@ import onnx.parser
 import pytest
 from onnx import ModelProto, numpy_helper
 
-from onnxcomp.compare import compare
+from onnxcomp.comparison import compare
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.report.model import Comparison
 
