@@ -1,7 +1,5 @@
 """The account: what the walk, the audit and the proof found out, gathered into one report and stored in the file."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

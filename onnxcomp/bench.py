@@ -6,8 +6,6 @@ a shape is given; what was assumed is said in the notes.
 Limits: made-up numbers time the operators, not branches that depend on values.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ The command line prints `Kind: text` on one line and leaves with the kind's exit
 and what to do. A bug of ours is an AssertionError, never one of these.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from typing import ClassVar

@@ -7,8 +7,6 @@ Limits: only the main graph is counted; no sites are sought in a file that is qu
 true where the file was made.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

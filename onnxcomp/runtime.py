@@ -117,9 +117,6 @@ def measure(
     In every round each model goes through the feeds as often as 20 ms take. `progress` gets the rounds done and their
     number. Raises ModelError for a model that cannot be loaded or run.
     """
-    assert models, "no model to measure"
-    assert feeds, "no feed to measure with"
-    assert rounds >= 1, "no round to measure in"
     sessions = [Session(model, threads=threads) for model in models]
     passes = [_passes(session, feeds, warmup) for session in sessions]
     seconds = np.empty((rounds, len(sessions)))

@@ -7,8 +7,6 @@ lies at a rounding threshold, so they may differ by a part of the quantization e
     |y_on - z|^2 <= max(|z - y_float|^2, 1e-4 |y_float|^2)     z: the plain run, and what calibration arrived at
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The activation quantizers of the compressed graph, put in one at a time as the walk reaches their first reader."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field

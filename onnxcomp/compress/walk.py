@@ -8,8 +8,6 @@ Order at a layer: activation range and granularity (and what changes the input) 
 bias. At the end of a block: what compensates the block; at the end: what compensates the output.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence

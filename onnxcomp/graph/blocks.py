@@ -12,8 +12,6 @@ Limits: shapes must be known as far as rank and channels; x and y have the same 
 tokens, and where that is not so there is no block. What changes the shape between two blocks of a transformer is in neither.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import operator

@@ -7,8 +7,6 @@ for every node that still has its operator and its name (or, for nodes without a
 Limits: doc strings of values and quantization annotations are not brought back.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import TypeVar

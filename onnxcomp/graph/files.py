@@ -9,8 +9,6 @@ Limits: weights inside the bodies of If, Loop and Scan always stay inside the mo
 are two moves: one that fails undoes the other, but a machine that stops between the two can leave a mismatched pair.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os

@@ -6,8 +6,6 @@ Limits: constants are computed for the operators of `_FOLDABLE` and only where t
 of its inputs. DequantizeLinear is not one of them: a tensor that is stored quantized stays so.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs

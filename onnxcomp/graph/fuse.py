@@ -10,8 +10,6 @@ Limits: float32 only; LayerNormalization needs a constant scale and bias and an 
 does; RMSNorm has no standard node before opset 23.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterator, Sequence

@@ -9,8 +9,6 @@ stands for. A constant that only this layer reads keeps its name; one that other
 Limits: float32 and float64 weights; an output that anything else reads is not merged over.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 
 import numpy as np

@@ -11,8 +11,6 @@ Limits: the Add stays where anything else reads the tensor, or a channel of B th
 is quantized; and where the lengths of more axes than the first and one other are unknown.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np

@@ -7,8 +7,6 @@ opsets of other domains) is taken from the model before it. Local functions are 
 Limits: opset 7 is the oldest; operators of other domains stay as they are.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -9,8 +9,6 @@ Limits: bodies of If, Loop and Scan are left as they are. Float16 models are pre
 constants, for arithmetic on their weights would round twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ stretch from one cut to the next; its `live_in` are the tensors that were comput
 whatever the depth.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ two activations (a *product*), or an operator that joins or pools quantized acti
 own (a *join*). Reading is all that happens here.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ A node that belongs to a method carries the prefix `{place}/{method}/`. Such nod
 graph, the value that takes its place; without them the first stands there again, under its own name.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -7,8 +7,6 @@ Sums are taken in float64 and rounded once. A bias that others read is copied, n
 back, so that it can be taken out again exactly.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a tensor of a graph is: its Python type, and its element type and shape as far as they are known."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

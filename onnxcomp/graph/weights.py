@@ -1,7 +1,5 @@
 """The tensors stored in a model: walking over them, telling their sizes, and reading those kept in files beside it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableSequence
 from contextlib import contextmanager

@@ -7,8 +7,6 @@ For fewer than 8 bits the codes live in the int8 or uint8 that holds them: ORT's
 integer Clip then to [qmin, qmax], and the two in a row are the one above. NaN has no code and must not come here.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

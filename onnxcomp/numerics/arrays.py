@@ -5,8 +5,6 @@
 Limits: where the reference is not finite (a mask, say) there is no signal, and what the other holds does not matter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@ is what makes the times of ViT-Ti, KWT-1 and ResNet-20 come out, to some 15 %.
 Limits: other machines are faster or slower, which moves the ratio of two prices less; other fusions are not seen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 

@@ -10,8 +10,6 @@ included.
 Limit: detail finer than a bin, 2^-14 to 2^-15 of the range of the data, is not seen.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

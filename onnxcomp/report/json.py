@@ -7,8 +7,6 @@ out `output_bytes`, the size of the very file that it lies in.
 Limits: keys that this version does not know are ignored, so that an older version reads a newer report.
 """
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import json

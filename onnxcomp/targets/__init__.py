@@ -1,7 +1,5 @@
 """Targets: one module per runtime, found by its name (`ort-x86` is `ort_x86.py`)."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 

@@ -7,8 +7,6 @@ tensors but compute the same. That a kernel computes what the graph says is for 
 scaled along the wrong axis, or a bias not scaled by input times weight, becomes an integer kernel and is wrong.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache

@@ -4,8 +4,6 @@ A target plans *points* (activation quantizers on named tensors) around the chos
 abstract quantizers of the compressed graph to the operators its runtime runs fastest.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ Measured on ONNX Runtime 1.31.1; every sentence has a probe in the tests.
 Limits: CPU provider, x86-64; tensors inside control flow are not followed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain

@@ -5,8 +5,6 @@ quantized Convs are *stored* as integers, and so is whatever joins, pools or mov
 kernel: a residual Add, a Concat, a MaxPool. Everything else around a layer needs its input quantized, nothing more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
