@@ -37,9 +37,11 @@ class Batch(Protocol):
     @property
     def indices(self) -> tuple[int, ...]:
         """The samples' numbers."""
+        ...
 
     def read(self, name: str) -> list[Array]:
         """One array per sample (or one for the whole batch where samples cannot be told apart) of a named read."""
+        ...
 
 
 class Statistic(Protocol):
@@ -47,6 +49,7 @@ class Statistic(Protocol):
 
     def merge(self: S, other: S) -> S:
         """The statistic of both."""
+        ...
 
 
 S = TypeVar("S", bound=Statistic)
@@ -57,6 +60,7 @@ class Samples(Protocol):
 
     def reduce(self, fn: Callable[[Batch], S], reads: frozenset[str]) -> S:
         """Map every batch with `fn` and merge the results in sample order."""
+        ...
 
 
 @dataclass(frozen=True)
