@@ -97,7 +97,7 @@ class Recipe:
     target: str = "auto"
     preprocess: Preprocess | None = None
     site: tuple[SiteRule, ...] = ()
-    compensate: tuple[Compensation, ...] = (BiasCompensation(), NonlinearBipolarCompensation())
+    compensate: tuple[Compensation, ...] = (BiasCompensation(),)
 
     def __post_init__(self) -> None:
         # In a notebook `Recipe(bits="w4a8", exclude="/head/*")` is what one types first.
@@ -241,7 +241,7 @@ def _published(name: str, description: str, *compensate: Compensation) -> Recipe
 
 
 NAMED: dict[str, Recipe] = {recipe.name: recipe for recipe in (
-    Recipe("auto", "What fits model and machine: MSE ranges, GPTQ below 8 bits, biases and blocks compensated, gated."),
+    Recipe("auto", "What fits model and machine: MSE ranges, GPTQ below 8 bits, bias compensation, gated."),
     _published("base", "Static MSE ranges alone: nothing is compensated."),
     _published("bc", "Bias Compensation (arXiv:2404.01892), kept everywhere as the paper does.",
                BiasCompensation(keep="always", trim=0.0)),

@@ -18,7 +18,6 @@ from onnxcomp import errors
 from onnxcomp import recipe as recipes
 from onnxcomp.cli import main
 from onnxcomp.methods.bias import BiasCompensation
-from onnxcomp.methods.nbc import NonlinearBipolarCompensation
 from onnxcomp.preprocess import Preprocess
 
 if sys.version_info >= (3, 11):
@@ -222,7 +221,7 @@ def test_every_command_is_shown():
 def test_the_recipe_names_every_key_and_no_other():
     (block,) = blocks("toml")
     table = tomllib.loads(block)
-    rules, (bias, nbc) = table["site"], table["compensate"]
+    rules, (bias,) = table["site"], table["compensate"]
 
     def fields(kind: type) -> set[str]:
         return {field.name for field in dataclasses.fields(kind)}
@@ -231,7 +230,6 @@ def test_the_recipe_names_every_key_and_no_other():
     assert table["preprocess"].keys() == fields(Preprocess)
     assert {key for rule in rules for key in rule} == fields(recipes.SiteRule)
     assert bias.keys() == fields(BiasCompensation) | {"method"}
-    assert nbc.keys() == fields(NonlinearBipolarCompensation) | {"method"}
 
 
 def test_the_recipe_says_what_the_defaults_are():

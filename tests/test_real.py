@@ -11,6 +11,7 @@ import pytest
 
 from onnxcomp import runtime
 from onnxcomp.data import InputSpec
+from onnxcomp.methods.bias import BiasCompensation
 from onnxcomp.pipeline import Result, quantize
 from onnxcomp.recipe import Bits, Recipe, find
 
@@ -63,7 +64,13 @@ def test_bias_compensation_adds_eight_points_to_a_w4a4_vision_transformer(data_d
     base, compensated = tmp_path / "base.onnx", tmp_path / "bias.onnx"
 
     make("vit", data_dir, base, "w4a4", find("base"))
-    make("vit", data_dir, compensated, "w4a4", dataclasses.replace(find("auto"), activations="static"))
+    make(
+        "vit",
+        data_dir,
+        compensated,
+        "w4a4",
+        dataclasses.replace(find("auto"), activations="static", compensate=(BiasCompensation(),)),
+    )
 
     without, with_bias = scores("vit", data_dir, base, compensated)
     assert with_bias >= without + 8
