@@ -19,7 +19,7 @@ from onnxcomp.graph.tidy import Fold
 from onnxcomp.methods.base import Outcome
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.json import to_stored
-from onnxcomp.report.model import Report, SiteReport, Verification
+from onnxcomp.report.model import Decision, Report, SiteReport, Verification
 from onnxcomp.targets.audit import AuditSite, Kernel
 from onnxcomp.targets.base import Plan
 
@@ -72,6 +72,12 @@ def report(
         verification=verification,
         notes=(*choice.notes, *notes),
     )
+
+
+def decision(place: str, method: str, outcome: Outcome) -> Decision:
+    """What the report says of an outcome."""
+    added = sum(array.nbytes for array in (outcome.fit or {}).values())
+    return Decision(place, method, outcome.fit is not None, outcome.reason, outcome.gain_db, added)
 
 
 def _site_report(site: Site, walk: Walk, kernel: Kernel) -> SiteReport:

@@ -21,8 +21,9 @@ from onnxcomp.data import InputSpec, open_data
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.prepare import prepare
+from onnxcomp.methods import rotation
 from onnxcomp.recipe import Recipe
-from onnxcomp.report.model import Report
+from onnxcomp.report.model import Decision, Report
 from onnxcomp.targets.audit import audit
 from onnxcomp.verify import made_up_feed, verify
 
@@ -76,21 +77,31 @@ def quantize(
     files.check_output(output, model, force=force)
     progress("preparing", 0, 1)
     prepared = prepare(source, runtime.infer_types)
-    choice = choose(prepared.graph, recipe, with_data=data is not None)
     reference = runtime.Session(files.to_bytes(prepared.model))
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
-    samples, store = None, None
+    samples, store, stackable = None, None, False
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable = can_stack(reference, samples)
-        sites = confirm_tokens(prepared.graph, prepared.model, choice.sites, samples, stackable=stackable)
-        blocks = confirm_tokens(prepared.graph, prepared.model, choice.blocks, samples, stackable=stackable)
-        choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
         store = Store(samples, batchable=stackable)
-    plan = target.plan(prepared.graph, choice.sites, choice.settings)
     feeds = _proof_feeds(store, reference)
+    graph, notes = prepared.graph, list(prepared.notes)
+    if recipe.rotation != "none":
+        graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
+        notes += said
+    choice = choose(graph, recipe, with_data=data is not None)
+    decisions: list[Decision] = []
+    if samples is not None:
+        sites = confirm_tokens(graph, prepared.model, choice.sites, samples, stackable=stackable)
+        blocks = confirm_tokens(graph, prepared.model, choice.blocks, samples, stackable=stackable)
+        if recipe.rotation == "auto":
+            bits = {name: s.activation_bits for name, s in choice.settings.items() if s.activations != "float"}
+            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0])
+            decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
+        choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
+    plan = target.plan(graph, choice.sites, choice.settings)
 
-    walk = Walk(prepared.graph, prepared.graph.copy(), prepared.model, plan, target, recipe.compensate, store, choice.blocks)
+    walk = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, choice.blocks, decisions=decisions)
     walk.run(progress)
 
     expected = None if store is None else walk.expected(len(feeds))
@@ -101,7 +112,7 @@ def quantize(
     with tempfile.TemporaryDirectory() as folder, files.PendingFile(finished, Path(folder) / "model.onnx") as proof:
         verification = verify(proof.path, reference, feeds, expected)
         kernels = audit(proof.path, account.audit_sites(lowered, plan))
-    report = account.report(source, model, samples, recipe, choice, walk, prepared.notes, kernels, verification)
+    report = account.report(source, model, samples, recipe, choice, walk, notes, kernels, verification)
     report = account.stamp(finished, report, walk.quantizers.folds)
     if output is not None:
         with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:

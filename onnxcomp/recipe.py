@@ -33,7 +33,8 @@ else:  # the same parser under its older name
 ACTIVATIONS = ("auto", "static", "dynamic", "token", "float")
 """Activation ranges: static or per token, whichever suits the site; fixed at calibration; per tensor at run time; per token
 at run time; or not quantized."""
-CHOICES = {"ranges": RANGES, "activations": ACTIVATIONS, "rounding": ("auto", "nearest", "gptq")}
+CHOICES = {"ranges": RANGES, "activations": ACTIVATIONS, "rounding": ("auto", "nearest", "gptq"),
+           "rotation": ("auto", "folded", "none")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Recipe:
     """Symmetric activations (zero point in the middle) instead of asymmetric ones."""
     rounding: str = "auto"
     """How weights are rounded: nearest, gptq, or auto: gptq below 8 bits where there are data."""
+    rotation: str = "auto"
+    """Mix channels by orthogonal matrices first: auto, folded (only what costs nothing at run time) or none."""
     products: bool = False
     """Quantize MatMuls of two activations too."""
     include: tuple[str, ...] = ()
@@ -237,7 +240,7 @@ def _toml(value: object) -> str:
 
 def _published(name: str, description: str, *compensate: Compensation) -> Recipe:
     """A method alone, as its paper has it, on static MSE ranges and weights rounded to nearest."""
-    return Recipe(name, description, activations="static", rounding="nearest", compensate=compensate)
+    return Recipe(name, description, activations="static", rounding="nearest", rotation="none", compensate=compensate)
 
 
 NAMED: dict[str, Recipe] = {recipe.name: recipe for recipe in (
@@ -250,7 +253,7 @@ NAMED: dict[str, Recipe] = {recipe.name: recipe for recipe in (
     _published("noisyquant", "NoisyQuant (arXiv:2211.16056): uniform noise in front of every static quantizer.",
                NoisyQuant(mode="uniform", keep="always")),
     Recipe("xint", "FP=xINT (arXiv:2412.06865): two 4-bit terms of weights and of activations, with no data.",
-           bits=Bits(4, 4), activations="token", samples=0,
+           bits=Bits(4, 4), activations="token", rotation="none", samples=0,
            compensate=(XInt(weight_terms=2, activation_terms=2, keep="always"),)),
     Recipe("best", "Everything there is, each where held-out samples gain enough for its price.",
            compensate=(NoisyQuant(), XInt(budget=1.1), BiasCompensation(), NonlinearBipolarCompensation())),

@@ -21,6 +21,7 @@ FULL = Recipe(
     activations="token",
     symmetric=True,
     rounding="gptq",
+    rotation="folded",
     products=True,
     include=("op:Conv", "/head/*"),
     exclude=("re:^/stem\\d",),

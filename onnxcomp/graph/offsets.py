@@ -34,16 +34,21 @@ def fold_offset(graph: gs.Graph, add_name: str, method: str, trace: Trace) -> Fo
     """Fold the Add of a constant called `add_name` into what makes its other operand; None where it has to stay."""
     add = next(node for node in graph.nodes if node.name == add_name)
     x, noise = sorted(add.inputs, key=lambda t: isinstance(t, gs.Constant))
-    way = _way(x)
+    way = way_back(x)
     home = _home(way[0])
     if home is None or (len(way) > 1 and input_at(*home[:2]) is None):
         return None
     holder, index, shape = home
     old = input_at(holder, index)
     before = np.zeros(noise.values.size) if old is None else old.values
-    numbers = np.broadcast_to(np.arange(before.size, dtype=np.float32).reshape(shape), _lengths(way[0]))
-    channels = _channels(graph, way, numbers, add, trace)
-    if channels is None or len(channels) != noise.values.size:
+    numbers = np.broadcast_to(np.arange(before.size, dtype=np.float32).reshape(shape), lengths(way[0]))
+    found = trace_channels(graph, way, numbers, add, trace)
+    if found is None:
+        return None
+    x_numbers = np.moveaxis(found[x.name], -noise.values.ndim, -1)
+    rows = x_numbers.reshape(-1, x_numbers.shape[-1])
+    channels = rows[0].astype(int)
+    if not len(np.unique(channels)) == len(channels) == noise.values.size or not (rows == rows[0]).all():
         return None
     added = np.zeros(before.size)
     added[channels] = noise.values.reshape(-1)
@@ -62,15 +67,15 @@ def fold_offset(graph: gs.Graph, add_name: str, method: str, trace: Trace) -> Fo
 # --- from the tensor back to the constant ----------------------------------------------------------------------------
 
 
-def _way(x: gs.Tensor) -> list[gs.Tensor]:
+def way_back(x: gs.Tensor) -> list[gs.Tensor]:
     """The tensors whose values reach x by moves and averages alone, from what the first one was made with to x."""
     way = [x]
-    while way[0].inputs and (moved := _moved(way[0].inputs[0])) is not None:
-        way.insert(0, moved)
+    while way[0].inputs and (before := moved(way[0].inputs[0])) is not None:
+        way.insert(0, before)
     return way
 
 
-def _moved(node: gs.Node) -> gs.Tensor | None:
+def moved(node: gs.Node) -> gs.Tensor | None:
     """The input whose values a node only moves, or averages in a product with rows that sum to 1; None where it does else."""
     if is_op(node, "MatMul") and node.inputs[0].inputs:
         softmax = node.inputs[0].inputs[0]
@@ -104,33 +109,36 @@ def _home(made: gs.Tensor) -> tuple[gs.Node, int, Sequence[int]] | None:
 # --- which channel becomes which -------------------------------------------------------------------------------------
 
 
-def _channels(graph: gs.Graph, way: Sequence[gs.Tensor], numbers: np.ndarray, add: gs.Node, trace: Trace) -> np.ndarray | None:
-    """For each channel that `add` changes, the number that alone makes it when the first tensor of the way holds `numbers`;
-    None where that is not so, or something beside `add` sees one of them.
+def trace_channels(
+    graph: gs.Graph, way: Sequence[gs.Tensor], numbers: np.ndarray, reader: gs.Node, trace: Trace
+) -> Values | None:
+    """The tensors of the way when the first holds `numbers`, one per channel; None where anything beside `reader` sees
+    one of those that reach it, or the stretch does not run.
     """
-    readers = [(t, node) for t in way for node in t.outputs if node is not add and not is_op(node, "Shape", "Size")]
-    if any(t in graph.outputs for t in way) or any(_moved(node) is not t for t, node in readers):
+    readers = [(t, node) for t in way for node in t.outputs if node is not reader and not is_op(node, "Shape", "Size")]
+    if any(t in graph.outputs for t in way) or any(moved(node) is not t for t, node in readers):
         return None
-    beside = [t for _, node in readers for t in node.outputs if t not in way]
-    part, feeds = extract(graph, [way[0].name], [t.name for t in (way[-1], *beside)]), {way[0].name: numbers}
+    beside = [t.name for _, node in readers for t in node.outputs if t not in way]
+    outputs = [*(t.name for t in way[1:]), *beside]
+    if not outputs:
+        return {way[0].name: numbers}
+    part, feeds = extract(graph, [way[0].name], outputs), {way[0].name: numbers}
+    named = {t.name for t in (*way, *part.inputs)}
     for node in part.nodes:
-        if node.op == "MatMul" and (moved := _moved(node)) is not None:  # an average of equal tokens is one of them
-            node.op, node.inputs = "Identity", [moved]
-        elif is_op(node, "Shape", "Size") and node.inputs[0] not in [*way, *part.inputs] and node.inputs[0].shape is not None:
-            feeds[node.inputs[0].name] = np.zeros(_lengths(node.inputs[0]), node.inputs[0].dtype)
-            part.inputs.append(node.inputs[0])
+        if node.op == "MatMul" and (values := moved(node)) is not None:  # an average of equal tokens is one of them
+            node.op, node.inputs = "Identity", [values]
+        elif is_op(node, "Shape", "Size") and (asked := node.inputs[0]).name not in named and asked.shape is not None:
+            feeds[asked.name] = np.zeros(lengths(asked), asked.dtype)
+            part.inputs.append(asked)
+            named.add(asked.name)
     part.cleanup(remove_unused_graph_inputs=True)
     try:
-        known = trace(part, {t.name: feeds[t.name] for t in part.inputs})
+        known = {way[0].name: numbers, **trace(part, {t.name: feeds[t.name] for t in part.inputs})}
     except ModelError:
         return None
-    axis = next(-t.values.ndim for t in add.inputs if isinstance(t, gs.Constant))
-    x = np.moveaxis(known[way[-1].name], axis, -1)
-    rows = x.reshape(-1, x.shape[-1])
-    alone = len(np.unique(rows[0])) == rows.shape[1] and (rows == rows[0]).all()
-    seen = any(np.isin(rows[0], known[t.name]).any() for t in beside)
-    return rows[0].astype(int) if alone and not seen else None
+    return None if any(np.isin(known[way[-1].name], known[name]).any() for name in beside) else known
 
 
-def _lengths(tensor: gs.Tensor) -> list[int]:
+def lengths(tensor: gs.Tensor) -> list[int]:
+    """The tensor's shape with numbers in place of what is unknown."""
     return [n if isinstance(n, int) else LENGTH if axis else 1 for axis, n in enumerate(tensor.shape)]
