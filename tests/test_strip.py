@@ -113,7 +113,9 @@ def test_the_stored_report_says_what_was_stripped(tmp_path: Path):
 
     stored = files.metadata(onnx.load(tmp_path / "s.onnx"))
     decisions = from_json(stored["onnxcomp.report"]).decisions
-    assert {(d.method, d.adopted, d.reason, d.added_bytes) for d in decisions} == {("bias", False, "stripped", 0)}
+    assert {(d.method, d.adopted, d.reason, d.added_bytes) for d in decisions if d.method == "bias"} == {
+        ("bias", False, "stripped", 0)
+    }
     with pytest.raises(ModelError, match=r"No compensation of bias is in the file\. `onnxcomp inspect` lists what is\."):
         strip(tmp_path / "s.onnx", ["bias"])
 

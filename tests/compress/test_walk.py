@@ -64,7 +64,7 @@ def test_methods_are_fitted_in_the_order_of_their_scopes_whatever_the_recipes():
 
     assert one.model.graph.SerializeToString() == other.model.graph.SerializeToString()
     order = list(dict.fromkeys(d.method for d in one.report.decisions))
-    assert order == ["noisyquant", "xint", "bias", "nbc"]
+    assert order == ["rotation", "noisyquant", "xint", "bias", "nbc"]
 
 
 def test_an_operator_that_is_added_has_a_price_and_what_is_folded_has_none():
