@@ -6,13 +6,11 @@ need be, as it is for a file or a pipe, each row and each fact stays on one line
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -39,8 +37,8 @@ def comparison(value: model.Comparison) -> RenderableType:
     }
     head = Text.assemble((f"{value.reference} -> {value.other}", "bold"), f", {plural(value.samples, 'sample')}")
     rows = [_output_row(output) for output in value.outputs]
-    table = Columns(["Output", "SQNR", "Cosine", "Agreement"], rows, right=("SQNR", "Cosine"))
-    return Group(head, "", table, "", facts(lines))
+    outputs = table(["Output", "SQNR", "Cosine", "Agreement"], rows, right=("SQNR", "Cosine"))
+    return Group(head, "", outputs, "", facts(lines))
 
 
 def inspection(value: model.Inspection, *, all_sites: bool = False) -> RenderableType:
@@ -58,7 +56,7 @@ def inspection(value: model.Inspection, *, all_sites: bool = False) -> Renderabl
     }
     last = [_sites(value, all_sites)]
     if value.report is not None:
-        last = [report(value.report, all_sites=all_sites), "", plain(value.report.recipe.strip())]
+        last = [report(value.report, all_sites=all_sites), "", Text(value.report.recipe.strip())]
     return Group(Text.assemble((value.path, "bold"), rest), "", facts(lines), "", *last)
 
 
@@ -70,12 +68,12 @@ def benchmark(value: model.Benchmark) -> RenderableType:
         for t in value.models
     ]  # fmt: skip
     headers = ["Model", "Size", "ms", "10-90 %", "Ratio", "10-90 %"]
-    parts: list[RenderableType] = [Columns(headers, rows, right=("Size", "ms", "Ratio"))]
+    parts: list[RenderableType] = [table(headers, rows, right=("Size", "ms", "Ratio"))]
     for t in value.models:
         total = sum(operator.milliseconds for operator in t.operators)
         costs = [[o.op, figures(o.milliseconds), f"{o.milliseconds / total:.1%}"] for o in t.operators]
         if costs:
-            parts += ["", Text(t.model, style="bold"), Columns(["Operator", "ms", "Share"], costs, right=("ms", "Share"))]
+            parts += ["", Text(t.model, style="bold"), table(["Operator", "ms", "Share"], costs, right=("ms", "Share"))]
     return Group(*parts)
 
 
@@ -87,7 +85,7 @@ def sites(rows: Sequence[model.SiteReport], *, all_sites: bool = False) -> Rende
     has_sqnr = any(site.after_db is not None for site in shown)
     headers = ["Site", "Bits", "Activations", *(["SQNR dB"] if has_sqnr else []), "Kernel"]
     cells = [[s.name, s.bits, s.activations, *([_sqnr(s)] if has_sqnr else []), _kernel(s)] for s in shown]
-    return cut(Columns(headers, cells, right=("SQNR dB",)), len(rows) - len(shown), "better" if has_sqnr else "more")
+    return cut(table(headers, cells, right=("SQNR dB",)), len(rows) - len(shown), "better" if has_sqnr else "more")
 
 
 def cut(rows: RenderableType, hidden: int, which: str) -> RenderableType:
@@ -96,45 +94,15 @@ def cut(rows: RenderableType, hidden: int, which: str) -> RenderableType:
     return Group(rows, note) if hidden else rows
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Columns without lines. Where they do not fit into the console, the first column is shortened."""
-
-    headers: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    right: Sequence[str] = ()
-    """The headers of columns that are aligned to the right."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-        for header in self.headers:
-            grid.add_column(header, justify="right" if header in self.right else "left", no_wrap=True)
-        _, *others = zip(self.headers, *self.rows, strict=True)
-        room = options.max_width - sum(2 + max(map(len, column)) for column in others)
-        names = shorten([str(row[0]) for row in self.rows], max(len(self.headers[0]), room, 16))
-        for name, row in zip(names, self.rows, strict=True):
-            grid.add_row(plain(name), *map(plain, row[1:]))
-        yield grid
-
-
-def plain(cell: Cell) -> Text:
-    """The cell as it is: a name such as `[a]` is no markup."""
-    return cell if isinstance(cell, Text) else Text(cell)
-
-
-def shorten(names: Sequence[str], room: int) -> list[str]:
-    """At most `room` characters each: the longer ones lose the folders that they have in common, then their middle."""
-    folders = zip(*(name.split("/")[:-1] for name in names if len(name) > room), strict=False)
-    common = "/".join(folder for folder, *others in itertools.takewhile(lambda level: len(set(level)) == 1, folders))
-    short = []
-    for name in names:
-        if len(name) > room and common:
-            name = "..." + name.removeprefix(common)
-        if len(name) > room:
-            head = (room - 3) * 2 // 5
-            name = f"{name[:head]}...{name[len(name) - (room - 3 - head) :]}"
-        short.append(name)
-    return short
+def table(headers: Sequence[str], rows: Iterable[Sequence[Cell]], right: Sequence[str] = ()) -> Table:
+    """Columns without lines, those in `right` aligned to the right. Only the first, the names, may be folded to fit."""
+    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for header in headers:
+        justify = "right" if header in right else "left"
+        grid.add_column(header, justify=justify, overflow="fold", no_wrap=header != headers[0])
+    for row in rows:
+        grid.add_row(*map(Text.assemble, row))
+    return grid
 
 
 def facts(lines: Mapping[str, Iterable[Cell]]) -> Table:
@@ -144,7 +112,7 @@ def facts(lines: Mapping[str, Iterable[Cell]]) -> Table:
     grid.add_column(overflow="fold")
     for name, texts in lines.items():
         for number, text in enumerate(texts):
-            grid.add_row(plain("" if number else name), plain(text))
+            grid.add_row(Text("" if number else name), Text.assemble(text))
     return grid
 
 
@@ -155,12 +123,8 @@ def figures(value: float) -> str:
 
 def size(count: int) -> str:
     """Bytes in decimal units and three figures: `22.9 MB`."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{count} B" if unit == "B" else f"{figures(value)} {unit}"
+    thousands = sum(count >= limit for limit in (999.5, 999.5e3, 999.5e6))
+    return f"{figures(count / 1000**thousands)} {'kMG'[thousands - 1]}B" if thousands else f"{count} B"
 
 
 def change(before: int, after: int) -> str:
@@ -269,7 +233,7 @@ def _sites(value: model.Inspection, all_sites: bool) -> RenderableType:
     shown = value.sites if all_sites else value.sites[:LONGEST]
     shapes = ["two activations" if s.weight_shape is None else " x ".join(map(str, s.weight_shape)) for s in shown]
     rows = [[site.name, site.op, shape] for site, shape in zip(shown, shapes, strict=True)]
-    return cut(Columns(["Site", "Operator", "Weight"], rows), len(value.sites) - len(shown), "more")
+    return cut(table(["Site", "Operator", "Weight"], rows), len(value.sites) - len(shown), "more")
 
 
 def _accuracy(value: model.Accuracy) -> str:
@@ -287,5 +251,4 @@ def _output_row(output: model.OutputComparison) -> list[Cell]:
 
 
 def _counts(counts: Sequence[model.Count]) -> str:
-    text = ", ".join(f"{c.count} {c.op}" for c in counts[:8])
-    return text if len(counts) <= 8 else f"{text}, {plural(sum(c.count for c in counts[8:]), 'other')}"
+    return ", ".join(f"{c.count} {c.op}" for c in counts)

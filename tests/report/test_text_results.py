@@ -46,12 +46,12 @@ def test_an_integer_output_has_only_an_agreement() -> None:
     ]  # fmt: skip
 
 
-def test_rare_operators_are_summed_up() -> None:
+def test_an_inspection_says_what_the_file_is_made_of() -> None:
     lines = render(text.inspection(inspection(operators=9)))
 
     assert lines[0] == "m.onnx: 10 B, opset 21, com.microsoft 1"
     assert "Parameters  12,345" in lines
-    assert next(line for line in lines if line.startswith("Operators")).endswith("3 Op6, 2 Op7, 1 other")
+    assert next(line for line in lines if line.startswith("Operators")).endswith("3 Op6, 2 Op7, 1 Op8")
     assert "Note        Careful." in lines
     assert lines[-1] == "No site could be quantized."
 
