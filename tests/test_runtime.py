@@ -198,7 +198,7 @@ def test_an_optimized_model_is_read_from_a_file_with_its_weights_beside_it(tmp_p
 
 
 def test_latencies_are_ratios_to_the_first_model_and_progress_counts_rounds():
-    rounds: list[tuple[int, int]] = []
+    rounds: list[tuple[str, int, int]] = []
 
     first, same, deep = runtime.measure(
         [linear(64), linear(64), linear(64, 60)], [feed(64)], rounds=5, progress=lambda *done: rounds.append(done)
@@ -210,7 +210,7 @@ def test_latencies_are_ratios_to_the_first_model_and_progress_counts_rounds():
         assert latency.ratio_low <= latency.ratio <= latency.ratio_high
     # 60 products instead of one: the constant cost of a run leaves far more than a factor of two between them.
     assert deep.ratio > 2 * same.ratio
-    assert rounds == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+    assert rounds == [("timing", done, 5) for done in range(1, 6)]
 
 
 def test_measuring_goes_through_all_feeds():
