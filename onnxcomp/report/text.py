@@ -32,7 +32,7 @@ def comparison(value: model.Comparison) -> RenderableType:
     lost = [f"{plural(o.not_finite, 'value')} of '{o.name}' in {value.other}" for o in value.outputs if o.not_finite]
     lines: dict[str, Sequence[Cell]] = {
         "NaN or Inf": [Text(f"{text}, finite in {value.reference}", style="yellow") for text in lost],
-        "Accuracy": [_accuracy(value.accuracy)] if value.accuracy is not None else [],
+        "Accuracy": [] if value.accuracy is None else [_accuracy(value.accuracy)],
         "Size": [change(value.reference_bytes, value.other_bytes)],
     }
     head = Text.assemble((f"{value.reference} -> {value.other}", "bold"), f", {plural(value.samples, 'sample')}")
