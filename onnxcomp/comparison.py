@@ -54,9 +54,8 @@ def compare(
     specs = [InputSpec(name, kind.dtype, kind.shape) for name, kind in left.inputs if kind.dtype is not None]
     opened = open_data(data, specs, preprocess=preprocess, labels=labels, limit=limit)
     outputs = [_Output(name) for name, kind in left.outputs if kind.dtype is not None and kind.dtype.kind != "O"]
-    names = [output.name for output in outputs]
     for number, feed in enumerate(opened, 1):
-        r, o = left.run(feed, names), right.run(feed, names)
+        r, o = left.run(feed), right.run(feed)
         for output in outputs:
             output.add(r[output.name], o[output.name])
         progress("comparing", number, len(opened))

@@ -71,14 +71,13 @@ class Session:
             raise ModelError(f"ONNX Runtime cannot load {what}: {_sentence(error)}") from error
         self.inputs, self.outputs = _ports(self.native.get_inputs()), _ports(self.native.get_outputs())
 
-    def run(self, feeds: Feed, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """The outputs called `names` (all by default) for one feed, by name. Raises ModelError where the run fails."""
-        wanted = [name for name, _ in self.outputs] if names is None else list(names)
+    def run(self, feeds: Feed) -> dict[str, np.ndarray]:
+        """The outputs for one feed, by name. Raises ModelError where the run fails."""
         try:
-            values: Sequence[Any] = self.native.run(wanted, dict(feeds)) if wanted else []
+            values: Sequence[Any] = self.native.run(None, dict(feeds))
         except _FAILURES as error:
             raise ModelError(f"ONNX Runtime cannot run the model: {_sentence(error)}") from error
-        return dict(zip(wanted, values, strict=True))
+        return dict(zip([name for name, _ in self.outputs], values, strict=True))
 
 
 def ignore(stage: str, done: int, total: int) -> None:
