@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import cleandoc
 from pathlib import Path
@@ -30,15 +30,12 @@ if TYPE_CHECKING:
     from onnxcomp.report.model import Comparison
 
 INTERRUPTED = 130
-UNBOUNDED = 1 << 16
-"""Width of a line that nobody reads on a terminal."""
 
 
 class Command(click.Command):
     """A command with --json and --debug. Its docstring is one paragraph, and then examples, printed as they are written.
 
-    Its function returns the answer, and then what to show of it: renderables, facts by name, and text whose lines are
-    never broken.
+    Its function returns the answer, and then what to show of it: facts by name, and text.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -52,8 +49,10 @@ class Command(click.Command):
         as_json, ctx.meta["debug"] = ctx.params.pop("json"), ctx.params.pop("debug")
         answer, *shown = super().invoke(ctx)
         from onnxcomp.report import json
+        from onnxcomp.report.text import facts
 
-        text = json.to_json(answer) if as_json else _render(shown)
+        lines = "\n".join(facts(part) if isinstance(part, dict) else part for part in shown)
+        text = json.to_json(answer) if as_json else lines.rstrip("\n")
         encoding = sys.stdout.encoding or "utf-8"
         click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
 
@@ -346,28 +345,15 @@ def _demand(found: Comparison, max_drop: float) -> None:
         )
 
 
-def _render(shown: Iterable[Any]) -> str:
-    """What a command shows, for the width of the terminal; for a file or pipe, on lines as long as they are."""
-    from rich.console import Console
-
-    from onnxcomp.report.text import facts
-
-    width = None if sys.stdout.isatty() else UNBOUNDED
-    console = Console(width=width, markup=False, highlight=False, emoji=False)
-    with console.capture() as capture:
-        for part in shown:
-            console.print(facts(part) if isinstance(part, dict) else part, soft_wrap=isinstance(part, str))
-    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
-
-
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """What takes progress(stage, done, total) and shows a bar, if stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TimeElapsedColumn
+    """What takes progress(stage, done, total) and shows it on one line, if stderr is a terminal."""
 
-    columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", TimeElapsedColumn())
-    console, is_quiet = Console(stderr=True), not sys.stderr.isatty()
-    with Progress(*columns, console=console, transient=True, disable=is_quiet) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+    def show(text: str) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"\r\033[K{text}", err=True, nl=False)
+
+    try:
+        yield lambda stage, done, total: show(f"{stage} {done}/{total}")
+    finally:
+        show("")
