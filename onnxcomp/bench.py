@@ -7,8 +7,7 @@ Limits: made-up numbers time the operators, not branches that depend on values.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -27,9 +26,9 @@ FEEDS = 8
 
 
 def bench(
-    models: Sequence[str | Path], data: object = None, *,
-    shapes: Mapping[str, tuple[int, ...]] | None = None, preprocess: Preprocess | None = None, threads: int = 1,
-    rounds: int = 20, operators: bool = False, progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    models: Sequence[str | Path], data: object = None, *, shapes: Mapping[str, tuple[int, ...]] | None = None,
+    preprocess: Preprocess | None = None, threads: int = 1, rounds: int = 20, operators: bool = False,
+    progress: runtime.Progress = runtime.ignore,
 ) -> Benchmark:  # fmt: skip
     """Time `models` on the first samples of `data`, or on one made-up feed.
 
@@ -38,17 +37,16 @@ def bench(
 
     Raises UsageError for models that take different inputs and for a shape that does not fit.
     """
-    specs = [_specs(model, threads) for model in models]
-    names = [", ".join(sorted(spec.name for spec in one)) for one in specs]
-    for model, found in zip(models, names, strict=True):
-        if found != names[0]:
-            raise UsageError(f"{model} takes {found}, but {models[0]} takes {names[0]}.")
+    specs, *others = [_specs(model) for model in models]
+    taken = ", ".join(sorted(spec.name for spec in specs))
+    for model, other in zip(models[1:], others, strict=True):
+        found = ", ".join(sorted(spec.name for spec in other))
+        if found != taken:
+            raise UsageError(f"{model} takes {found}, but {models[0]} takes {taken}.")
     notes: list[str] = []
-    if data is None:
-        feeds = [made_up(specs[0], shapes or {}, notes)]
-    else:
-        feeds = list(islice(open_data(data, specs[0], preprocess=preprocess), FEEDS))
-    latencies = runtime.measure(models, feeds, threads=threads, rounds=rounds, progress=functools.partial(progress, "timing"))
+    opened = [made_up(specs, shapes or {}, notes)] if data is None else open_data(data, specs, preprocess=preprocess)
+    feeds = list(islice(opened, FEEDS))
+    latencies = runtime.measure(models, feeds, threads=threads, rounds=rounds, progress=progress)
     timings = []
     for model, latency in zip(models, latencies, strict=True):
         costs = tuple(Operator(*cost) for cost in runtime.profile(model, feeds[0], threads)) if operators else ()
@@ -77,9 +75,9 @@ def made_up(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]], n
     return feed
 
 
-def _specs(model: str | Path, threads: int) -> list[InputSpec]:
+def _specs(model: str | Path) -> list[InputSpec]:
     specs = []
-    for name, kind in runtime.Session(model, threads=threads).inputs:
+    for name, kind in runtime.Session(model).inputs:
         if kind.dtype is None or kind.dtype.kind == "O":
             raise ModelError(f"{model}: input '{name}' is not a tensor of numbers, so it cannot be fed.")
         specs.append(InputSpec(name, kind.dtype, kind.shape))

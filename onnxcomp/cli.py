@@ -12,9 +12,11 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import cleandoc
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,19 +30,17 @@ if TYPE_CHECKING:
     from onnxcomp.report.model import Comparison
 
 INTERRUPTED = 130
-UNBOUNDED = 1 << 16
-"""Width of a line that nobody reads on a terminal."""
 
 
 class Command(click.Command):
-    """A command with --json, --debug and, as its epilog, examples, which are printed as they are written.
+    """A command with --json and --debug. Its docstring is one paragraph, and then examples, printed as they are written.
 
-    Its function returns the answer, and then what to show of it: renderables, facts by name, and text whose lines are
-    never broken.
+    Its function returns the answer, and then what to show of it: facts by name, and text.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.help, _, self.epilog = cleandoc(self.help or "").partition("\n\n")
         self.params.append(click.Option(["--json"], is_flag=True, help="Print the answer as JSON."))
         self.params.append(click.Option(["--debug"], is_flag=True, help="Show an error's trace."))
 
@@ -49,16 +49,16 @@ class Command(click.Command):
         as_json, ctx.meta["debug"] = ctx.params.pop("json"), ctx.params.pop("debug")
         answer, *shown = super().invoke(ctx)
         from onnxcomp.report import json
+        from onnxcomp.report.text import facts
 
-        text = json.to_json(answer) if as_json else _render(shown)
+        lines = "\n".join(facts(part) if isinstance(part, dict) else part for part in shown)
+        text = json.to_json(answer) if as_json else lines.rstrip("\n")
         encoding = sys.stdout.encoding or "utf-8"
         click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""
-        with formatter.section("Example"):
-            for line in (self.epilog or "").splitlines():
-                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+        formatter.write(f"\nExample:\n{indent(self.epilog or '', '  ')}\n")
 
 
 class Commands(click.Group):
@@ -106,10 +106,7 @@ def main() -> None:
     """Quantize ONNX models and repair the quantization error."""
 
 
-@main.command(
-    epilog="onnxcomp quantize vit.onnx --data calib.npz\n"
-    'onnxcomp quantize vit.onnx --data images/ --preprocess "crop=224 mean=0.5 std=0.5" --bits w4a8 -o vit4.onnx'
-)
+@main.command()
 @click.argument("model", type=click.Path())
 @click.option("--data", type=click.Path(), help="Calibration samples: .npz, .npy, a folder of either, or of images.")
 @click.option("-o", "--output", type=click.Path(), help="Where the result goes; by default MODEL's name with the bits.")
@@ -134,7 +131,11 @@ def quantize(
     model: str, data: str | None, output: str | None, *, max_drop: float | None, labels: str | None,
     force: bool, split: bool, all_sites: bool, **options: Any,
 ) -> tuple[object, ...]:  # fmt: skip
-    """Quantize MODEL and write the result once it is proven to run."""
+    """Quantize MODEL and write the result once it is proven to run.
+
+    onnxcomp quantize vit.onnx --data calib.npz
+    onnxcomp quantize vit.onnx --data images/ --preprocess "crop=224 mean=0.5 std=0.5" --bits w4a8 -o vit4.onnx
+    """
     if max_drop is not None and data is None:
         raise UsageError("--max-drop is measured on samples. Pass --data.")
     if split and max_drop is not None:
@@ -166,10 +167,7 @@ def quantize(
     return result.report, text.report(shown, all_sites=all_sites), f"\n{destination}\nNext: onnxcomp {shlex.join(following)}"
 
 
-@main.command(
-    epilog="onnxcomp compare vit.onnx vit.w8a8.onnx --data test.npz\n"
-    "onnxcomp compare vit.onnx vit.w8a8.onnx --data images/ --labels labels.csv --preprocess crop=224"
-)
+@main.command()
 @click.argument("reference", type=click.Path())
 @click.argument("other", type=click.Path())
 @click.option("--data", type=click.Path(), required=True, help="Samples: .npz, .npy, a folder of either, or of images.")
@@ -177,7 +175,11 @@ def quantize(
 @PREPROCESS
 @click.option("--samples", "limit", type=int, metavar="N", help="Compare on N of the samples.")
 def compare(reference: str, other: str, data: str, **options: Any) -> tuple[object, ...]:
-    """Compare the outputs of two models on samples."""
+    """Compare the outputs of two models on samples.
+
+    onnxcomp compare vit.onnx vit.w8a8.onnx --data test.npz
+    onnxcomp compare vit.onnx vit.w8a8.onnx --data images/ --labels labels.csv --preprocess crop=224
+    """
     from onnxcomp.comparison import compare as compare_models
     from onnxcomp.report import text
 
@@ -186,10 +188,7 @@ def compare(reference: str, other: str, data: str, **options: Any) -> tuple[obje
     return found, text.comparison(found)
 
 
-@main.command(
-    epilog="onnxcomp bench vit.onnx vit.w8a8.onnx --threads 1\n"
-    "onnxcomp bench vit.onnx --shape pixel_values=8x3x224x224 --profile"
-)
+@main.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path(), metavar="MODEL...")
 @click.option("--data", type=click.Path(), help="Samples to run on; made-up ones by default.")
 @click.option("--shape", callback=_shapes, multiple=True, metavar="NAME=1x3x224x224", help="Shape of a made-up input.")
@@ -198,7 +197,11 @@ def compare(reference: str, other: str, data: str, **options: Any) -> tuple[obje
 @click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Rounds of 20 ms per model.")
 @click.option("--profile", "operators", is_flag=True, help="Show the time by type of operator.")
 def bench(models: tuple[str, ...], data: str | None, shape: dict[str, tuple[int, ...]], **options: Any) -> tuple[object, ...]:
-    """Time models in turn; ratios are to the first."""
+    """Time models in turn; ratios are to the first.
+
+    onnxcomp bench vit.onnx vit.w8a8.onnx --threads 1
+    onnxcomp bench vit.onnx --shape pixel_values=8x3x224x224 --profile
+    """
     if data is not None and shape:
         raise UsageError("--data and --shape exclude each other: the samples have shapes of their own.")
     from onnxcomp.bench import bench as time_models
@@ -211,11 +214,15 @@ def bench(models: tuple[str, ...], data: str | None, shape: dict[str, tuple[int,
     return found, text.benchmark(found)
 
 
-@main.command(epilog="onnxcomp inspect vit.onnx --all\nonnxcomp inspect vit.w8a8.onnx --json")
+@main.command()
 @click.argument("model", type=click.Path())
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
 def inspect(model: str, all_sites: bool) -> tuple[object, ...]:
-    """Show a model's sites, or how it was quantized."""
+    """Show a model's sites, or how it was quantized.
+
+    onnxcomp inspect vit.onnx --all
+    onnxcomp inspect vit.w8a8.onnx --json
+    """
     from onnxcomp.inspect import inspect as inspect_file
     from onnxcomp.report import text
 
@@ -223,13 +230,16 @@ def inspect(model: str, all_sites: bool) -> tuple[object, ...]:
     return found, text.inspection(found, all_sites=all_sites)
 
 
-@main.command(epilog="onnxcomp strip vit.w4a4.onnx --method nbc -o plain.onnx")
+@main.command()
 @click.argument("model", type=click.Path())
 @click.option("--method", "methods", multiple=True, required=True, metavar="NAME", help="The method to take out.")
 @click.option("-o", "--output", type=click.Path(), help="Where the file goes; MODEL.stripped.onnx by default.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 def strip(model: str, methods: tuple[str, ...], output: str | None, force: bool) -> tuple[object, ...]:
-    """Take a method's compensations out of a quantized model again."""
+    """Take a method's compensations out of a quantized model again.
+
+    onnxcomp strip vit.w4a4.onnx --method nbc -o plain.onnx
+    """
     from onnxcomp.strip import strip as strip_file
 
     destination = output or str(Path(model).with_suffix(".stripped.onnx"))
@@ -237,10 +247,14 @@ def strip(model: str, methods: tuple[str, ...], output: str | None, force: bool)
     return {"path": destination, "stripped": places}, {"Stripped": [", ".join(places)], "File": [destination]}
 
 
-@main.command(epilog="onnxcomp methods\nonnxcomp methods bias")
+@main.command()
 @click.argument("name", required=False)
 def methods(name: str | None) -> tuple[object, ...]:
-    """List the compensation methods, or explain one."""
+    """List the compensation methods, or explain one.
+
+    onnxcomp methods
+    onnxcomp methods bias
+    """
     from onnxcomp import manual
 
     if name is None:
@@ -256,33 +270,42 @@ def recipe() -> None:
     """List the named recipes, or show one as TOML."""
 
 
-@recipe.command("list", epilog="onnxcomp recipe list")
+@recipe.command("list")
 def list_recipes() -> tuple[object, ...]:
-    """List the named recipes."""
+    """List the named recipes.
+
+    onnxcomp recipe list
+    """
     from onnxcomp import recipe as recipes
 
     found = [{"name": r.name, "description": r.description} for r in recipes.NAMED.values()]
     return found, {r["name"]: [r["description"]] for r in found}
 
 
-@recipe.command("show", epilog="onnxcomp recipe show base > mine.toml")
+@recipe.command("show")
 @click.argument("name", metavar="NAME|FILE")
 def show_recipe(name: str) -> tuple[object, ...]:
-    """Print a recipe as TOML, every key written out."""
+    """Print a recipe as TOML, every key written out.
+
+    onnxcomp recipe show base > mine.toml
+    """
     from onnxcomp import recipe as recipes
 
     found = recipes.find(name)
     return {"name": found.name, "toml": recipes.dumps(found)}, recipes.dumps(found)
 
 
-@main.command(epilog="onnxcomp export pkg.module:factory --input x=1x3x224x224 --dynamic batch -o model.onnx")
+@main.command()
 @click.argument("spec", metavar="PKG.MODULE:FACTORY|FILE.pt2")
 @click.option("--input", "inputs", multiple=True, required=True, metavar="NAME=SHAPE[:TYPE]", help="An input: x=1x3x224x224.")
 @click.option("--dynamic", multiple=True, metavar="batch|NAME:AXIS=DIM", help="A dimension that may vary.")
 @click.option("-o", "--output", type=click.Path(), required=True, help="The ONNX file to write.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 def export(spec: str, inputs: tuple[str, ...], output: str, **options: Any) -> tuple[object, ...]:
-    """Export a torch module to ONNX and check it against torch."""
+    """Export a torch module to ONNX and check it against torch.
+
+    onnxcomp export pkg.module:factory --input x=1x3x224x224 --dynamic batch -o model.onnx
+    """
     from onnxcomp.export import export as export_module
 
     found = export_module(spec, inputs, output=output, **options)
@@ -322,30 +345,15 @@ def _demand(found: Comparison, max_drop: float) -> None:
         )
 
 
-def _render(shown: Iterable[Any]) -> str:
-    """What a command shows, for the width of the terminal; for a file or pipe, on lines as long as they are."""
-    from rich.console import Console
-
-    from onnxcomp.report.text import facts
-
-    width = None if sys.stdout.isatty() else UNBOUNDED
-    console = Console(width=width, markup=False, highlight=False, emoji=False)
-    with console.capture() as capture:
-        for part in shown:
-            console.print(facts(part) if isinstance(part, dict) else part, soft_wrap=isinstance(part, str))
-    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
-
-
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """What takes progress(stage, done, total) and shows a bar, if stderr is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda stage, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TimeElapsedColumn
+    """What takes progress(stage, done, total) and shows it on one line, if stderr is a terminal."""
 
-    columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+    def show(text: str) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"\r\033[K{text}", err=True, nl=False)
+
+    try:
+        yield lambda stage, done, total: show(f"{stage} {done}/{total}")
+    finally:
+        show("")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from onnxcomp.graph import files
 from onnxcomp.numerics.arrays import energies, sqnr_db
 from onnxcomp.preprocess import Preprocess
 from onnxcomp.report.model import Accuracy, Comparison, OutputComparison
-from onnxcomp.runtime import Session
+from onnxcomp.runtime import Progress, Session, ignore
 
 Array = np.ndarray
 Model = str | Path | bytes | files.ModelProto
@@ -36,13 +36,13 @@ Model = str | Path | bytes | files.ModelProto
 def compare(
     reference: Model, other: Model, data: object, *,
     labels: str | os.PathLike[str] | Array | None = None, limit: int | None = None, preprocess: Preprocess | None = None,
-    seed: int = 0, progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = ignore,
 ) -> Comparison:  # fmt: skip
     """Run both models on `data` and compare their outputs.
 
     data    whatever `onnxcomp.data.open_data` takes; integer labels that it carries itself are used where they fit
     labels  one whole number per answer: an array, .npy, .npz, or a `file,label` CSV; they must fit an output
-    limit   compare on this many samples only, chosen with `seed`
+    limit   compare on this many samples only, chosen at random but always the same
 
     Raises ModelError for models that do not match, DataError for data or labels that do not fit.
     """
@@ -52,11 +52,10 @@ def compare(
     left, right = (Session(model) for model in models)
     _check_ports(left, right)
     specs = [InputSpec(name, kind.dtype, kind.shape) for name, kind in left.inputs if kind.dtype is not None]
-    opened = open_data(data, specs, preprocess=preprocess, labels=labels, limit=limit, seed=seed)
+    opened = open_data(data, specs, preprocess=preprocess, labels=labels, limit=limit)
     outputs = [_Output(name) for name, kind in left.outputs if kind.dtype is not None and kind.dtype.kind != "O"]
-    names = [output.name for output in outputs]
     for number, feed in enumerate(opened, 1):
-        r, o = left.run(feed, names), right.run(feed, names)
+        r, o = left.run(feed), right.run(feed)
         for output in outputs:
             output.add(r[output.name], o[output.name])
         progress("comparing", number, len(opened))
@@ -134,15 +133,13 @@ def _misfit(outputs: Sequence[_Output], labels: Array) -> str:
 
 
 def _check_ports(left: Session, right: Session) -> None:
-    inputs, others = dict(left.inputs), dict(right.inputs)
-    for what, a, b in (("inputs", inputs, others), ("outputs", dict(left.outputs), dict(right.outputs))):
+    others = dict(right.inputs)
+    for what, a, b in (("inputs", dict(left.inputs), others), ("outputs", dict(left.outputs), dict(right.outputs))):
         if a.keys() != b.keys():
             raise ModelError(f"The models have different {what}: {', '.join(a)} against {', '.join(b)}.")
-    for name, kind in inputs.items():
+    for name, kind in left.inputs:
         if kind.dtype is None:
             raise ModelError(f"Input '{name}' is not a tensor, so it cannot be fed.")
         if kind.dtype != others[name].dtype:
-            raise ModelError(
-                f"Input '{name}' is {kind.dtype} in the one model and {others[name].dtype} in the other. "
-                "Only models that take the same tensors can be compared."
-            )
+            text = f"Input '{name}' is {kind.dtype} in the one model and {others[name].dtype} in the other."
+            raise ModelError(f"{text} Only models that take the same tensors can be compared.")

@@ -1,7 +1,7 @@
 """torch to ONNX, checked: the only part that imports torch (the extra `torch`), and only when it runs.
 
-A module or a torch.export program becomes one ONNX file at opset 20. Constants are folded and what computes nothing is
-dropped; BatchNormalization stays, since preparation folds it where that is safe. Nodes are named by the module they
+A module, in eval mode from then on, or a torch.export program becomes one ONNX file at opset 20. Constants are folded;
+BatchNormalization stays, since preparation folds it where that is safe. Nodes are named by the module they
 come from, `/blocks/0/attn/qkv/MatMul`, so that patterns read like the code; no path of the machine gets into the file.
 Before it is moved into place, ONNX Runtime runs it against torch on three random draws; in the second, every axis that
 varies is twice as long, which keeps axes that the model ties together in step.
@@ -102,9 +102,6 @@ def export(
         logging.disable()
         sys.path.insert(0, str(Path.cwd()))
         network = _Network(spec, read_inputs(inputs, dynamic))
-        for part in network.module.modules():
-            restore.callback(setattr, part, "training", part.training)
-            part.training = False
         model = _convert(network)
         with PendingFile(model, output, force=force) as pending:
             session = Session(pending.path)
@@ -147,7 +144,7 @@ class _Network:
         is_program = isinstance(source, torch.export.ExportedProgram)
         if is_program and any(i.axes for i in inputs):
             raise UsageError(f"{spec} has the axes it was saved with. Set dynamic_shapes in torch.export.export instead.")
-        self.module = source.module() if is_program else source
+        self.module = source.module() if is_program else source.eval()
         parameters = list(inspect.signature(self.module.forward).parameters)
         is_named = all(i.name in parameters for i in inputs)
         self.inputs = sorted(inputs, key=lambda i: parameters.index(i.name)) if is_named else inputs
@@ -224,15 +221,12 @@ def _convert(network: _Network) -> Any:
 
 
 def _tidy(model: ir.Model, ports: Sequence[str]) -> None:
-    """Fold constants, drop what computes nothing, name nodes and ports; unlike in torch's own clean-up, nothing is fused."""
+    """Fold constants, write known shapes down, name nodes and ports; unlike in torch's own clean-up, nothing is fused."""
     from onnx_ir.passes import common
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules import common as rules
 
-    simplifying = [
-        rules.add_0_rule, rules.sub_0_rule, rules.mul_by_1_rule, rules.div_by_1_rule, rules.no_op_transpose_rule,
-        rules.collapse_slice_rule, rules.collapse_slice2_rule, rules.materialize_reshape_shape_rule,
-    ]  # fmt: skip
+    simplifying = [rules.collapse_slice_rule, rules.collapse_slice2_rule, rules.materialize_reshape_shape_rule]
     common.InlinePass()(model)
     for _ in range(2):
         optimizer.fold_constants(model)

@@ -5,14 +5,15 @@ Limits: fields are documented by the string under them, which only the source ha
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-import itertools
-import textwrap
+import re
 from dataclasses import dataclass
 
 from onnxcomp.methods import base
+
+_DOCUMENTED = re.compile(r'^    (\w+): [^\n]*\n    """(.*?)"""', re.DOTALL | re.MULTILINE)
+"""A field on a line of its own, and the string under it."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,6 @@ def _field_docstrings(kind: type) -> dict[str, str]:
     """The strings that stand under the fields, of the bases too."""
     found: dict[str, str] = {}
     for owner in [one for one in reversed(kind.__mro__) if dataclasses.is_dataclass(one)]:
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        assert isinstance(definition, ast.ClassDef)
-        for pair in itertools.pairwise(definition.body):
-            match pair:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    found[name] = " ".join(text.split())
+        for name, text in _DOCUMENTED.findall(inspect.getsource(owner)):
+            found[name] = " ".join(text.split())
     return found

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -107,14 +108,11 @@ class Preprocess:
             left, top = (width - self.crop) // 2, (height - self.crop) // 2
             picture = picture.crop((left, top, left + self.crop, top + self.crop))
         x = np.atleast_3d(np.asarray(picture))[:, :, :: -1 if self.color == "bgr" else 1]
-        # One entry per pixel value and channel, worked out in float64, so each result is rounded once.
-        levels = np.arange(256.0)[:, None]
-        table = (levels * self.scale - self.mean) / self.std
-        if table.shape[1] > x.shape[2]:
+        if x.shape[2] == 1 and max(np.size(self.mean), np.size(self.std)) > 1:
             raise DataError(f"{where}: the image has 1 channel, so mean and std must be one number each.")
-        if np.dtype(dtype).kind != "f" and np.any(table != levels):
+        if np.dtype(dtype).kind != "f" and not (self.scale == 1 and not np.any(self.mean) and np.all(np.equal(self.std, 1))):
             raise DataError(f"{where}: the input takes {np.dtype(dtype)} pixels. Preprocess with scale=1, no mean, no std.")
-        x = np.broadcast_to(table.astype(dtype), (256, x.shape[2]))[x, np.arange(x.shape[2])]
+        x = ((x.astype(np.float64) * self.scale - self.mean) / self.std).astype(dtype)
         return np.ascontiguousarray(x.transpose(2, 0, 1) if self.layout == "nchw" else x)
 
 
@@ -160,10 +158,9 @@ def _parse_value(text: str) -> object:
     """An int, a float, a tuple of them from a comma list; anything else stays text for the check of its key."""
     if "," in text:
         return tuple(map(_parse_value, text.split(",")))
-    top, _, bottom = text.partition("/")
     try:
-        value = float(top) / float(bottom or 1)
-    except (ValueError, ZeroDivisionError):
+        value = float(Fraction(text))
+    except (ValueError, ArithmeticError):
         return text
     return int(value) if value.is_integer() else value
 

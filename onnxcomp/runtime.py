@@ -30,11 +30,14 @@ from onnxcomp.graph.weights import expose_all
 
 Model = bytes | str | Path
 Feed = Mapping[str, np.ndarray]
+Progress = Callable[[str, int, int], None]
+"""Takes a stage, how much of it is done, and of how much."""
 
 _KINDS = [kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception)]
 _FAILURES = (*_KINDS, RuntimeError, ValueError)
 _FATAL = 4
 _ROUND_SECONDS = 0.02
+_WARM_PASSES = 4
 _PROFILED_RUNS = 10
 
 
@@ -51,22 +54,34 @@ class Latency:
 
 
 class Session:
-    """A loaded model, ready to run. `inputs` and `outputs` are (name, type) pairs in the model's order.
+    """A loaded model, ready to run on the CPU. `inputs` and `outputs` are (name, type) pairs in the model's order.
 
-    `threads` 0 leaves their number to the runtime. Raises ModelError for a model that cannot be loaded.
+    `threads` 0 leaves their number to the runtime; `options` replace both others. Raises ModelError for a model that cannot
+    be loaded.
     """
 
-    def __init__(self, model: Model, *, optimize: bool = True, threads: int = 0) -> None:
-        self._session = _open(model, _options(optimize=optimize, threads=threads))
-        self.inputs = _ports(self._session.get_inputs())
-        self.outputs = _ports(self._session.get_outputs())
+    def __init__(
+        self, model: Model, *, optimize: bool = True, threads: int = 0, options: ort.SessionOptions | None = None
+    ) -> None:
+        source, options = model if isinstance(model, bytes) else str(model), options or _options(threads, optimize=optimize)
+        try:
+            self.native = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except _FAILURES as error:
+            what = source if isinstance(source, str) else "the model"
+            raise ModelError(f"ONNX Runtime cannot load {what}: {_sentence(error)}") from error
+        self.inputs, self.outputs = _ports(self.native.get_inputs()), _ports(self.native.get_outputs())
 
-    def run(self, feeds: Feed, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """The outputs called `names` (all by default) for one feed, by name. Raises ModelError where the run fails."""
-        wanted = [name for name, _ in self.outputs] if names is None else list(names)
-        if not wanted:
-            return {}
-        return dict(zip(wanted, _run(self._session, wanted, feeds), strict=True))
+    def run(self, feeds: Feed) -> dict[str, np.ndarray]:
+        """The outputs for one feed, by name. Raises ModelError where the run fails."""
+        try:
+            values: Sequence[Any] = self.native.run(None, dict(feeds))
+        except _FAILURES as error:
+            raise ModelError(f"ONNX Runtime cannot run the model: {_sentence(error)}") from error
+        return dict(zip([name for name, _ in self.outputs], values, strict=True))
+
+
+def ignore(stage: str, done: int, total: int) -> None:
+    """Report no progress."""
 
 
 def version() -> str:
@@ -94,37 +109,31 @@ def optimized(model: Model) -> tuple[files.NodeProto, ...]:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
-        options = _options(optimize=True, threads=1)
+        options = _options(1)
         options.optimized_model_filepath = str(path)
         # Weights go to a file of their own: in one file, a model of more than 2 GiB could not be written.
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        _open(model, options, without=("NchwcTransformer", "NhwcTransformer"))
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "NchwcTransformer;NhwcTransformer")
+        Session(model, options=options)
         return files.read_nodes(path)
 
 
 def measure(
-    models: Sequence[Model],
-    feeds: Sequence[Feed],
-    *,
-    threads: int = 1,
-    rounds: int = 20,
-    warmup: int = 2,
-    progress: Callable[[int, int], None] | None = None,
+    models: Sequence[Model], feeds: Sequence[Feed], *, threads: int = 1, rounds: int = 20, progress: Progress = ignore
 ) -> tuple[Latency, ...]:
     """Latency of one run of each model, all on the same feeds, in the same process and in turn: A B C A B C ...
 
-    In every round each model goes through the feeds as often as 20 ms take. `progress` gets the rounds done and their
-    number. Raises ModelError for a model that cannot be loaded or run.
+    In every round each model goes through the feeds as often as 20 ms take. `progress` gets the stage, the rounds done and
+    their number. Raises ModelError for a model that cannot be loaded or run.
     """
     sessions = [Session(model, threads=threads) for model in models]
-    passes = [_passes(session, feeds, warmup) for session in sessions]
+    fastest = [min(_time(session, feeds, 1) for _ in range(_WARM_PASSES)) * len(feeds) for session in sessions]
+    passes = [max(1, round(_ROUND_SECONDS / once)) for once in fastest]
     seconds = np.empty((rounds, len(sessions)))
     for index in range(rounds):
-        for column, (session, count) in enumerate(zip(sessions, passes, strict=True)):
-            seconds[index, column] = _time(session, feeds, count)
-        if progress is not None:
-            progress(index + 1, rounds)
+        seconds[index] = [_time(session, feeds, count) for session, count in zip(sessions, passes, strict=True)]
+        progress("timing", index + 1, rounds)
     times = np.quantile(seconds * 1e3, (0.5, 0.1, 0.9), axis=0)
     ratios = np.quantile(seconds / seconds[:, :1], (0.5, 0.1, 0.9), axis=0)
     return tuple(Latency(*map(float, row)) for row in np.concatenate([times, ratios]).T)
@@ -133,13 +142,13 @@ def measure(
 def profile(model: Model, feed: Feed, threads: int = 1) -> tuple[tuple[str, float], ...]:
     """Milliseconds per run by the type of the executed operators, the costliest first; the first run is not counted."""
     with tempfile.TemporaryDirectory() as folder:
-        options = _options(optimize=True, threads=threads)
+        options = _options(threads)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
-        session = _open(model, options)
+        session = Session(model, options=options)
         for _ in range(_PROFILED_RUNS + 1):
-            _run(session, None, feed)
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+            session.run(feed)
+        events = json.loads(Path(session.native.end_profiling()).read_text(encoding="utf-8"))
     counted = min(e["ts"] + e["dur"] for e in events if e["name"] == "model_run")
     total: dict[str, float] = defaultdict(float)
     for event in events:
@@ -148,7 +157,7 @@ def profile(model: Model, feed: Feed, threads: int = 1) -> tuple[tuple[str, floa
     return tuple(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _options(*, optimize: bool, threads: int) -> ort.SessionOptions:
+def _options(threads: int, *, optimize: bool = True) -> ort.SessionOptions:
     levels = ort.GraphOptimizationLevel
     options = ort.SessionOptions()
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
@@ -158,23 +167,6 @@ def _options(*, optimize: bool, threads: int) -> ort.SessionOptions:
     # Errors are raised as well, and the warnings are about files that we write on purpose.
     options.log_severity_level = _FATAL
     return options
-
-
-def _open(model: Model, options: ort.SessionOptions, without: Sequence[str] = ()) -> ort.InferenceSession:
-    """A session on the CPU; `without` names optimizations of the runtime to leave out."""
-    source = model if isinstance(model, bytes) else str(model)
-    what = "the model" if isinstance(model, bytes) else source
-    try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without))
-    except _FAILURES as error:
-        raise ModelError(f"ONNX Runtime cannot load {what}: {_sentence(error)}") from error
-
-
-def _run(session: ort.InferenceSession, names: list[str] | None, feeds: Feed) -> Sequence[Any]:
-    try:
-        return session.run(names, dict(feeds))
-    except _FAILURES as error:
-        raise ModelError(f"ONNX Runtime cannot run the model: {_sentence(error)}") from error
 
 
 def _ports(nodes: Sequence[ort.NodeArg]) -> tuple[tuple[str, TensorType], ...]:
@@ -191,14 +183,6 @@ def _sentence(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     count = 2 if lines and lines[0].endswith("indices") else 1
     return f"{': '.join(lines[:count]).rstrip('.')}."
-
-
-def _passes(session: Session, feeds: Sequence[Feed], warmup: int) -> int:
-    """How often `session` goes through the feeds in `_ROUND_SECONDS`, found by warming it up."""
-    for _ in range(warmup):
-        _time(session, feeds, 1)
-    once = min(_time(session, feeds, 1) for _ in range(2)) * len(feeds)
-    return max(1, round(_ROUND_SECONDS / once))
 
 
 def _time(session: Session, feeds: Sequence[Feed], passes: int) -> float:

@@ -48,7 +48,6 @@ THIRD_PARTY = {
     "onnxruntime": {"runtime"},
     "onnxruntime.transformers": {"graph"},
     "onnxscript": {"export"},
-    "rich": {"cli", "report"},
     "tomli": {"recipe"},
     "torch": {"export"},
 }
@@ -278,7 +277,7 @@ def test_modules_call_nothing_for_its_effect_when_they_are_imported():
 
 _SIDE_EFFECTS = """
 import importlib, logging, os, random, sys, warnings
-import click, google.protobuf, ml_dtypes, numpy, onnx, onnx_graphsurgeon, onnxruntime, PIL.Image, rich.console
+import click, google.protobuf, ml_dtypes, numpy, onnx, onnx_graphsurgeon, onnxruntime, PIL.Image
 
 def state():
     root = logging.getLogger()

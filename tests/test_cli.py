@@ -89,7 +89,7 @@ from onnxcomp.cli import main
 try:
     main([*{path!r}, "--help"])
 except SystemExit:
-    print(sorted({{"numpy", "onnx", "onnxruntime", "onnx_graphsurgeon", "torch", "rich"}} & set(sys.modules)))
+    print(sorted({{"numpy", "onnx", "onnxruntime", "onnx_graphsurgeon", "torch"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
 

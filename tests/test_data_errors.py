@@ -348,6 +348,14 @@ def test_given_labels_that_do_not_fit(tmp_path: Path):
     assert error(ROWS, labels=tmp_path / "e.csv").startswith(f"{tmp_path}/e.csv: expected rows of file,label with a number: ")
 
 
+def test_a_label_a_file_is_too_few_where_a_file_has_several_rows(tmp_path: Path):
+    np.save(tmp_path / "a.npy", ROWS)
+    (tmp_path / "labels.csv").write_text("a.npy,1\n")
+
+    expected = "expected numbers of shape [10] as labels, one a row, found int64[1]."
+    assert error(tmp_path) == f"{tmp_path}/labels.csv: {expected}"
+
+
 def test_a_label_table_that_misses_a_file_or_holds_no_number(tmp_path: Path):
     for name in ("a", "b", "c"):
         write_image(tmp_path / f"{name}.png")

@@ -223,15 +223,14 @@ def test_outputs_are_named_by_keys_and_places():
 
 
 @needs_torch
-def test_a_module_is_exported_in_eval_mode_and_given_back_as_it_was():
+def test_a_module_is_exported_in_eval_mode_and_torch_draws_the_same_numbers_afterwards():
     import torch
 
     module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(3))
-    module[2].eval()
     random = torch.random.get_rng_state()
     export(module, ["x=2x3"], output="m.onnx")
 
-    assert [part.training for part in module] == [True, True, False]
+    assert not any(part.training for part in module.modules())
     assert torch.equal(torch.random.get_rng_state(), random)
     assert "Dropout" not in {node.op_type for node in onnx.load("m.onnx").graph.node}
 

@@ -54,7 +54,8 @@ def test_w8a8_keeps_the_accuracy_on_integer_kernels(name: str, data_dir: Path, t
 
     result = make(name, data_dir, output, "w8a8", find("auto"))
 
-    assert result.report.integer_share >= 0.98
+    sites = result.report.sites
+    assert sum(site.falls_back for site in sites) <= 0.02 * len(sites)
     before, after = scores(name, data_dir, data_dir / bench.SUBJECTS[name].file, output)
     drop = 100 * (after / before - 1) if bench.SUBJECTS[name].language else before - after
     assert drop <= DROPS[name]

@@ -148,7 +148,7 @@ def run(name: str, subject: Subject, folder: Path, samples: int, rounds: int) ->
             result = quantize(path, stories(source) if subject.language else source, recipe, output=output)
             made.append((f"{bits} {recipe_name}", output, result.report, time.perf_counter() - start))
         single = [test[0]]
-        latencies = runtime.measure([path, *(m[1] for m in made)], single, threads=1, rounds=rounds, warmup=5)
+        latencies = runtime.measure([path, *(m[1] for m in made)], single, threads=1, rounds=rounds)
         base, bytes_before = score(path), path.stat().st_size
         yield Row(name, "fp32", base, 0.0, bytes_before / 1e6, 1.0, "", 0.0, latencies[0])
         for (setting, output, report, seconds), latency in zip(made, latencies[1:], strict=True):

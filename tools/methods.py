@@ -82,7 +82,7 @@ def rows(name: str, subject: Subject, folder: Path, bits: str, options: argparse
                     for m in methods
                 )
             made.append((recipe_name, output, scores, seconds, kept))
-        latencies = runtime.measure([m[1] for m in made], [test[0]], threads=1, rounds=options.rounds, warmup=5)
+        latencies = runtime.measure([m[1] for m in made], [test[0]], threads=1, rounds=options.rounds)
         base = float(np.mean(made[0][2]))
         for (recipe_name, output, scores, seconds, kept), latency in zip(made, latencies, strict=True):
             score = f"{np.mean(scores):.2f}" + (f" +- {np.std(scores):.2f}" if len(scores) > 1 else "")
@@ -117,7 +117,7 @@ def series(name: str, subject: Subject, folder: Path, options: argparse.Namespac
     terms = " / ".join(f"{sqnr(models[n, n]):.1f}" for n in (1, 2, 3, 4))
     scores = f"{accuracy(reference, batches):.2f} -> {accuracy(runtime.Session(models[2, 2]), batches):.2f}"
     timed = [models[1, 1], models[2, 1], models[2, 2], path.read_bytes()]
-    times = runtime.measure(timed, [test[0]], threads=1, rounds=options.rounds, warmup=5)
+    times = runtime.measure(timed, [test[0]], threads=1, rounds=options.rounds)
     ratios = " | ".join(f"{t.median_ms / times[3].median_ms:.3f}" for t in times[:3])
     print(f"| {name} | {terms} | {scores} | {ratios} |", flush=True)
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
@@ -20,14 +19,9 @@ from onnxcomp.preprocess import Preprocess
 
 
 def open_data(
-    source: object,
-    inputs: Sequence[InputSpec],
-    *,
-    preprocess: Preprocess | None = None,
-    labels: str | os.PathLike[str] | np.ndarray | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-) -> Data:
+    source: object, inputs: Sequence[InputSpec], *, preprocess: Preprocess | None = None,
+    labels: str | os.PathLike[str] | np.ndarray | None = None, limit: int | None = None, seed: int = 0,
+) -> Data:  # fmt: skip
     """Open `source` as samples for a model that takes `inputs`.
 
     preprocess  used on image files, and on uint8 arrays [N, H, W, C] or [N, H, W] for inputs of rank 4
@@ -69,7 +63,7 @@ def _look(part: Part, model: Inputs) -> Part:
 
 @dataclass(eq=False)
 class Data(Sequence[Feed]):
-    """Samples: feeds by input name, each array with its batch axis, made anew on every access; a slice is as lazy.
+    """Samples: feeds by input name, each array with its batch axis, made anew on every access; there are no slices.
 
     Every float is finite, or DataError names the sample (counted over the whole source) and the input.
     """
@@ -88,13 +82,7 @@ class Data(Sequence[Feed]):
     def __iter__(self) -> Iterator[Feed]:
         return (self[index] for index in range(len(self)))
 
-    @overload
-    def __getitem__(self, index: int) -> Feed: ...
-    @overload
-    def __getitem__(self, index: slice) -> Data: ...
-    def __getitem__(self, index: int | slice) -> Feed | Data:
-        if isinstance(index, slice):
-            return Data(self.model, self.places[index], None if self.labels is None else self.labels[index])
+    def __getitem__(self, index: int) -> Feed:  # pyright: ignore[reportIncompatibleMethodOverride]
         name, rows = self.places[index]
         return self.model.fit([self._read(*row) for row in rows], f"{rows[0][0].where}: {name}")
 
@@ -116,7 +104,7 @@ def _join_labels(parts: Sequence[Part]) -> np.ndarray | None:
     first = next((part.labels for part in parts if part.labels is not None), None)
     if first is None:
         return None
-    return np.concatenate([_check(part.labels, (len(part.rows), *first.shape[1:]), part.where) for part in parts])
+    return np.concatenate([_check(part.labels, len(part.rows), first, part.where) for part in parts])
 
 
 def _read_labels(labels: str | os.PathLike[str] | np.ndarray, parts: Sequence[Part]) -> np.ndarray:
@@ -131,11 +119,12 @@ def _read_labels(labels: str | os.PathLike[str] | np.ndarray, parts: Sequence[Pa
         if len(named) != 1:
             raise DataError(f"{labels}: expected one array, or one of {', '.join(LABEL_KEYS)}, found {', '.join(arrays)}.")
         found = np.array(named[0])
-    rows = sum(len(part.rows) for part in parts)
-    return _check(found, (rows, *found.shape[1:]), "labels" if found is labels else str(labels))
+    return _check(found, sum(len(part.rows) for part in parts), found, "labels" if found is labels else str(labels))
 
 
-def _check(labels: np.ndarray | None, shape: tuple[int, ...], where: str) -> np.ndarray:
+def _check(labels: np.ndarray | None, rows: int, like: np.ndarray, where: str) -> np.ndarray:
+    """The labels, which must be a number for each row, or an array as those of `like` are."""
+    shape = (rows, *like.shape[1:])
     if labels is None or labels.shape != shape or labels.dtype.kind not in "iufb":
         found = "none" if labels is None else describe(labels.dtype, labels.shape)
         raise DataError(f"{where}: expected numbers of shape {list(shape)} as labels, one a row, found {found}.")

@@ -45,7 +45,7 @@ def open_source(source: object) -> Iterator[Part]:
     elif isinstance(source, Mapping) or hasattr(source, "__array__"):
         yield Part("data", _as_feed(source, "data").copy)
     elif callable(source):
-        yield from _Replay(source).parts()
+        yield from _replay(source)
     else:
         for number, feed in enumerate(_as_feeds(source)):
             kept = {key: array.copy() for key, array in feed.items()}  # a generator may fill one buffer again and again
@@ -78,9 +78,8 @@ def read_arrays(path: Path) -> Feed:
             return {"array": np.lib.format.open_memmap(path, mode="r")}
         if kind in IMAGE_TYPES:
             return {"image": np.memmap(path, f"V{path.stat().st_size}", "r")}
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            streams = {name.removesuffix(".npy"): archive.open(name) for name in archive.namelist()}
-            return {key: np.lib.format.read_array(stream, allow_pickle=False) for key, stream in streams.items()}
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file) as archive:
+            return {key: np.asarray(array) for key, array in archive.items()}
     except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError) as error:
         raise DataError(f"{path}: cannot be read as a {kind} file ({' '.join(str(error).split())}).") from error
 
@@ -109,25 +108,20 @@ def digest(feeds: Iterable[Feed], title: str = "") -> str:
     return total.hexdigest()
 
 
-class _Replay:
+def _replay(start: Callable[[], object]) -> Iterator[Part]:
     """The feeds of a callable: asking for an earlier one runs it anew, and it must give the same ones every time."""
+    run = enumerate(_as_feeds(start()))
 
-    def __init__(self, start: Callable[[], object]) -> None:
-        self._start, self._feeds = start, _as_feeds(start())
-        self._number, self._feed = -1, {}
-
-    def parts(self) -> Iterator[Part]:
-        """One for each feed of the first run."""
-        for number, feed in enumerate(self._feeds):
-            self._number, self._feed = number, feed
-            yield Part(f"feed {number}", partial(self._load, number, digest([feed])))
-
-    def _load(self, number: int, sha256: str) -> Feed:
-        if number < self._number:
-            self._feeds, self._number = _as_feeds(self._start()), -1
-        while self._number < number:
-            self._number, self._feed = self._number + 1, next(self._feeds, {})
-        if digest([self._feed]) != sha256:
+    def load(wanted: int, sha256: str) -> Feed:
+        nonlocal run, number, feed
+        if wanted < number:
+            run, number = enumerate(_as_feeds(start())), -1
+        while number < wanted:
+            number, feed = next(run, (wanted, {}))
+        if digest([feed]) != sha256:
             text = "expected the same feed on every run of the callable. Seed it, or pass its iterator, which is kept."
-            raise DataError(f"feed {number}: {text}")
-        return self._feed
+            raise DataError(f"feed {wanted}: {text}")
+        return feed
+
+    for number, feed in run:
+        yield Part(f"feed {number}", partial(load, number, digest([feed])))

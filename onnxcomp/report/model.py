@@ -103,12 +103,6 @@ class Report:
     verification: Verification
     notes: tuple[str, ...]
 
-    @property
-    def integer_share(self) -> float:
-        """Share of the sites with quantized activations that run as integer kernels (1.0 where there are none)."""
-        said = [s for s in self.sites if s.activations != "float"]
-        return sum(not s.falls_back for s in said) / len(said) if said else 1.0
-
 
 @dataclass(frozen=True)
 class OutputComparison:

@@ -1,52 +1,46 @@
 """Reports, comparisons, inspections and timings as text: a header, a table, and one line per fact.
 
-Everything here returns rich renderables and prints nothing. No box characters are used. Where the console is as wide as
-need be, as it is for a file or a pipe, each row and each fact stays on one line.
+Everything here returns plain text, the same for a terminal, a file or a pipe: each row and each fact is one line.
 """
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.table import Table
-from rich.text import Text
 
 from onnxcomp.numerics.arrays import EQUAL_DB
 from onnxcomp.report import model
 
 LONGEST = 20
 """Sites shown where not all of them were asked for."""
-Cell = str | Text
+Facts = Mapping[str, Iterable[str]]
+"""Names, and what there is to say of each."""
 
 
-def report(value: model.Report, *, all_sites: bool = False) -> RenderableType:
+def report(value: model.Report, *, all_sites: bool = False) -> str:
     """The whole report; the `LONGEST` worst sites only, unless `all_sites`."""
-    return Group(_header(value), "", sites(value.sites, all_sites=all_sites), "", facts(_facts(value)))
+    return f"{_header(value)}\n\n{sites(value.sites, all_sites=all_sites)}\n\n{facts(_facts(value))}"
 
 
-def comparison(value: model.Comparison) -> RenderableType:
+def comparison(value: model.Comparison) -> str:
     """One row per output, then accuracy and size."""
     lost = [f"{plural(o.not_finite, 'value')} of '{o.name}' in {value.other}" for o in value.outputs if o.not_finite]
-    lines: dict[str, Sequence[Cell]] = {
-        "NaN or Inf": [Text(f"{text}, finite in {value.reference}", style="yellow") for text in lost],
-        "Accuracy": [_accuracy(value.accuracy)] if value.accuracy is not None else [],
+    lines: Facts = {
+        "NaN or Inf": [f"{text}, finite in {value.reference}" for text in lost],
+        "Accuracy": [] if value.accuracy is None else [_accuracy(value.accuracy)],
         "Size": [change(value.reference_bytes, value.other_bytes)],
     }
-    head = Text.assemble((f"{value.reference} -> {value.other}", "bold"), f", {plural(value.samples, 'sample')}")
     rows = [_output_row(output) for output in value.outputs]
-    table = Columns(["Output", "SQNR", "Cosine", "Agreement"], rows, right=("SQNR", "Cosine"))
-    return Group(head, "", table, "", facts(lines))
+    outputs = table(["Output", "SQNR", "Cosine", "Agreement"], rows, right=("SQNR", "Cosine"))
+    head = f"{value.reference} -> {value.other}, {plural(value.samples, 'sample')}"
+    return f"{head}\n\n{outputs}\n\n{facts(lines)}"
 
 
-def inspection(value: model.Inspection, *, all_sites: bool = False) -> RenderableType:
+def inspection(value: model.Inspection, *, all_sites: bool = False) -> str:
     """What the file is, and then its report or the sites that could be quantized."""
-    rest = f": {size(value.file_bytes)}, opset {', '.join([str(value.opset), *value.domains])}"
-    lines: dict[str, Sequence[Cell]] = {
+    head = f"{value.path}: {size(value.file_bytes)}, opset {', '.join([str(value.opset), *value.domains])}"
+    lines: Facts = {
         "Parameters": [f"{value.parameters:,}"],
         "Inputs": value.inputs,
         "Outputs": value.outputs,
@@ -54,15 +48,15 @@ def inspection(value: model.Inspection, *, all_sites: bool = False) -> Renderabl
         "Quantized": [_counts(value.quantization) or "no"],
         "Made by": [value.producer] if value.producer else [],
         **({} if value.report is None else provenance(value.report)),
-        "Note": [Text(text, style="yellow") for text in value.notes],
+        "Note": value.notes,
     }
-    last = [_sites(value, all_sites)]
+    last = _sites(value, all_sites)
     if value.report is not None:
-        last = [report(value.report, all_sites=all_sites), "", plain(value.report.recipe.strip())]
-    return Group(Text.assemble((value.path, "bold"), rest), "", facts(lines), "", *last)
+        last = f"{report(value.report, all_sites=all_sites)}\n\n{value.report.recipe.strip()}"
+    return f"{head}\n\n{facts(lines)}\n\n{last}"
 
 
-def benchmark(value: model.Benchmark) -> RenderableType:
+def benchmark(value: model.Benchmark) -> str:
     """One row per model, then the operators of each."""
     rows = [
         [t.model, size(t.file_bytes), figures(t.median_ms), f"{figures(t.low_ms)}-{figures(t.high_ms)}", f"{t.ratio:.3f}",
@@ -70,82 +64,45 @@ def benchmark(value: model.Benchmark) -> RenderableType:
         for t in value.models
     ]  # fmt: skip
     headers = ["Model", "Size", "ms", "10-90 %", "Ratio", "10-90 %"]
-    parts: list[RenderableType] = [Columns(headers, rows, right=("Size", "ms", "Ratio"))]
+    parts = [table(headers, rows, right=("Size", "ms", "Ratio"))]
     for t in value.models:
         total = sum(operator.milliseconds for operator in t.operators)
         costs = [[o.op, figures(o.milliseconds), f"{o.milliseconds / total:.1%}"] for o in t.operators]
         if costs:
-            parts += ["", Text(t.model, style="bold"), Columns(["Operator", "ms", "Share"], costs, right=("ms", "Share"))]
-    return Group(*parts)
+            parts.append(f"{t.model}\n{table(['Operator', 'ms', 'Share'], costs, right=('ms', 'Share'))}")
+    return "\n\n".join(parts)
 
 
-def sites(rows: Sequence[model.SiteReport], *, all_sites: bool = False) -> RenderableType:
+def sites(rows: Sequence[model.SiteReport], *, all_sites: bool = False) -> str:
     """The table of sites: in graph order if all fit, else the worst, worst first, and a line about the rest."""
     if not rows:
-        return Text("No site was quantized.", style="yellow")
+        return "No site was quantized."
     shown = rows if all_sites or len(rows) <= LONGEST else sorted(rows, key=_badness)[:LONGEST]
     has_sqnr = any(site.after_db is not None for site in shown)
     headers = ["Site", "Bits", "Activations", *(["SQNR dB"] if has_sqnr else []), "Kernel"]
     cells = [[s.name, s.bits, s.activations, *([_sqnr(s)] if has_sqnr else []), _kernel(s)] for s in shown]
-    return cut(Columns(headers, cells, right=("SQNR dB",)), len(rows) - len(shown), "better" if has_sqnr else "more")
+    return cut(table(headers, cells, right=("SQNR dB",)), len(rows) - len(shown), "better" if has_sqnr else "more")
 
 
-def cut(rows: RenderableType, hidden: int, which: str) -> RenderableType:
+def cut(rows: str, hidden: int, which: str) -> str:
     """The rows, and a line about those that are hidden."""
-    note = Text(f"({hidden} {which} sites are not shown: --all, or --json)", style="dim")
-    return Group(rows, note) if hidden else rows
+    return f"{rows}\n({hidden} {which} sites are not shown: --all, or --json)" if hidden else rows
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Columns without lines. Where they do not fit into the console, the first column is shortened."""
-
-    headers: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    right: Sequence[str] = ()
-    """The headers of columns that are aligned to the right."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-        for header in self.headers:
-            grid.add_column(header, justify="right" if header in self.right else "left", no_wrap=True)
-        _, *others = zip(self.headers, *self.rows, strict=True)
-        room = options.max_width - sum(2 + max(map(len, column)) for column in others)
-        names = shorten([str(row[0]) for row in self.rows], max(len(self.headers[0]), room, 16))
-        for name, row in zip(names, self.rows, strict=True):
-            grid.add_row(plain(name), *map(plain, row[1:]))
-        yield grid
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> str:
+    """Columns two spaces apart, those in `right` aligned to the right."""
+    columns = []
+    for header, *cells in zip(headers, *rows, strict=True):
+        width = max(map(len, (header, *cells)))
+        columns.append([f"{cell:{'>' if header in right else '<'}{width}}" for cell in (header, *cells)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
-def plain(cell: Cell) -> Text:
-    """The cell as it is: a name such as `[a]` is no markup."""
-    return cell if isinstance(cell, Text) else Text(cell)
-
-
-def shorten(names: Sequence[str], room: int) -> list[str]:
-    """At most `room` characters each: the longer ones lose the folders that they have in common, then their middle."""
-    folders = zip(*(name.split("/")[:-1] for name in names if len(name) > room), strict=False)
-    common = "/".join(folder for folder, *others in itertools.takewhile(lambda level: len(set(level)) == 1, folders))
-    short = []
-    for name in names:
-        if len(name) > room and common:
-            name = "..." + name.removeprefix(common)
-        if len(name) > room:
-            head = (room - 3) * 2 // 5
-            name = f"{name[:head]}...{name[len(name) - (room - 3 - head) :]}"
-        short.append(name)
-    return short
-
-
-def facts(lines: Mapping[str, Iterable[Cell]]) -> Table:
-    """Names and what there is to say of each, line by line; the name stands on the first line."""
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, texts in lines.items():
-        for number, text in enumerate(texts):
-            grid.add_row(plain("" if number else name), plain(text))
-    return grid
+def facts(lines: Facts) -> str:
+    """What there is to say, line by line; the name stands on the first line."""
+    said = [("" if number else name, text) for name, texts in lines.items() for number, text in enumerate(texts)]
+    width = max(len(name) for name, _ in said)
+    return "\n".join(f"{name:{width}}  {text}".rstrip() for name, text in said)
 
 
 def figures(value: float) -> str:
@@ -155,12 +112,8 @@ def figures(value: float) -> str:
 
 def size(count: int) -> str:
     """Bytes in decimal units and three figures: `22.9 MB`."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{count} B" if unit == "B" else f"{figures(value)} {unit}"
+    thousands = sum(count >= limit for limit in (999.5, 999.5e3, 999.5e6))
+    return f"{figures(count / 1000**thousands)} {'kMG'[thousands - 1]}B" if thousands else f"{count} B"
 
 
 def change(before: int, after: int) -> str:
@@ -189,14 +142,14 @@ def provenance(value: model.Report) -> dict[str, list[str]]:
     return {"Made by": [f"onnxcomp {value.version}"], "From": [source], "Data": [data]}
 
 
-def _header(value: model.Report) -> Text:
+def _header(value: model.Report) -> str:
     counts = Counter(site.bits for site in value.sites if site.kind == "layer") or Counter(s.bits for s in value.sites)
     bits = ", ".join(b if len(counts) == 1 else f"{b} ({n})" for b, n in counts.items()) or "nothing to quantize"
     data = "no data" if value.data_sha256 is None else plural(value.samples, "sample")
-    return Text.assemble((value.model_name, "bold"), f" -> {bits} for {value.target}, {data}")
+    return f"{value.model_name} -> {bits} for {value.target}, {data}"
 
 
-def _facts(value: model.Report) -> dict[str, Sequence[Cell]]:
+def _facts(value: model.Report) -> Facts:
     proof = value.verification
     expected = "" if proof.expected_db is None else f"; calibration reproduced {_closeness(proof.expected_db)}"
     agreement = f"optimized and plain agree {_closeness(proof.agreement_db)}"
@@ -214,13 +167,13 @@ def _facts(value: model.Report) -> dict[str, Sequence[Cell]]:
     }
 
 
-def _kernels(rows: Sequence[model.SiteReport]) -> list[Text]:
+def _kernels(rows: Sequence[model.SiteReport]) -> list[str]:
     fallback = [("{} in float", site.reason, site.name) for site in rows if site.falls_back]
     said = sum(site.activations != "float" for site in rows)
     summary = f"{said - len(fallback)} of {said} quantized sites run as integer kernels"
     if len(rows) > said:
         summary += f"; {len(rows) - said} more have quantized weights and float activations"
-    return [Text(summary), *(Text(line, style="yellow") for line in _grouped(fallback))]
+    return [summary, *_grouped(fallback)]
 
 
 def _decisions(decisions: Sequence[model.Decision]) -> list[str]:
@@ -259,17 +212,17 @@ def _sqnr(site: model.SiteReport) -> str:
     return " -> ".join(dict.fromkeys(f"{value:.1f}" for value in (before, site.after_db)))
 
 
-def _kernel(site: model.SiteReport) -> Text:
-    return Text(f"{site.kernel} (float)", style="yellow") if site.falls_back else Text(site.kernel)
+def _kernel(site: model.SiteReport) -> str:
+    return f"{site.kernel} (float)" if site.falls_back else site.kernel
 
 
-def _sites(value: model.Inspection, all_sites: bool) -> RenderableType:
+def _sites(value: model.Inspection, all_sites: bool) -> str:
     if not value.sites:
-        return Text("No site could be quantized.", style="yellow")
+        return "No site could be quantized."
     shown = value.sites if all_sites else value.sites[:LONGEST]
     shapes = ["two activations" if s.weight_shape is None else " x ".join(map(str, s.weight_shape)) for s in shown]
     rows = [[site.name, site.op, shape] for site, shape in zip(shown, shapes, strict=True)]
-    return cut(Columns(["Site", "Operator", "Weight"], rows), len(value.sites) - len(shown), "more")
+    return cut(table(["Site", "Operator", "Weight"], rows), len(value.sites) - len(shown), "more")
 
 
 def _accuracy(value: model.Accuracy) -> str:
@@ -278,7 +231,7 @@ def _accuracy(value: model.Accuracy) -> str:
     return f"{value.reference:.2%} -> {value.other:.2%}, {drop} ({counts})"
 
 
-def _output_row(output: model.OutputComparison) -> list[Cell]:
+def _output_row(output: model.OutputComparison) -> list[str]:
     sqnr = "-" if output.sqnr_db is None else decibels(output.sqnr_db)
     cosine = "-" if output.cosine is None else f"{output.cosine:.5f}"
     share = output.agreement
@@ -287,5 +240,4 @@ def _output_row(output: model.OutputComparison) -> list[Cell]:
 
 
 def _counts(counts: Sequence[model.Count]) -> str:
-    text = ", ".join(f"{c.count} {c.op}" for c in counts[:8])
-    return text if len(counts) <= 8 else f"{text}, {plural(sum(c.count for c in counts[8:]), 'other')}"
+    return ", ".join(f"{c.count} {c.op}" for c in counts)
