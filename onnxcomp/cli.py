@@ -347,13 +347,12 @@ def _demand(found: Comparison, max_drop: float) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """What takes progress(stage, done, total) and shows it on one line, if stderr is a terminal."""
+    """What takes progress(stage, done, total) and shows a bar, if stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    def show(text: str) -> None:
-        if sys.stderr.isatty():
-            click.echo(f"\r\033[K{text}", err=True, nl=False)
-
-    try:
-        yield lambda stage, done, total: show(f"{stage} {done}/{total}")
-    finally:
-        show("")
+    columns = ("{task.description}", BarColumn(), "{task.completed}/{task.total}", TimeElapsedColumn(), TimeRemainingColumn())
+    console, is_quiet = Console(stderr=True), not sys.stderr.isatty()
+    with Progress(*columns, console=console, transient=True, disable=is_quiet) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)

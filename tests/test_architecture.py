@@ -48,6 +48,7 @@ THIRD_PARTY = {
     "onnxruntime": {"runtime"},
     "onnxruntime.transformers": {"graph"},
     "onnxscript": {"export"},
+    "rich": {"cli"},
     "tomli": {"recipe"},
     "torch": {"export"},
 }
@@ -277,7 +278,7 @@ def test_modules_call_nothing_for_its_effect_when_they_are_imported():
 
 _SIDE_EFFECTS = """
 import importlib, logging, os, random, sys, warnings
-import click, google.protobuf, ml_dtypes, numpy, onnx, onnx_graphsurgeon, onnxruntime, PIL.Image
+import click, google.protobuf, ml_dtypes, numpy, onnx, onnx_graphsurgeon, onnxruntime, PIL.Image, rich.console
 
 def state():
     root = logging.getLogger()
