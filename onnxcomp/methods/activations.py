@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from onnxcomp.graph.edit import Tape
 from onnxcomp.methods.base import Array, Batch, Samples
 from onnxcomp.numerics.affine import QParams, Scheme
 from onnxcomp.numerics.ranges import choose
-from onnxcomp.numerics.statistics import Histogram, subsample
+from onnxcomp.numerics.statistics import Histogram, Total, subsample
 
 VALUES_PER_SAMPLE = 1 << 14
 ROWS_PER_SAMPLE = 64
@@ -29,17 +28,6 @@ RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 XH = frozenset({"xh"})
 Fake = Callable[[Array], Array]
 """What quantizing makes of one sample."""
-
-
-@dataclass(frozen=True)
-class RatioErrors:
-    """Squared error of each of some quantizers [R], summed over what was seen."""
-
-    errors: Array
-
-    def merge(self, other: RatioErrors) -> RatioErrors:
-        """The sum of both."""
-        return RatioErrors(self.errors + other.errors)
 
 
 def fit_static(samples: Samples, scheme: Scheme, ranges: str, percentile: float, highest: float = np.inf) -> QParams:
@@ -101,9 +89,9 @@ def build_run_time(op: Tape, x: str, scheme: Scheme, granularity: str, ratio: fl
 def _errors(samples: Samples, fakes: Sequence[Fake], rows_per_sample: int | None = None) -> Array:
     """The squared error of each quantizer on the tensor read as `xh`, all of it or some evenly spread rows."""
 
-    def read(batch: Batch) -> RatioErrors:
+    def read(batch: Batch) -> Total:
         rows = [x.reshape(-1, x.shape[-1]) for x in batch.read("xh")]
         seen = [r[:: max(1, len(r) // (rows_per_sample or len(r)))] for r in rows]
-        return RatioErrors(np.array([sum(np.square(f(x) - x).sum(dtype=np.float64) for x in seen) for f in fakes]))
+        return Total(np.array([sum(np.square(f(x) - x).sum(dtype=np.float64) for x in seen) for f in fakes]))
 
-    return samples.reduce(read, XH).errors
+    return samples.reduce(read, XH).values

@@ -1,13 +1,14 @@
 """Statistics that are read off the data in one pass and added up with `merge`, whatever the order or the batches.
 
 Each is a value: `of(x)` reads an array, and `a.merge(b)` describes the values of both. Merging is exact for Extremes and
-Histogram, bit for bit; Moments are float64 sums. A histogram takes its values as float32. NaN and infinity raise DataError.
+Histogram, bit for bit. A histogram takes its values as float32. NaN and infinity raise DataError.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,42 +20,16 @@ BINS = 1 << 15
 """The most bins of a histogram, at least 2, so that values on both sides of zero never share one."""
 _FINEST = -126  # 2^126 is the largest power of two whose inverse is a normal float32
 _WIDEST_INDEX = 24  # bits of a bin number: bins are not finer than the float32 spacing of the largest value
-_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
-    """Per channel: how many values, their sum and their sum of squares, float64 [C]."""
+class Total:
+    """Whatever `+` adds up or joins: an array of sums, a tuple of things to be kept."""
 
-    count: int
-    sum: NDArray[np.float64]
-    squares: NDArray[np.float64]
+    values: Any
 
-    @staticmethod
-    def of(x: NDArray[np.floating]) -> Moments:
-        """The moments of x [.., C]."""
-        rows = x.reshape(-1, x.shape[-1])
-        total, squares = np.zeros(rows.shape[1]), np.zeros(rows.shape[1])
-        step = max(_CHUNK // rows.shape[1], 1)
-        for start in range(0, len(rows), step):
-            block = rows[start : start + step].astype(np.float64)
-            total += block.sum(axis=0)
-            squares += np.square(block, out=block).sum(axis=0)
-        if not bool(np.all(np.isfinite(total))):
-            raise DataError(NOT_FINITE)
-        return Moments(len(rows), total, squares)
-
-    def merge(self, other: Moments) -> Moments:
-        return Moments(self.count + other.count, self.sum + other.sum, self.squares + other.squares)
-
-    @property
-    def mean(self) -> NDArray[np.float64]:
-        return self.sum / max(self.count, 1)
-
-    @property
-    def variance(self) -> NDArray[np.float64]:
-        """The mean squared distance from the mean (divided by the count, not by one less)."""
-        return np.maximum(self.squares / max(self.count, 1) - np.square(self.mean), 0.0)
+    def merge(self, other: Total) -> Total:
+        return Total(self.values + other.values)
 
 
 @dataclass(frozen=True)
@@ -104,14 +79,8 @@ class Histogram:
         exponent, first, bins = _layout(extremes)
         # float32 products are exact up to exponent 0; beyond, a tiny negative value could vanish and leave bin -1
         kind = np.float32 if exponent <= 0 else np.float64
-        scale = kind(2.0**-exponent)
-        counts = np.zeros(bins, np.int64)
-        for start in range(0, flat.size, _CHUNK):
-            places = flat[start : start + _CHUNK].astype(kind, copy=False) * scale
-            np.floor(places, out=places)
-            places -= first
-            counts += np.bincount(places.astype(np.intp), minlength=bins)
-        return Histogram(counts, first, exponent, extremes)
+        places = np.floor(flat.astype(kind) * kind(2.0**-exponent)) - first
+        return Histogram(np.bincount(places.astype(np.intp), minlength=bins), first, exponent, extremes)
 
     def merge(self, other: Histogram) -> Histogram:
         if not (self.counts.size and other.counts.size):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from onnxcomp.errors import DataError
 from onnxcomp.numerics import statistics
-from onnxcomp.numerics.statistics import Extremes, Histogram, Moments, subsample
+from onnxcomp.numerics.statistics import Extremes, Histogram, Total, subsample
 
 NOT_FINITE = "^" + re.escape(
     "The values to quantize hold NaN or infinity, so they have no range. Check the samples and the model."
@@ -138,8 +138,6 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
     if not math.isfinite(bad):
         with pytest.raises(DataError, match=NOT_FINITE):
             Extremes.of(x)
-        with pytest.raises(DataError, match=NOT_FINITE):
-            Moments.of(x)
 
 
 def test_extremes_merge_and_start_empty() -> None:
@@ -150,40 +148,9 @@ def test_extremes_merge_and_start_empty() -> None:
     assert Extremes.of(x[:0]) == Extremes(math.inf, -math.inf)
 
 
-@pytest.mark.parametrize("shape", [(40, 7, 5), (9, 4, 6, 6), (50,)])
-def test_moments_are_the_mean_and_variance_per_channel(shape: tuple[int, ...]) -> None:
-    x = np.random.default_rng(4).integers(-99, 99, shape).astype(np.float32)  # whole numbers: every sum is exact
-    m = Moments.of(x)
-    rows = x.reshape(-1, x.shape[-1]).T.astype(np.float64)
-    assert m.count == rows.shape[1]
-    np.testing.assert_array_equal(m.sum, rows.sum(axis=1))
-    np.testing.assert_array_equal(m.squares, np.square(rows).sum(axis=1))
-    np.testing.assert_array_equal(m.mean, rows.sum(axis=1) / m.count)
-    # two terms of at most 99^2, a few roundings each
-    assert np.max(np.abs(m.variance - rows.var(axis=1))) <= 8 * 99**2 * 2.0**-53
-
-
-def test_moments_do_not_depend_on_the_partition() -> None:
-    rng = np.random.default_rng(5)
-    x = rng.normal(size=(300, 6)).astype(np.float32)
-    whole = Moments.of(x)
-    parts = functools.reduce(Moments.merge, [Moments.of(p) for p in np.split(x, [1, 50, 50, 220])])
-    assert parts.count == whole.count == 300
-    # 300 additions, each rounded to 2^-53 of at most the sum of absolute values
-    bound = 300 * 2.0**-53
-    assert np.all(np.abs(parts.sum - whole.sum) <= bound * np.abs(x).sum(axis=0))
-    assert np.all(np.abs(parts.squares - whole.squares) <= bound * whole.squares)
-
-
-def test_moments_of_nothing_are_zero() -> None:
-    m = Moments.of(np.zeros((0, 3), np.float32))
-    assert m.count == 0
-    np.testing.assert_array_equal(m.mean, np.zeros(3))
-    np.testing.assert_array_equal(m.variance, np.zeros(3))
-
-
-def test_the_variance_of_a_constant_is_not_negative() -> None:
-    assert np.all(Moments.of(np.full((1000, 2), 0.1, np.float32)).variance >= 0)
+def test_totals_of_arrays_add_up_and_those_of_tuples_are_joined() -> None:
+    assert Total(np.array([1.0, 2.0])).merge(Total(np.array([0.5, 0.0]))).values.tolist() == [1.5, 2.0]
+    assert Total((1, 2)).merge(Total((3,))).values == (1, 2, 3)
 
 
 @pytest.mark.parametrize("shape", [(197, 192), (64, 56, 56), (768,), (16, 16), (1000, 3), (1,), (5, 0)])
