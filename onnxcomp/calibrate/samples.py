@@ -79,10 +79,8 @@ class Cut:
     def reduce(self, fn: Callable[[BatchView], S], reads: frozenset[str]) -> S:
         """Map every batch with `fn` and merge in sample order."""
         assert reads <= self.runs.keys() | self.aliases.keys(), f"{sorted(reads)} are not all available here"
-        parts = []
-        for batch in self.batches:
-            live = dict(batch.live, **{alias: batch.live[name] for alias, name in self.aliases.items()})
-            parts.append(fn(BatchView(batch.indices, live, self.runs)))
+        lives = (b.live | {alias: b.live[name] for alias, name in self.aliases.items()} for b in self.batches)
+        parts = (fn(BatchView(b.indices, live, self.runs)) for b, live in zip(self.batches, lives, strict=True))
         return functools.reduce(lambda total, part: total.merge(part), parts)
 
 

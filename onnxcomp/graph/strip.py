@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcomp.graph.edit import replace_uses
 from onnxcomp.graph.tidy import Fold
 
 
@@ -72,8 +73,7 @@ def _bypass(graph: gs.Graph, prefix: str) -> None:
 
 def _replace(graph: gs.Graph, tensor: gs.Tensor, source: gs.Tensor, *, rename: bool) -> None:
     """Let what reads `tensor` read `source`; with `rename` under its name, with its type and shape."""
-    for reader in list(tensor.outputs):
-        reader.inputs[reader.inputs.index(tensor)] = source
+    replace_uses(tensor, source)
     if rename:
         source.name, tensor.name = tensor.name, f"{tensor.name}/removed"
         source.dtype, source.shape = tensor.dtype, tensor.shape

@@ -34,7 +34,7 @@ from onnxcomp.graph.edit import Constant, Graph, Tape
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.activations import XH, build_run_time
 from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, S, Samples, is_held_out
-from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, Scheme, from_range
+from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, Scheme, along, from_range
 from onnxcomp.numerics.statistics import Extremes, Total
 
 FLOAT_DB = 140.0
@@ -51,7 +51,7 @@ class Digits(NamedTuple):
 
     def values(self, axis: int) -> Array:
         """What they stand for, float64."""
-        return self.codes * _along(self.scale, axis, self.codes.ndim)
+        return self.codes * along(self.scale.astype(np.float64), axis, self.codes.ndim)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class XInt(Compensation):
         if not merged or _largest(place.bits, k) > 127:
             return op("Sum", *_weights(op, place, fit, k))
         axis, scale = place.site.weight_axis, fit[f"scale-{k}"]
-        codes = np.rint(total(place, fit) / _along(scale, axis, place.weight.ndim)).astype(np.int8)
+        codes = np.rint(total(place, fit) / along(scale.astype(np.float64), axis, place.weight.ndim)).astype(np.int8)
         return op.abstract("Dequantize", op.constant("codes", codes), op.constant("scale", scale), bits=8, axis=axis)
 
 
@@ -240,7 +240,7 @@ def _next_term(rest: Array, before: Array, axis: int, bits: int) -> Digits:
     top, largest = _top(bits), np.abs(np.moveaxis(rest, axis, 0).reshape(rest.shape[axis], -1)).max(axis=1)
     # Half a step, up to rounding, unless the term before has clipped.
     scale = np.where(largest > 0.501 * before, largest / top, before / (2.0 * top)).astype(np.float32)
-    return Digits(np.rint(rest / _along(scale, axis, rest.ndim)).clip(-top, top).astype(np.int8), scale)
+    return Digits(np.rint(rest / along(scale.astype(np.float64), axis, rest.ndim)).clip(-top, top).astype(np.int8), scale)
 
 
 def total(place: Terms, fit: Fit) -> Array:
@@ -294,11 +294,6 @@ def _top(bits: int) -> int:
 def _largest(bits: int, terms: int) -> int:
     """The largest value, which is the largest first digit, in steps of the last term."""
     return _top(bits) * (2 * _top(bits)) ** (terms - 1)
-
-
-def _along(scale: Array, axis: int, ndim: int) -> Array:
-    """A scale per channel as float64 [1, .., C, .., 1]."""
-    return np.expand_dims(scale.astype(np.float64), [i for i in range(ndim) if i != axis])
 
 
 def _reach(q: QParams) -> Array:
