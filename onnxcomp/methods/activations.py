@@ -33,14 +33,14 @@ Fake = Callable[[Array], Array]
 def fit_static(samples: Samples, scheme: Scheme, ranges: str, percentile: float, highest: float = np.inf) -> QParams:
     """Scale and zero point of the tensor read as `xh`; the largest code stands for no more than `highest`."""
 
-    def read(batch: Batch) -> Histogram:
-        extremes = ranges == "minmax"
-        seen = [
-            np.array([x.min(), x.max()]) if extremes and x.size else subsample(x, VALUES_PER_SAMPLE) for x in batch.read("xh")
-        ]
-        return functools.reduce(Histogram.merge, map(Histogram.of, seen))
+    def read(batch: Batch) -> Total:
+        values = batch.read("xh")
+        if ranges == "minmax":
+            return Total(tuple(np.array([x.min(), x.max()]) for x in values if x.size))
+        return Total(tuple(subsample(x, VALUES_PER_SAMPLE) for x in values))
 
-    q = choose(samples.reduce(read, XH), scheme, ranges, percentile)
+    seen = samples.reduce(read, XH).values
+    q = choose(Histogram.of(np.concatenate([np.zeros(0, np.float32), *seen])), scheme, ranges, percentile)
     reach = scheme.qmax - int(q.zero_point)
     if reach * float(q.scale) <= highest:
         return q

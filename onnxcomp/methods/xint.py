@@ -35,7 +35,7 @@ from onnxcomp.graph.sites import Site
 from onnxcomp.methods.activations import XH, build_run_time
 from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, S, Samples, is_held_out
 from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, Scheme, along, from_range
-from onnxcomp.numerics.statistics import Extremes, Total
+from onnxcomp.numerics.statistics import Total
 
 FLOAT_DB = 140.0
 """From here on what is left is the rounding of float32."""
@@ -174,9 +174,14 @@ class XInt(Compensation):
         if q is not None and self.saturation and place.site.op != "Conv":
             energy = _reduce(samples, lambda _, x: _beyond(q, x)).values
             channels = np.sort(np.argsort(-energy, kind="stable")[: min(self.saturation, np.count_nonzero(energy))])
+
+        def ends(_: int, x: Array) -> Total:
+            rest = _left(place, later, 1, channels, x)[-1]
+            return Total((rest.min(initial=0.0), rest.max(initial=0.0)))
+
         while q is not None and len(later) < terms - 1:
-            found = _reduce(samples, lambda _, x: Extremes.of(_left(place, later, 1, channels, x)[-1]))
-            later.append(from_range(found.min, found.max, Scheme(bits)))
+            found = _reduce(samples, ends).values
+            later.append(from_range(min(found), max(found), Scheme(bits)))
 
         def errors(number: int, x: Array) -> Total:
             """Of fitted and of held-out inputs: their energy, and that of what is left of them."""
