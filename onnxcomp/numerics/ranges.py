@@ -32,7 +32,7 @@ def choose(h: Histogram, scheme: Scheme, method: str = "mse", percentile: float 
     ends (one, if the scheme is symmetric) for the least expected squared error, clipping included. Data that are
     nowhere negative get the zero point qmin. Raises DataError on an empty histogram.
     """
-    if not h.total:
+    if not h.counts.size:
         raise DataError("A tensor to be quantized had no value in any sample, so it has no range. Check the samples.")
     if method == "mse":
         return _search(h, scheme)

@@ -43,7 +43,8 @@ class Histogram:
 
     counts: NDArray[np.int64]
     first: int
-    exponent: int
+    width: float
+    """Of one bin, 2^exponent."""
     low: float
     high: float
     """The smallest and the largest value."""
@@ -54,7 +55,7 @@ class Histogram:
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, which is refused
             flat = np.asarray(x, np.float32).reshape(-1)
         if not flat.size:
-            return Histogram(np.zeros(0, np.int64), 0, _FINEST, 0.0, 0.0)
+            return Histogram(np.zeros(0, np.int64), 0, 2.0**_FINEST, 0.0, 0.0)
         low, high = float(flat.min()), float(flat.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise DataError(NOT_FINITE)
@@ -62,16 +63,7 @@ class Histogram:
         # float32 products are exact up to exponent 0; beyond, a tiny negative value could vanish and leave bin -1
         kind = np.float32 if exponent <= 0 else np.float64
         places = np.floor(flat.astype(kind) * kind(2.0**-exponent)) - first
-        return Histogram(np.bincount(places.astype(np.intp), minlength=bins), first, exponent, low, high)
-
-    @property
-    def total(self) -> int:
-        return int(self.counts.sum())
-
-    @property
-    def width(self) -> float:
-        """The width of one bin, 2^exponent."""
-        return 2.0**self.exponent
+        return Histogram(np.bincount(places.astype(np.intp), minlength=bins), first, 2.0**exponent, low, high)
 
 
 def subsample(x: NDArray, limit: int) -> NDArray:

@@ -39,7 +39,6 @@ class OrtX86(Target):
     """See the module."""
 
     name = "ort-x86"
-    summary = "ONNX Runtime on x86-64 CPUs: u8 activations, s8 weights per channel, int8 kernels at any width."
 
     def plan(self, graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings]) -> Plan:
         return plan_with_regions(graph, sites, settings)
