@@ -34,10 +34,8 @@ class Batch(Protocol):
     float model; xh, f_xh, g_xh: the same fed with what the compressed model really computes there.
     """
 
-    @property
-    def indices(self) -> tuple[int, ...]:
-        """The samples' numbers."""
-        ...
+    indices: tuple[int, ...]
+    """The samples' numbers."""
 
     def read(self, name: str) -> list[Array]:
         """One array per sample (or one for the whole batch where samples cannot be told apart) of a named read."""
