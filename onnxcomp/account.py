@@ -103,7 +103,7 @@ def stamp(model: ModelProto, account: Report, folds: Sequence[Fold]) -> Report:
     The stored account leaves its own file's size open, which `inspect` reads from the file.
     """
     timeless = tuple(dataclasses.replace(decision, added_ms=None) for decision in account.decisions)
-    values = {"onnxcomp.version": account.version, "onnxcomp.recipe": account.recipe, "onnxcomp.folds": dump_folds(folds)}
+    values = {"onnxcomp.version": account.version, "onnxcomp.recipe": account.recipe, files.FOLDS: dump_folds(folds)}
     report = to_stored(dataclasses.replace(account, decisions=timeless))
-    files.set_metadata(model, values | {"onnxcomp.report": report})
+    files.set_metadata(model, values | {files.REPORT: report})
     return dataclasses.replace(account, output_bytes=model.ByteSize())

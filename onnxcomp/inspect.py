@@ -41,7 +41,7 @@ def inspect(path: str | Path) -> Inspection:
     size = files.size(path)
     operators = tuple(Count(*pair) for pair in Counter(sorted(node.op for node in graph.nodes)).most_common())
     quantization = tuple(count for count in operators if QUANTIZES.search(count.op))
-    stored = files.metadata(model).get("onnxcomp.report")
+    stored = files.metadata(model).get(files.REPORT)
     report, sites, notes = None, (), []
     try:
         if stored is not None:

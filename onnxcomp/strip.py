@@ -6,20 +6,17 @@ import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from onnxcomp import account, runtime, targets
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_graph, to_model
+from onnxcomp.graph.files import FOLDS, REPORT, ModelProto
 from onnxcomp.graph.strip import load_folds
 from onnxcomp.graph.strip import strip as strip_graph
 from onnxcomp.methods.base import names
 from onnxcomp.report.json import from_json
 from onnxcomp.verify import made_up_feed
-
-if TYPE_CHECKING:
-    from onnxcomp.graph.files import ModelProto
 
 
 @dataclass(frozen=True)
@@ -49,16 +46,16 @@ def strip(
     source = files.load(model)
     files.check_output(output, model, force=force)
     stored = files.metadata(source)
-    if "onnxcomp.report" not in stored or "onnxcomp.folds" not in stored:
+    if REPORT not in stored or FOLDS not in stored:
         raise ModelError("The file holds no record of compensations. Give a file that this version of onnxcomp wrote.")
-    report = from_json(stored["onnxcomp.report"])
+    report = from_json(stored[REPORT])
     adopted = [d for d in report.decisions if d.adopted and d.method in methods]
     if not adopted:
         raise ModelError(f"No compensation of {', '.join(methods)} is in the file. `onnxcomp inspect` lists what is.")
     graph = to_graph(source)
     places = dict.fromkeys([*(s.name for s in report.sites), *(d.site for d in adopted)])
     prefixes = [f"{place}/{method}/" for place in places for method in methods]
-    folds = strip_graph(graph, prefixes, load_folds(stored["onnxcomp.folds"]), methods)
+    folds = strip_graph(graph, prefixes, load_folds(stored[FOLDS]), methods)
     targets.find(report.target).settle(graph)
     stripped = to_model(graph, source)
     decisions = tuple(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from onnxcomp.recipe import Bits, Recipe, method_name
 from onnxcomp.report.json import from_json
 from onnxcomp.strip import strip
 
+MODELS = Path(__file__).resolve().parents[1] / "models"
 TINY = models()
 PLAIN = Recipe("plain", bits=Bits(4, 4), activations="static", rounding="nearest", compensate=())
 METHODS: dict[str, Compensation] = {
@@ -103,6 +105,32 @@ def test_one_method_of_two_leaves_what_the_other_folded_into_the_same_bias():
 
     assert graph_bytes(stripped) != graph_bytes(compensated)
     checker.check_model(stripped, full_check=True)
+
+
+BOTH = (METHODS["offset"], METHODS["bias"])
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "transformer", "shared", "gemm", "depthwise"])
+def test_methods_are_taken_out_one_by_one_as_well_as_at_once(name: str, capfd: pytest.CaptureFixture[str]):
+    tiny = TINY[name]
+    compensated = quantize(tiny.model, tiny.samples, replace(PLAIN, compensate=BOTH)).model
+
+    first, second = (strip(strip(compensated, [a]).model, [b]).model for a, b in permutations(["bias", "noisyquant"]))
+
+    assert graph_bytes(first) == graph_bytes(second) == graph_bytes(strip(compensated, ["bias", "noisyquant"]).model)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_method_is_taken_out_from_under_a_table_that_another_put_beside_the_same_bias():
+    model = onnx.load(MODELS / "vit_digits.onnx")
+    samples = np.load(MODELS / "digits_calib.npz")["x"][:32].astype(np.float32)
+    recipe = replace(PLAIN, include=("*/fc1/MatMul",), compensate=(METHODS["offset"], BiasCompensation()))
+    compensated = quantize(model, samples, recipe).model
+    assert any(tensor.name.endswith("/bias.v") for tensor in compensated.graph.initializer)
+
+    one_by_one = strip(strip(compensated, ["noisyquant"]).model, ["bias"]).model
+
+    assert graph_bytes(one_by_one) == graph_bytes(strip(compensated, ["noisyquant", "bias"]).model)
 
 
 def test_the_stored_report_says_what_was_stripped(tmp_path: Path):

@@ -31,19 +31,13 @@ P = TypeVar("P", Site, Block)
 
 @dataclass
 class LiveBatch:
-    """A few samples that travel together: their numbers and the live tensors by name."""
+    """A few samples that travel together: their numbers and the live tensors by name, and what methods may have computed
+    from these when they ask for it.
+    """
 
     indices: tuple[int, ...]
     live: dict[str, Array]
-
-
-@dataclass(frozen=True)
-class BatchView:
-    """What a method may read of one batch; computed when it is asked for."""
-
-    indices: tuple[int, ...]
-    live: Mapping[str, Array]
-    runs: Mapping[str, Run]
+    runs: Mapping[str, Run] = field(default_factory=dict)
 
     def read(self, name: str) -> list[Array]:
         """The named read, one array per sample where the leading axis can be split evenly over the samples."""
@@ -76,13 +70,13 @@ class Cut:
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Reads that are live tensors under another name: `xh` -> the site's input."""
 
-    def reduce(self, fn: Callable[[BatchView], S], reads: frozenset[str]) -> S:
+    def reduce(self, fn: Callable[[LiveBatch], S], reads: frozenset[str]) -> S:
         """Map every batch with `fn` and merge in sample order."""
         assert reads <= self.runs.keys() | self.aliases.keys(), f"{sorted(reads)} are not all available here"
         parts = []
         for batch in self.batches:
-            live = dict(batch.live, **{alias: batch.live[name] for alias, name in self.aliases.items()})
-            parts.append(fn(BatchView(batch.indices, live, self.runs)))
+            named = {alias: batch.live[name] for alias, name in self.aliases.items()}
+            parts.append(fn(LiveBatch(batch.indices, batch.live | named, self.runs)))
         return functools.reduce(lambda total, part: total.merge(part), parts)
 
 

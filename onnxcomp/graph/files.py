@@ -24,20 +24,12 @@ from onnx import ModelProto, NodeProto, checker, helper, numpy_helper, shape_inf
 from onnx.external_data_helper import set_external_data
 
 from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.graph import weights
 from onnxcomp.graph.edit import DOMAIN
-from onnxcomp.graph.weights import (
-    external_file,
-    external_tensors,
-    read_external,
-    reading,
-    reason,
-    split_weights,
-    tensor_bytes,
-    walk_nodes,
-    walk_tensors,
-)
 
 Location = str | os.PathLike[str]
+REPORT, FOLDS = "onnxcomp.report", "onnxcomp.folds"
+"""Keys of the metadata under which the report, and what was folded into constants, are stored."""
 INLINE_LIMIT = 1_900_000_000
 _ALIGNMENT = 4096
 _CHUNK = 1 << 20
@@ -51,14 +43,14 @@ def load(source: Location | bytes | ModelProto) -> ModelProto:
     """
     if isinstance(source, ModelProto | bytes):
         model = source if isinstance(source, ModelProto) else _parse(source, "The bytes given")
-        outside = next(external_tensors(model.graph), None)
+        outside = next(weights.external_tensors(model.graph), None)
         if outside is not None:
             raise ModelError(f"The weight '{outside.name}' lies in a file beside the model. Give the model's path.")
         return model
     path = Path(source)
     model = _read_structure(path)
-    for tensor in external_tensors(model.graph):
-        read_external(tensor, path)
+    for tensor in weights.external_tensors(model.graph):
+        weights.read_external(tensor, path)
     return model
 
 
@@ -83,7 +75,9 @@ def files_of(source: object) -> tuple[Path, ...]:
     if not isinstance(source, str | os.PathLike):
         return ()
     path = Path(source)
-    return path, *sorted({external_file(tensor, path) for tensor in external_tensors(_read_structure(path).graph)})
+    return path, *sorted(
+        {weights.external_file(tensor, path) for tensor in weights.external_tensors(_read_structure(path).graph)}
+    )
 
 
 def size(path: Location) -> int:
@@ -95,7 +89,7 @@ def sha256(source: Location | bytes) -> str:
     """Hex digest of a model: of its bytes, then of those of its weight files in the order of their names."""
     digest = hashlib.sha256(source if isinstance(source, bytes) else b"")
     for file in files_of(source):
-        with reading(file) as stream:
+        with weights.reading(file) as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
@@ -148,20 +142,20 @@ class PendingFile(AbstractContextManager["PendingFile"]):
     """
 
     def __init__(self, model: ModelProto, path: Location, *, force: bool = False, source: Location | None = None) -> None:
-        domains = {o.domain for o in model.opset_import} | {node.domain for node in walk_nodes(model.graph)}
+        domains = {o.domain for o in model.opset_import} | {node.domain for node in weights.walk_nodes(model.graph)}
         assert DOMAIN not in domains, "abstract nodes were not lowered"
         check_output(path, source, force=force)
         self.destination = destination = Path(path)
-        is_large = sum(tensor_bytes(tensor) for tensor in walk_tensors(model.graph)) > INLINE_LIMIT
-        weights = [destination.with_name(f"{destination.name}.data")] if is_large else []
-        self._targets = [*weights, destination]
+        is_large = sum(weights.tensor_bytes(tensor) for tensor in weights.walk_tensors(model.graph)) > INLINE_LIMIT
+        beside = [destination.with_name(f"{destination.name}.data")] if is_large else []
+        self._targets = [*beside, destination]
         self._check_targets = functools.partial(_check_free, self._targets, files_of(source), force=force)
         self._check_targets()
         with ExitStack() as written, _writing(destination):
             folder = TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent, ignore_cleanup_errors=True)
             self._folder = Path(written.enter_context(folder))
             self.path = self._folder / destination.name
-            structure = _write_weights(model, self._folder / weights[0].name) if weights else model
+            structure = _write_weights(model, self._folder / beside[0].name) if beside else model
             with self.path.open("wb") as stream:
                 stream.write(to_bytes(structure))
                 _settle(stream)
@@ -191,7 +185,7 @@ def _writing(destination: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ModelError(f"{destination} cannot be written: {reason(error)}.") from error
+        raise ModelError(f"{destination} cannot be written: {weights.reason(error)}.") from error
 
 
 def _check_free(targets: Sequence[Path], inputs: tuple[Path, ...], *, force: bool) -> None:
@@ -207,7 +201,7 @@ def _check_free(targets: Sequence[Path], inputs: tuple[Path, ...], *, force: boo
 def _read_structure(path: Path) -> ModelProto:
     if path.is_dir():
         raise ModelError(f"{path} is a folder. Give the path of the .onnx file in it.")
-    with reading(path) as stream:
+    with weights.reading(path) as stream:
         return _parse(stream.read(), str(path))
 
 
@@ -223,14 +217,14 @@ def _parse(data: bytes, what: str) -> ModelProto:
 
 def _write_weights(model: ModelProto, file: Path) -> ModelProto:
     """Write the large initializers to `file`; the model returned refers to them there."""
-    skeleton, weights = split_weights(model)
+    skeleton, large = weights.split_weights(model)
     with file.open("wb") as stream:
-        for name, tensor in weights.items():
+        for name, tensor in large.items():
             stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
             packed = tensor if tensor.HasField("raw_data") else numpy_helper.from_array(numpy_helper.to_array(tensor))
             stub = skeleton.graph.initializer.add(name=name, data_type=tensor.data_type, dims=tensor.dims, raw_data=b"")
             stub.doc_string = tensor.doc_string
-            set_external_data(stub, file.name, stream.tell(), tensor_bytes(tensor))
+            set_external_data(stub, file.name, stream.tell(), weights.tensor_bytes(tensor))
             stub.ClearField("raw_data")
             stream.write(packed.raw_data)
         _settle(stream)

@@ -12,7 +12,7 @@ does; RMSNorm has no standard node before opset 23.
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +34,8 @@ _ROUNDINGS = 16
 class _Match:
     """A standard operator that may stand for `replaced`, nodes in the graph's order that make the tensors `inside`."""
 
-    op: str
+    node: NodeProto
     attrs: dict[str, Any]
-    inputs: Sequence[str]
-    output: str
     replaced: list[NodeProto]
     inside: set[str]
 
@@ -66,8 +64,9 @@ def _matches(model: ModelProto) -> Iterator[_Match]:
             replaced = [node for node in model.graph.node if node.output[0] in names]
             if len(fusion.nodes_to_add) == 1 and len(replaced) == len(names):
                 (fused,) = fusion.nodes_to_add
+                op, attrs = _standard(fused)
                 inside = {name for node in replaced for name in node.output}
-                yield _Match(*_standard(fused), fused.input, fused.output[0], replaced, inside)
+                yield _Match(helper.make_node(op, fused.input, fused.output[:1], **attrs), attrs, replaced, inside)
 
 
 def _matchers(model: ModelProto) -> tuple[Any, tuple[Any, ...]]:
@@ -93,33 +92,32 @@ def _is_closed(match: _Match, tensors: dict[str, Tensor], leaving: set[str]) -> 
     """Whether nothing outside reads what the replaced nodes compute on the way."""
     if any(name not in tensors or not tensors[name].inputs for name in match.inside):
         return False
-    hidden = match.inside - {match.output}
+    hidden = match.inside - {match.node.output[0]}
     readers = {reader.outputs[0].name for name in hidden for reader in tensors[name].outputs}
     return not hidden & leaving and readers <= match.inside
 
 
 def _is_equal(match: _Match, tensors: dict[str, Tensor], opset: int) -> bool:
     """Whether the standard node does what the replaced nodes do, on trial values of the input's rank."""
-    x = tensors[match.inputs[0]]
-    fused = helper.make_node(match.op, match.inputs, [match.output], **match.attrs)
-    outside = {name for node in (*match.replaced, fused) for name in node.input} - match.inside - {x.name, ""}
+    inputs, x = match.node.input, tensors[match.node.input[0]]
+    outside = {name for node in (*match.replaced, match.node) for name in node.input} - match.inside - {x.name, ""}
     constants = {name: t.values for name in sorted(outside) if isinstance(t := tensors[name], gs.Constant)}
     if x.dtype != np.float32 or x.shape is None or len(constants) < len(outside):
         return False
-    width = constants[match.inputs[1]].shape[0] if len(match.inputs) > 1 else _TRIAL_WIDTH
+    width = constants[inputs[1]].shape[0] if len(inputs) > 1 else _TRIAL_WIDTH
     shape = (*range(2, 1 + len(x.shape)), width)
     trial = np.linspace(-_SPREAD, _SPREAD, math.prod(shape), dtype=np.float32)
     feeds = {x.name: np.random.default_rng(0).permutation(trial).reshape(shape), **constants}
-    before, after = (evaluate(nodes, match.output, feeds, opset) for nodes in (match.replaced, [fused]))
+    before, after = (evaluate(nodes, match.node.output[0], feeds, opset) for nodes in (match.replaced, [match.node]))
     bound = _ROUNDINGS * _SPREAD * np.finfo(np.float32).eps / 2
     return before.shape == after.shape and bool(np.max(np.abs(before - after)) <= bound)
 
 
 def _replace(match: _Match, tensors: dict[str, Tensor]) -> None:
-    output = tensors[match.output]
+    output = tensors[match.node.output[0]]
     last: gs.Node = output.inputs[0]
     for node in [tensors[replaced.output[0]].inputs[0] for replaced in match.replaced]:
         detach(node)
-    last.op, last.attrs = match.op, dict(match.attrs)
-    last.inputs.extend([tensors[name] for name in match.inputs])
+    last.op, last.attrs = match.node.op_type, match.attrs
+    last.inputs.extend([tensors[name] for name in match.node.input])
     last.outputs.append(output)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcomp.errors import ModelError
-from onnxcomp.graph.edit import extract, remove
+from onnxcomp.graph.edit import extract, remove, replace_uses
 from onnxcomp.graph.fold import input_at, is_op
 from onnxcomp.graph.tidy import Fold, is_load_time
 
@@ -58,8 +58,7 @@ def fold_offset(graph: gs.Graph, add_name: str, method: str, trace: Trace) -> Fo
     holder.inputs = [*holder.inputs[:index], new, *holder.inputs[index + 1 :]]
     for tensor in way:
         tensor.name += f"/with-{method}"
-    for reader in list(add.outputs[0].outputs):
-        reader.inputs = [x if tensor is add.outputs[0] else tensor for tensor in reader.inputs]
+    replace_uses(add.outputs[0], x)
     remove(graph, add)
     return Fold(holder.name, index, method, "" if old is None else old.name, None if old is None else before, added)
 

@@ -9,10 +9,12 @@ import io
 import json
 import zlib
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcomp.graph.edit import replace_uses
 from onnxcomp.graph.tidy import Fold
 
 
@@ -54,7 +56,9 @@ def strip(graph: gs.Graph, prefixes: Collection[str], folds: Sequence[Fold], met
         for method in methods:
             tensor.name = tensor.name.removesuffix(f"/with-{method}").replace(f"/before-{method}/", "/")
     graph.cleanup(remove_unused_node_outputs=False)
-    return [f for f in folds if f.method not in methods]
+    first = {(f.node, f.index): f for f in reversed(folds)}
+    kept = [f for f in folds if f.method not in methods]
+    return [replace(f, name=first[f.node, f.index].name, before=first[f.node, f.index].before) if f.node else f for f in kept]
 
 
 def _bypass(graph: gs.Graph, prefix: str) -> None:
@@ -72,10 +76,9 @@ def _bypass(graph: gs.Graph, prefix: str) -> None:
 
 def _replace(graph: gs.Graph, tensor: gs.Tensor, source: gs.Tensor, *, rename: bool) -> None:
     """Let what reads `tensor` read `source`; with `rename` under its name, with its type and shape."""
-    for reader in list(tensor.outputs):
-        reader.inputs[reader.inputs.index(tensor)] = source
+    replace_uses(tensor, source)
     if rename:
-        source.name, tensor.name = tensor.name, f"{tensor.name}/removed"
+        source.name, tensor.name = tensor.name, f"{source.name}-removed"
         source.dtype, source.shape = tensor.dtype, tensor.shape
     graph.outputs[:] = [source if t is tensor else t for t in graph.outputs]
 
@@ -107,10 +110,15 @@ def _unfold(graph: gs.Graph, folds: Sequence[Fold], methods: Collection[str]) ->
 
 
 def _home(graph: gs.Graph, fold: Fold) -> tuple[gs.Node, int]:
-    """The node that adds the constant, and which input it is: a target may have split the bias off a Gemm."""
-    node = next(n for n in graph.nodes if n.name == fold.node)
-    if len(node.inputs) > fold.index:
-        return node, fold.index
-    while node.op != "Sum":
-        node = node.outputs[0].outputs[0]
-    return node, 1
+    """The node that adds the constant, and which input it is: a target may have split the bias off a Gemm, and another
+    method may have put a table beside it.
+    """
+    node, index = next(n for n in graph.nodes if n.name == fold.node), fold.index
+    if len(node.inputs) <= index:
+        index = 1
+        while node.op != "Sum":
+            node = node.outputs[0].outputs[0]
+    if any(maker.op in ("Add", "Sum") for maker in node.inputs[index].inputs):
+        node = node.inputs[index].inputs[0]
+        index = next(i for i, t in enumerate(node.inputs) if isinstance(t, gs.Constant))
+    return node, index

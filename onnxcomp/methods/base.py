@@ -34,10 +34,8 @@ class Batch(Protocol):
     float model; xh, f_xh, g_xh: the same fed with what the compressed model really computes there.
     """
 
-    @property
-    def indices(self) -> tuple[int, ...]:
-        """The samples' numbers."""
-        ...
+    indices: tuple[int, ...]
+    """The samples' numbers."""
 
     def read(self, name: str) -> list[Array]:
         """One array per sample (or one for the whole batch where samples cannot be told apart) of a named read."""
@@ -94,9 +92,6 @@ class Input:
         return self.sites[0].name
 
 
-Place = Site | Block | Input
-
-
 @dataclass(frozen=True)
 class Compensation(ABC):
     """Fitted on what the compressed model computes, adopted when held-out samples agree."""
@@ -141,10 +136,19 @@ class InputMethod(Compensation):
         """What to add to the site's output [C_out], given its rounded weight."""
 
 
+def is_held_out(number: Any) -> Any:
+    """Whether a sample is held out, for its number or for an array of numbers: every fourth one is."""
+    return number % HOLD_OUT == HOLD_OUT - 1
+
+
+def per_channel(place: Site | Block, values: Array) -> Array:
+    """Values [C], in the shape in which they are added to the place's tensors: behind a Conv [C, 1, ..]."""
+    return values if place.channel_axis == -1 else values.reshape(-1, *[1] * (place.rank - 2))
+
+
 def add_bias(op: Tape, place: Site | Block, b: Array) -> dict[str, str]:
     """Record the Add of b [C_out] behind `place`; return {old value: new value}."""
-    b = b if place.channel_axis == -1 else b.reshape(-1, *[1] * (place.rank - 2))
-    return {place.y: op("Add", place.y, op.constant("b", b.astype(np.float32)))}
+    return {place.y: op("Add", place.y, op.constant("b", per_channel(place, b.astype(np.float32))))}
 
 
 def names() -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from onnxcomp.errors import RecipeError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Tape
 from onnxcomp.graph.sites import Site
-from onnxcomp.methods.base import HOLD_OUT, Array, Batch, Compensation, Fit, Outcome, Samples, add_bias
+from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, Samples, add_bias, is_held_out
 
 TRIM = 0.05
 FLOAT32 = 1
@@ -70,7 +70,7 @@ class SampleErrors:
             energy = float(np.einsum("tc,tc->", f[kept], f[kept], dtype=np.float64))
             rows.append((e[kept].mean(axis=0, dtype=np.float64), float(errors[kept].mean()), energy / n))
             if tokens:
-                fold = int(number % HOLD_OUT == HOLD_OUT - 1)
+                fold = int(is_held_out(number))
                 seen[fold] += len(e) // tokens
                 squares[fold] += errors.reshape(-1, tokens).sum(axis=0)
                 total[fold] += e.reshape(-1, tokens, channels).sum(axis=0, dtype=np.float64)
@@ -115,7 +115,7 @@ class BiasCompensation(Compensation):
     def fit(self, place: Site | Block, samples: Samples) -> Outcome:
         how = {"channel_axis": place.channel_axis, "trim": self.trim, "per_token": self.tokens and place.fixed_tokens}
         errors = samples.reduce(functools.partial(SampleErrors.of, **how), self.reads)
-        tokens, held_out = errors.total.shape[1], errors.index % HOLD_OUT == HOLD_OUT - 1
+        tokens, held_out = errors.total.shape[1], is_held_out(errors.index)
         if self.keep == "always":
             held_out[:] = False
         judged = held_out if held_out.any() else ~held_out

@@ -28,16 +28,16 @@ from typing import ClassVar, NamedTuple, final
 
 import numpy as np
 
-from onnxcomp.errors import RecipeError
+from onnxcomp.errors import DataError, RecipeError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Tape
 from onnxcomp.methods.activations import build_shared
-from onnxcomp.methods.base import HOLD_OUT, Array, Batch, Compensation, Fit, Outcome, Samples
+from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, Samples, is_held_out
 from onnxcomp.methods.bias import TRIM
-from onnxcomp.numerics.affine import QParams, Scheme, from_range, weight_qparams
+from onnxcomp.numerics.affine import NOT_FINITE, QParams, Scheme, from_range, weight_qparams
 from onnxcomp.numerics.prices import X86
 from onnxcomp.numerics.regression import Regression, rows, times
-from onnxcomp.numerics.statistics import Moments
+from onnxcomp.numerics.statistics import Total
 
 INF = math.inf
 GRID = ((1.0, 1.0), (3.0, 3.0), (10.0, 10.0), (INF, 1.0), (INF, 3.0), (INF, INF))
@@ -64,16 +64,6 @@ class Rows(NamedTuple):
     x: Array
     e: Array
     energy: Array
-
-
-class Seen(tuple[Rows, ...]):
-    """The samples, in order. They are kept, not summed: every pair of c looks at them anew, and what the float and the
-    compressed block give is computed but once.
-    """
-
-    def merge(self, other: Seen) -> Seen:
-        """Both."""
-        return Seen((*self, *other))
 
 
 @final
@@ -105,14 +95,15 @@ class NonlinearBipolarCompensation(Compensation):
             raise RecipeError(f"weight = '{self.weight}' is unknown. Use one of: {', '.join(FORMS)}.")
 
     def fit(self, place: Block, samples: Samples) -> Outcome:
-        seen = samples.reduce(lambda batch: Seen(_samples(batch, place)), self.reads)
+        # Kept, not summed: every pair of c looks at them anew, and what both blocks give is computed but once.
+        seen = samples.reduce(lambda batch: Total(tuple(_samples(batch, place))), self.reads).values
         if any(len(s.x) != len(s.e) for s in seen):
             return Outcome(None, "its input and output do not line up")
         if not any(s.e.any() for s in seen):
             return Outcome(None, "there is no error to correct")
         always = self.keep == "always"
-        fitted = [s for s in seen if always or s.number % HOLD_OUT != HOLD_OUT - 1]
-        judges = [s for s in seen if not always and s.number % HOLD_OUT == HOLD_OUT - 1] or seen
+        fitted = [s for s in seen if always or not is_held_out(s.number)]
+        judges = [s for s in seen if not always and is_held_out(s.number)] or seen
         branches, tokens = dict(self._branches(place, seen, fitted)), sum(s.tokens for s in seen) / len(seen)
         db = -10.0 * np.log10(np.maximum(np.mean([_errors(s, branches.values()) for s in judges], axis=0), TINY))
         gains, percents = db[1:] - db[0], np.array([_percent(branch, place, tokens) for branch in branches.values()])
@@ -126,10 +117,9 @@ class NonlinearBipolarCompensation(Compensation):
         name, branch = list(branches.items())[best]
         return Outcome(branch, f"{name}, {time}" if place.macs else name, gain, before_db, float(db[best + 1]))
 
-    def _branches(self, block: Block, seen: Seen, fitted: Sequence[Rows]) -> Iterator[tuple[str, Fit]]:
+    def _branches(self, block: Block, seen: Sequence[Rows], fitted: Sequence[Rows]) -> Iterator[tuple[str, Fit]]:
         """W in every form to try, for every pair of c: in words, and as arrays."""
-        moments = (functools.reduce(Moments.merge, map(Moments.of, a)) for a in ([s.x for s in seen], [s.e for s in seen]))
-        x, e = (np.sqrt(m.variance) for m in moments)
+        x, e = _deviation([s.x for s in seen]), _deviation([s.e for s in seen])
         low, high = np.min([s.x.min(axis=0) for s in seen], axis=0), np.max([s.x.max(axis=0) for s in seen], axis=0)
         largest = np.max([np.abs(s.e).max(axis=0) for s in seen], axis=0)
         alive, integer, groups = x > DEAD * x.max(), block.channel_axis == -1, _groups(block)
@@ -291,6 +281,16 @@ def _errors(s: Rows, branches: Iterable[Fit]) -> Array:
     errors = np.array([_squares(e) for e in left]) / np.maximum(s.energy, TINY)
     kept = max(math.ceil(errors.shape[1] * (1.0 - TRIM)), 1)
     return np.sort(errors, axis=1)[:, :kept].mean(axis=1)
+
+
+def _deviation(parts: Sequence[Array]) -> Array:
+    """The standard deviation per channel over all parts [T, C]. Raises DataError where it is not finite."""
+    tokens = sum(map(len, parts))
+    mean = np.sum([a.sum(axis=0, dtype=np.float64) for a in parts], axis=0) / tokens
+    squares = np.sum([np.square(a, dtype=np.float64).sum(axis=0) for a in parts], axis=0) / tokens
+    if not np.isfinite(squares).all():
+        raise DataError(NOT_FINITE)
+    return np.sqrt(np.maximum(squares - np.square(mean), 0.0))
 
 
 def _squares(a: Array) -> Array:

@@ -32,8 +32,8 @@ import numpy as np
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.edit import Tape
 from onnxcomp.graph.sites import Site
-from onnxcomp.methods.base import Array, Batch, Fit, Input, InputMethod, Outcome, Samples
-from onnxcomp.methods.bias import HOLD_OUT, TRIM, decibel
+from onnxcomp.methods.base import Array, Batch, Fit, Input, InputMethod, Outcome, Samples, is_held_out, per_channel
+from onnxcomp.methods.bias import TRIM, decibel
 from onnxcomp.numerics.affine import QParams
 from onnxcomp.numerics.ranges import choose
 from onnxcomp.numerics.statistics import Histogram
@@ -85,7 +85,7 @@ class Rows(NamedTuple):
 
     def split(self) -> list[Rows]:
         """Those that are fitted to and those that are held out; all where there are none."""
-        held_out = self.sample % HOLD_OUT == HOLD_OUT - 1
+        held_out = is_held_out(self.sample)
         return [Rows(*(part[mask] for part in self)) if mask.any() else self for mask in (~held_out, held_out)]
 
     def compare(self, before: Array, after: Array) -> tuple[Array, list[float]]:
@@ -180,9 +180,7 @@ class NoisyQuant(InputMethod):
         return (-(w @ fit["noise"].astype(np.float64).reshape(len(w), -1, 1)).reshape(-1)).astype(np.float32)
 
     def build(self, op: Tape, place: Input, fit: Fit) -> dict[str, str]:
-        first = place.sites[0]
-        shape = (-1, *[1] * (first.rank - 2)) if first.op == "Conv" else (-1,)
-        return {place.x: op("Add", place.x, op.constant("noise", fit["noise"].reshape(shape)))}
+        return {place.x: op("Add", place.x, op.constant("noise", per_channel(place.sites[0], fit["noise"])))}
 
 
 def amplitude(x: Array, q: QParams) -> float:

@@ -32,10 +32,10 @@ import numpy as np
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.edit import Constant, Graph, Tape
 from onnxcomp.graph.sites import Site
-from onnxcomp.methods.activations import XH, RatioErrors, build_run_time
-from onnxcomp.methods.base import HOLD_OUT, Array, Batch, Compensation, Fit, Outcome, S, Samples
-from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, Scheme, from_range
-from onnxcomp.numerics.statistics import Extremes
+from onnxcomp.methods.activations import XH, build_run_time
+from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, S, Samples, is_held_out
+from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, Scheme, along, from_range
+from onnxcomp.numerics.statistics import Total
 
 FLOAT_DB = 140.0
 """From here on what is left is the rounding of float32."""
@@ -51,7 +51,7 @@ class Digits(NamedTuple):
 
     def values(self, axis: int) -> Array:
         """What they stand for, float64."""
-        return self.codes * _along(self.scale, axis, self.codes.ndim)
+        return self.codes * along(self.scale.astype(np.float64), axis, self.codes.ndim)
 
 
 @dataclass(frozen=True)
@@ -172,20 +172,25 @@ class XInt(Compensation):
             left = [(2.0 * _top(bits)) ** (-2 * i) for i in range(1, terms + 1)]
             return later, channels, [left[0], *left]
         if q is not None and self.saturation and place.site.op != "Conv":
-            energy = _reduce(samples, lambda _, x: _beyond(q, x)).errors
+            energy = _reduce(samples, lambda _, x: _beyond(q, x)).values
             channels = np.sort(np.argsort(-energy, kind="stable")[: min(self.saturation, np.count_nonzero(energy))])
-        while q is not None and len(later) < terms - 1:
-            found = _reduce(samples, lambda _, x: Extremes.of(_left(place, later, 1, channels, x)[-1]))
-            later.append(from_range(found.min, found.max, Scheme(bits)))
 
-        def errors(number: int, x: Array) -> RatioErrors:
+        def ends(_: int, x: Array) -> Total:
+            rest = _left(place, later, 1, channels, x)[-1]
+            return Total((rest.min(initial=0.0), rest.max(initial=0.0)))
+
+        while q is not None and len(later) < terms - 1:
+            found = _reduce(samples, ends).values
+            later.append(from_range(min(found), max(found), Scheme(bits)))
+
+        def errors(number: int, x: Array) -> Total:
             """Of fitted and of held-out inputs: their energy, and that of what is left of them."""
             parts = [x, *_left(place, [], 1, channels[:0], x), *_left(place, later, terms, channels, x)]
             rows = np.zeros((2, len(parts)))
-            rows[int(number % HOLD_OUT == HOLD_OUT - 1)] = [np.square(e, dtype=np.float64).sum() for e in parts]
-            return RatioErrors(rows)
+            rows[int(is_held_out(number))] = [np.square(e, dtype=np.float64).sum() for e in parts]
+            return Total(rows)
 
-        fitted, held_out = _reduce(samples, errors).errors
+        fitted, held_out = _reduce(samples, errors).values
         energy, *left = held_out if held_out[0] > 0 else fitted
         return later, channels, [e / max(energy, 1e-30) for e in left]
 
@@ -215,7 +220,7 @@ class XInt(Compensation):
         if not merged or _largest(place.bits, k) > 127:
             return op("Sum", *_weights(op, place, fit, k))
         axis, scale = place.site.weight_axis, fit[f"scale-{k}"]
-        codes = np.rint(total(place, fit) / _along(scale, axis, place.weight.ndim)).astype(np.int8)
+        codes = np.rint(total(place, fit) / along(scale.astype(np.float64), axis, place.weight.ndim)).astype(np.int8)
         return op.abstract("Dequantize", op.constant("codes", codes), op.constant("scale", scale), bits=8, axis=axis)
 
 
@@ -240,7 +245,7 @@ def _next_term(rest: Array, before: Array, axis: int, bits: int) -> Digits:
     top, largest = _top(bits), np.abs(np.moveaxis(rest, axis, 0).reshape(rest.shape[axis], -1)).max(axis=1)
     # Half a step, up to rounding, unless the term before has clipped.
     scale = np.where(largest > 0.501 * before, largest / top, before / (2.0 * top)).astype(np.float32)
-    return Digits(np.rint(rest / _along(scale, axis, rest.ndim)).clip(-top, top).astype(np.int8), scale)
+    return Digits(np.rint(rest / along(scale.astype(np.float64), axis, rest.ndim)).clip(-top, top).astype(np.int8), scale)
 
 
 def total(place: Terms, fit: Fit) -> Array:
@@ -296,11 +301,6 @@ def _largest(bits: int, terms: int) -> int:
     return _top(bits) * (2 * _top(bits)) ** (terms - 1)
 
 
-def _along(scale: Array, axis: int, ndim: int) -> Array:
-    """A scale per channel as float64 [1, .., C, .., 1]."""
-    return np.expand_dims(scale.astype(np.float64), [i for i in range(ndim) if i != axis])
-
-
 def _reach(q: QParams) -> Array:
     """The smallest and the largest value that a quantizer of one tensor has a code for."""
     return (np.array([q.scheme.qmin, q.scheme.qmax]) - float(q.zero_point)) * float(q.scale)
@@ -316,10 +316,10 @@ def _reduce(samples: Samples, fn: Callable[[int, Array], S]) -> S:
     return samples.reduce(of, XH)
 
 
-def _beyond(q: QParams, x: Array) -> RatioErrors:
+def _beyond(q: QParams, x: Array) -> Total:
     """The energy of every channel of x [.., C] beyond the quantizer's range."""
     over = x.astype(np.float64) - np.clip(x, *_reach(q))
-    return RatioErrors(np.square(over).reshape(-1, x.shape[-1]).sum(axis=0))
+    return Total(np.square(over).reshape(-1, x.shape[-1]).sum(axis=0))
 
 
 def _left(place: Terms, later: Sequence[QParams], terms: int, channels: Array, x: Array) -> list[Array]:

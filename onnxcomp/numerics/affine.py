@@ -68,10 +68,7 @@ class QParams:
     axis: int | None = None
 
     def __post_init__(self) -> None:
-        assert self.scale.dtype == np.float32
-        assert self.zero_point.dtype == self.scheme.dtype
         assert self.scale.shape == self.zero_point.shape
-        assert self.scale.ndim == (0 if self.axis is None else 1)
         assert bool(np.all(np.isfinite(self.scale) & (self.scale > 0)))
         assert bool(np.all((self.zero_point >= self.scheme.qmin) & (self.zero_point <= self.scheme.qmax)))
         assert not self.scheme.symmetric or bool(np.all(self.zero_point == self.scheme.midpoint))
@@ -100,8 +97,12 @@ class QParams:
         return np.clip(values, self.scheme.qmin, self.scheme.qmax, out=values)
 
     def _spread(self, a: NDArray, ndim: int) -> NDArray[np.float32]:
-        a = a.astype(np.float32)
-        return a if self.axis is None else np.expand_dims(a, [d for d in range(ndim) if d != self.axis % ndim])
+        return a.astype(np.float32) if self.axis is None else along(a.astype(np.float32), self.axis, ndim)
+
+
+def along(values: NDArray, axis: int, ndim: int) -> NDArray:
+    """Values [C] with axes of length 1 around them, so that they run along `axis` of an array of rank `ndim`."""
+    return np.expand_dims(values, [d for d in range(ndim) if d != axis % ndim])
 
 
 def from_range(lo: ArrayLike, hi: ArrayLike, scheme: Scheme, axis: int | None = None) -> QParams:

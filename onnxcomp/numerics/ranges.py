@@ -32,11 +32,11 @@ def choose(h: Histogram, scheme: Scheme, method: str = "mse", percentile: float 
     ends (one, if the scheme is symmetric) for the least expected squared error, clipping included. Data that are
     nowhere negative get the zero point qmin. Raises DataError on an empty histogram.
     """
-    if not h.total:
+    if not h.counts.size:
         raise DataError("A tensor to be quantized had no value in any sample, so it has no range. Check the samples.")
     if method == "mse":
         return _search(h, scheme)
-    lo, hi = h.extremes.min, h.extremes.max
+    lo, hi = h.low, h.high
     if method == "percentile":
         lo, hi = _quantiles(h, np.array([1 - percentile / 100, percentile / 100]))
     return from_range(lo, hi, scheme)
@@ -74,21 +74,21 @@ def _quantiles(h: Histogram, share: NDArray[np.float64]) -> NDArray[np.float64]:
     target = share * below[-1]
     i = np.minimum(np.searchsorted(below, target), below.size - 1)
     part = 1 - (below[i] - target) / np.maximum(h.counts[i], 1)
-    return np.clip((h.first + i + part) * h.width, h.extremes.min, h.extremes.max)
+    return np.clip((h.first + i + part) * h.width, h.low, h.high)
 
 
 def _search(h: Histogram, scheme: Scheme) -> QParams:
     """Every pair of coarse ends, then the neighbourhood of the best scale and zero point, closer each time."""
     table = Lookup(h)
-    lo = _coarse_ends(h.extremes.min, _quantiles(h, _TAILS))
-    hi = -_coarse_ends(-h.extremes.max, -_quantiles(h, 1 - _TAILS))
+    lo = _coarse_ends(h.low, _quantiles(h, _TAILS))
+    hi = -_coarse_ends(-h.high, -_quantiles(h, 1 - _TAILS))
     if scheme.symmetric:
         ends = np.unique(np.concatenate([-lo, hi]))[::-1]
         q = from_range(-ends, ends, scheme, axis=0)
     else:
         q = from_range(np.repeat(lo, hi.size), np.tile(hi, lo.size), scheme, axis=0)
     scale, zero = _best(table, scheme, q.scale, q.zero_point)
-    fixed = scheme.symmetric or h.extremes.min >= 0 or h.extremes.max <= 0
+    fixed = scheme.symmetric or h.low >= 0 or h.high <= 0
     for reach, shift in _ROUNDS:
         scales = np.maximum(scale * (1 + reach / 3 * _NEAR), SMALLEST_SCALE).astype(np.float32)
         moves = _NEAR[:1] if fixed else _NEAR[:5] * max((shift << scheme.bits) >> 8, 1)

@@ -15,15 +15,17 @@ from pathlib import Path
 from onnxcomp import runtime
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_graph
-from onnxcomp.graph.edit import Graph, Node
+from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.files import NodeProto
-from onnxcomp.targets.fallback import MOVES, SELECTIONS, STORED, Case, explain, is_quantized
+from onnxcomp.graph.offsets import MOVES
+from onnxcomp.targets.fallback import STORED, explain
 
-_WEIGHT_ONLY = "MatMulNBits"
-_FLOAT_RESULT = frozenset({"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits"})
-INTEGER_KERNELS = _FLOAT_RESULT | {"ConvInteger", "MatMulInteger", "QGemm", "QLinearMatMul"} | {f"QLinear{op}" for op in STORED}
+INTEGER_KERNELS = frozenset({
+    "ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul",
+    *(f"QLinear{op}" for op in STORED),
+})  # fmt: skip
 _LAYERS = INTEGER_KERNELS | {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}
-_CONVERSIONS = MOVES | {"Cast", "Clip", "DequantizeLinear", "QuantizeLinear", "Relu"}
+_CONVERSIONS = frozenset({*MOVES, "Cast", "Clip", "DequantizeLinear", "QuantizeLinear", "Relu"})
 _ARITHMETIC = frozenset({"Add", "Mul", "Sum"})
 """These and conversions may stand between a site's kernel and the tensors that the site is known by."""
 _Found = Mapping[str, NodeProto]
@@ -68,17 +70,14 @@ def _find_kernel(site: AuditSite, producers: _Found, by_name: _Found, lowered: C
     """What computes the first of the site's tensors that still exists, or the node that kept the site's name."""
     maker = next((producers[name] for name in site.outputs if name in producers), None)
     kernel = (maker and _layer_behind(maker, site.name, producers)) or by_name.get(site.name)
-    if kernel is not None and kernel.op_type != _WEIGHT_ONLY and _is_integer(kernel, producers):
-        return Kernel(site.name, kernel.op_type, True, "")
-    node = _find_node(site, lowered())
-    kernel = kernel or by_name.get(node.name)
     if kernel is None:
         return Kernel(site.name, "", False, "No operator of ONNX Runtime's optimized model could be matched to it.")
-    # It computes in float on quantized weights, which is what a site with float activations asked for.
-    if kernel.op_type in INTEGER_KERNELS and not (kernel.op_type == _WEIGHT_ONLY and is_quantized(node.inputs[0])):
+    if kernel.op_type in INTEGER_KERNELS:
         return Kernel(site.name, kernel.op_type, True, "")
-    outputs = frozenset(tensor.name for tensor in lowered().outputs)
-    return Kernel(site.name, kernel.op_type, False, explain(Case(node, outputs), runtime.version()))
+    graph = lowered()
+    node = next(node for node in graph.nodes if node.name == site.name)
+    outputs = {tensor.name for tensor in graph.outputs}
+    return Kernel(site.name, kernel.op_type, False, explain(node, outputs, runtime.version()))
 
 
 def _layer_behind(node: NodeProto, site: str, producers: _Found) -> NodeProto | None:
@@ -90,25 +89,3 @@ def _layer_behind(node: NodeProto, site: str, producers: _Found) -> NodeProto | 
         return _layer_behind(before[0], site, producers) if before else None
     layers = [found for found in (_layer_behind(n, site, producers) for n in before) if found and found.op_type in _LAYERS]
     return layers[0] if layers else None
-
-
-def _is_integer(kernel: NodeProto, producers: _Found) -> bool:
-    if kernel.op_type in INTEGER_KERNELS:
-        return True
-    node: NodeProto | None = kernel
-    while node is not None and node.op_type in SELECTIONS:
-        node = producers.get(node.input[0])
-    if node is None or node is kernel:
-        return False
-    return node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") or node.op_type in INTEGER_KERNELS - _FLOAT_RESULT
-
-
-def _find_node(site: AuditSite, graph: Graph) -> Node:
-    """The site's operator in the lowered model: by its name, or from its tensors up."""
-    for node in graph.nodes:
-        if node.name == site.name:
-            return node
-    tensors = graph.tensors()
-    found = [tensors[name].inputs[0] for name in site.outputs if name in tensors and tensors[name].inputs]
-    assert found, f"{site.name} is not in the lowered model"
-    return next((node for node in found if node.op not in _CONVERSIONS | _ARITHMETIC), found[0])

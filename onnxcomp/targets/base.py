@@ -63,7 +63,6 @@ class Target(ABC):
     """One runtime's rules."""
 
     name: ClassVar[str]
-    summary: ClassVar[str]
 
     @abstractmethod
     def plan(self, graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings]) -> Plan:

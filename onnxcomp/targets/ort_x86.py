@@ -24,7 +24,7 @@ from onnxcomp.graph.convert import packed_int4
 from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node, Tensor, Variable, insert_after, insert_before, remove
 from onnxcomp.graph.sites import Site
 from onnxcomp.graph.tidy import is_load_time
-from onnxcomp.numerics.affine import Scheme, from_range
+from onnxcomp.numerics.affine import Scheme, along, from_range
 from onnxcomp.targets.base import Plan, Settings, Target
 from onnxcomp.targets.regions import clip_bounds, is_operand, plan_with_regions
 
@@ -39,7 +39,6 @@ class OrtX86(Target):
     """See the module."""
 
     name = "ort-x86"
-    summary = "ONNX Runtime on x86-64 CPUs: u8 activations, s8 weights per channel, int8 kernels at any width."
 
     def plan(self, graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings]) -> Plan:
         return plan_with_regions(graph, sites, settings)
@@ -228,7 +227,7 @@ class _Lowering:
         y, axis, new = node.outputs[0], node.attrs["axis"], _Nodes(node.outputs[0].name)
         stored: Tensor = packed_int4(codes.name, codes.values) if node.attrs["bits"] <= 4 else codes
         if any(reader.op == "Sum" or not _is_quantized(reader.inputs[0]) for reader in y.outputs):
-            factor = Constant(scale.name, _along(scale.values, axis, codes))
+            factor = Constant(scale.name, along(scale.values, axis, len(codes.shape)))
             new("Mul", y, new("Cast", "codes.f32", stored, to=FLOAT), factor)
             return new.made
         if stored is not codes:
@@ -329,11 +328,6 @@ def _only_reader(tensor: Tensor) -> Node | None:
     return tensor.outputs[0] if len(tensor.outputs) == 1 else None
 
 
-def _along(values: np.ndarray, axis: int, codes: Tensor) -> np.ndarray:
-    """Values per channel in the rank of the codes, whose channels run along `axis`."""
-    return values.reshape([-1 if i == axis else 1 for i in range(len(codes.shape))])
-
-
 def _widen_dead_channels(weight: Node, least: np.ndarray) -> None:
     """Raise a channel's scale to `least` where its weights are so small that its bias would not fit into 32 bits: such
     weights are below 2^-30 of the bias, so what they lose is nothing beside it.
@@ -342,7 +336,7 @@ def _widen_dead_channels(weight: Node, least: np.ndarray) -> None:
     wide = np.maximum(scale.values, least.astype(np.float32))
     if np.array_equal(wide, scale.values):
         return
-    narrower = _along(scale.values.astype(np.float64) / wide, weight.attrs["axis"], codes)
+    narrower = along(scale.values.astype(np.float64) / wide, weight.attrs["axis"], len(codes.shape))
     rounded = np.rint(codes.values * narrower).astype(np.int8)
     weight.inputs[0], weight.inputs[1] = Constant(codes.name, rounded), Constant(scale.name, wide)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from equality import parse
 
-from onnxcomp.calibrate.samples import BatchView, Cut, LiveBatch, Run, Store, can_stack, split
+from onnxcomp.calibrate.samples import Cut, LiveBatch, Run, Store, can_stack, split
 from onnxcomp.errors import DataError
 from onnxcomp.runtime import Session
 
@@ -169,7 +169,7 @@ class Seen:
         return Seen(self.indices + other.indices, self.values + other.values)
 
 
-def seen(name: str, batch: BatchView) -> Seen:
+def seen(name: str, batch: LiveBatch) -> Seen:
     return Seen(batch.indices, tuple(float(part.sum()) for part in batch.read(name)))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from equality import parse, run
 
-from onnxcomp.calibrate.samples import BatchView, Cut, LiveBatch
+from onnxcomp.calibrate.samples import Cut, LiveBatch
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.edit import Edit, Replacement, Tape, apply
@@ -279,11 +279,11 @@ def test_a_sample_of_several_rows_counts_every_row():
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
-def view(errors: Array, first: int = 0) -> BatchView:
+def view(errors: Array, first: int = 0) -> LiveBatch:
     """A batch of samples [N, rows, ...] with these errors."""
     f = np.ones((len(errors) * errors.shape[1], *errors.shape[2:]), np.float32)
     live = {"f_xh": f, "g_xh": (f - errors.reshape(f.shape)).astype(np.float32)}
-    return BatchView(tuple(range(first, first + len(errors))), live, {})
+    return LiveBatch(tuple(range(first, first + len(errors))), live)
 
 
 def collected(errors: Array, sizes: list[int], trim: float = 0.05) -> SampleErrors:

@@ -10,12 +10,13 @@ from equality import parse
 
 from onnxcomp import recipe, runtime
 from onnxcomp.calibrate.samples import Cut, LiveBatch
-from onnxcomp.errors import RecipeError
+from onnxcomp.errors import DataError, RecipeError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.edit import Edit, Replacement, Tape, apply
 from onnxcomp.methods.base import Fit, Outcome
-from onnxcomp.methods.nbc import NonlinearBipolarCompensation, compensation
+from onnxcomp.methods.nbc import NonlinearBipolarCompensation, _deviation, compensation
+from onnxcomp.numerics.affine import NOT_FINITE
 from onnxcomp.recipe import Recipe
 from onnxcomp.targets.ort_x86 import TARGET
 
@@ -356,3 +357,15 @@ def test_options_survive_toml(alpha: float):
 
 def test_it_is_fitted_to_blocks():
     assert NBC().scope == "block"
+
+
+def test_the_deviation_is_that_of_all_parts_together_and_never_that_of_what_is_not_finite():
+    x = np.random.default_rng(4).integers(-99, 99, (300, 6)).astype(np.float32)  # whole numbers: every sum is exact
+
+    found = _deviation(np.split(x, [1, 50, 220]))
+
+    # two terms of at most 99^2, a few roundings each
+    assert np.max(np.abs(np.square(found) - x.astype(np.float64).var(axis=0))) <= 8 * 99**2 * 2.0**-53
+    assert np.all(_deviation([np.full((1000, 2), 0.1, np.float32)]) >= 0)
+    with pytest.raises(DataError, match=NOT_FINITE):
+        _deviation([x, np.full((1, 6), np.inf, np.float32)])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from equality import parse, run
 
-from onnxcomp.calibrate.samples import BatchView, Cut, LiveBatch
+from onnxcomp.calibrate.samples import Cut, LiveBatch
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.edit import Edit, Replacement, Tape, apply
@@ -249,8 +249,8 @@ def test_a_range_that_suits_the_many_and_clips_the_first_token_is_not_taken(rng:
 # --- tokens that are looked at ---------------------------------------------------------------------------------------
 
 
-def view(x: Array, first: int = 0) -> BatchView:
-    return BatchView(tuple(range(first, first + len(x))), {"xh": x.astype(np.float32)}, {})
+def view(x: Array, first: int = 0) -> LiveBatch:
+    return LiveBatch(tuple(range(first, first + len(x))), {"xh": x.astype(np.float32)})
 
 
 def test_evenly_spread_tokens_those_of_large_values_and_the_first_are_looked_at():

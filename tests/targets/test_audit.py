@@ -21,7 +21,7 @@ from onnxcomp import runtime
 from onnxcomp.graph.convert import to_graph
 from onnxcomp.targets import fallback
 from onnxcomp.targets.audit import AuditSite, Kernel, audit
-from onnxcomp.targets.fallback import Case, explain
+from onnxcomp.targets.fallback import explain
 
 SITE = AuditSite("site", ("h", "t", "y_q", "y"))
 
@@ -94,9 +94,6 @@ FUSED = (
     Probe("DynamicQuantizeLinear and DequantizeLinear",
           DYNAMIC + "a = DequantizeLinear(c, cs, cz)" + W + "[site] h = MatMul(a, w) y = Sum(h, b32)",
           "DynamicQuantizeMatMul"),
-    Probe("float activation, int8 weight", W + "[site] y = MatMul(x, w)", "MatMulNBits"),
-    Probe("float activation, int4 weight", "w = DequantizeLinear<axis = 1>(W4, ws, wz4) [site] y = MatMul(x, w)",
-          "MatMulNBits"),
     Probe("Gemm with an int32 bias", X + W + B + "[site] y = Gemm(a, w, b)", "QGemm"),
     Probe("Gemm with transB",
           X + B + "w = DequantizeLinear<axis = 0>(W, ws, wz) [site] y = Gemm<transB = 1>(a, w, b)", "QGemm"),
@@ -126,18 +123,9 @@ FUSED = (
     Probe("LeakyRelu", IMAGE + "[site] h = LeakyRelu(a)" + OUT, "QLinearLeakyRelu"),
     Probe("AveragePool", IMAGE + "[site] h = AveragePool<kernel_shape = [2, 2]>(a)" + OUT, "QLinearAveragePool"),
     Probe("GlobalAveragePool", IMAGE + "[site] h = GlobalAveragePool(a)" + OUT, "QLinearGlobalAveragePool"),
-    Probe("MaxPool with one scale", IMAGE + "[site] h = MaxPool<kernel_shape = [2, 2]>(a)" + OUT, "MaxPool"),
-    Probe("MaxPool behind Conv",
-          IMAGE + K + "[conv] g = Conv(a, k)" + q("g", "c") + "[site] h = MaxPool<kernel_shape = [2, 2]>(c)" + OUT,
-          "MaxPool"),
-    Probe("Flatten", IMAGE + "[site] h = Flatten(a)" + OUT, "Flatten"),
 )  # fmt: skip
 
 FLOAT = (
-    Probe("operator without integer kernel", IMAGE + "[site] h = Tanh(a)" + OUT, "Tanh",
-          "ONNX Runtime has no integer kernel for Tanh."),
-    Probe("LayerNormalization", SEQ + "[site] h = LayerNormalization(a, b32, b32)" + OUT, "LayerNormalization",
-          "ONNX Runtime has no integer kernel for LayerNormalization."),
     Probe("float input", K + "[site] h = Conv(image, k)" + OUT, "Conv", "Its input 'image' is not quantized."),
     Probe("Conv with a weight that folds to float",
           "k8 = Cast<to = 1>(K) k = Mul(k8, s) [site] y = Conv(image, k)", "Conv",
@@ -147,37 +135,9 @@ FLOAT = (
     Probe("float constant operand", IMAGE + "[site] h = Add(a, CF)" + OUT, "Add",
           "Its constant operand 'CF' is not quantized."),
     Probe("float weight", X + "[site] y = MatMul(a, WF)", "MatMul", "Its weight 'WF' is not quantized."),
-    Probe("16-bit activation", q("x", "a", "s", "z16") + W + "[site] y = MatMul(a, w)", "MatMul",
-          "Its input has 16-bit codes, for which there is no integer kernel."),
-    Probe("16-bit weight", X + "w = DequantizeLinear<axis = 1>(W16, ws, wz16) [site] y = MatMul(a, w)", "MatMul",
-          "Its weight has 16-bit codes, for which there is no integer kernel."),
-    Probe("int4 weight without Cast",
-          X + "w = DequantizeLinear<axis = 1>(W4, ws, wz4) [site] y = MatMul(a, w)", "MatMul",
-          "Its int4 weight goes straight into DequantizeLinear; behind a Cast to int8 it would fuse."),
-    Probe("uint4 activation", q("x", "a", "s", "zu4") + W + "[site] y = MatMul(a, w)", "MatMul",
-          "Its input is quantized to uint4; QuantizeLinear to uint8 and an integer Clip would fuse."),
-    Probe("float16",
-          "v = Cast<to = 10>(x)" + q("v", "a", "s16") + "w = DequantizeLinear(W, s16, zs) [site] y = MatMul(a, w)",
-          "MatMul", "The scale of 'a' is float16; only float32 scales fuse on the CPU."),
-    Probe("int8 constant operand", IMAGE + "c = DequantizeLinear(CS, s, zs) [site] h = Add(a, c)" + OUT, "Add",
-          "Its constant operand 'c' is int8; quantized to uint8 it would fuse."),
-    Probe("Gemm with alpha", X + W + B + "[site] y = Gemm<alpha = 0.5>(a, w, b)", "Gemm",
-          "Its alpha is 0.5; only a Gemm with alpha and beta 1 fuses."),
-    Probe("Gemm weight without zero point", X + B + "w = DequantizeLinear<axis = 1>(W, ws) [site] y = Gemm(a, w, b)",
-          "Gemm", "The DequantizeLinear of its weight has no zero point; a Gemm needs one, of the scale's shape."),
-    Probe("Gemm with float bias", X + W + "[site] y = Gemm(a, w, b32)", "Gemm",
-          "Its bias is float and no QuantizeLinear follows; an int32 bias would fuse."),
-    Probe("Conv with int8 bias",
-          IMAGE + K + "kb = DequantizeLinear<axis = 0>(KB8, kbs, kz) [site] h = Conv(a, k, kb)" + OUT, "Conv",
-          "Its bias is stored as int8; only an int32 bias fuses."),
     Probe("MatMul and Add", X + W + "[site] h = MatMul(a, w) y = Add(h, b32)", "Gemm",
           "The Add behind it makes it a Gemm with a float bias; Sum in its place, or an int32 bias, would fuse."),
     Probe("MatMul and Add of rank 3 with fixed batch", SEQ + W + "[site] h = MatMul(a, w) y = Add(b32, h)", "Gemm",
-          "The Add behind it makes it a Gemm with a float bias; Sum in its place, or an int32 bias, would fuse."),
-    Probe("DynamicQuantizeLinear, MatMul and Add",
-          "c, cs, cz = DynamicQuantizeLinear(seq) a = DequantizeLinear(c, cs, cz)" + W
-          + "[site] h = MatMul(a, w) y = Add(h, b32)",
-          "MatMulNBits",
           "The Add behind it makes it a Gemm with a float bias; Sum in its place, or an int32 bias, would fuse."),
     Probe("Conv without QuantizeLinear", CONV + "y = Tanh(h)", "FusedConv",
           "Its output 'h' is read in float by Tanh."),
@@ -195,20 +155,10 @@ FLOAT = (
           "Its output 'h' is read in float by LeakyRelu."),
     Probe("ReLU with a zero point above qmin", CONV + "t = Relu(h)" + q("t", "y"), "FusedConv",
           "The Relu behind it stays: the zero point of its QuantizeLinear is 128, not 0."),
-    Probe("ReLU with a signed zero point", q("image", "a", "s", "zs") + K + "[site] h = Conv(a, k) t = Relu(h)"
-          + q("t", "y", "s", "zs"), "FusedConv",
-          "The Relu behind it stays: the zero point of its QuantizeLinear is 0, not -128."),
     Probe("ReLU6 with a range beyond it", CONV + "t = Clip(h, zero, six)" + q("t", "y", "s8", "z0"), "FusedConv",
           "The Clip to [0, 6] behind it stays: its QuantizeLinear reaches from 0 to 7.96875."),
     Probe("ReLU6 in front of a range at run time", RANGE + CONV + "t = Clip(h, zero, six)" + q("t", "y", "rs", "z0"),
           "FusedConv", "The Clip behind it stays: the range of its QuantizeLinear is not constant."),
-    Probe("MaxPool between two scales", IMAGE + "[site] h = MaxPool<kernel_shape = [2, 2]>(a)" + q("h", "y", "s6"),
-          "MaxPool", "Its input and its output do not share one scale and zero point."),
-    Probe("signed activations read twice",
-          q("image", "a", "s", "zs") + K + "[site] h = Conv(a, k)" + q("h", "y", "s", "zs")
-          + K2 + "h2 = Conv<pads = [1, 1, 1, 1]>(y, k2)" + q("h2", "d", "s", "zs")
-          + "h3 = Add(y, d)" + q("h3", "y2", "s", "zs"),
-          "Conv", "Its activations are int8, which ONNX Runtime rewrites only in part; uint8 ones would fuse."),
 )  # fmt: skip
 
 
@@ -218,23 +168,23 @@ def constants() -> dict[str, np.ndarray]:
     codes = rng.integers(-127, 128, (8, 8)).astype(np.int8)
     kernel = rng.integers(-127, 128, (4, 4, 3, 3)).astype(np.int8)
     scalars = {
-        "s": np.float32(2**-5), "s6": np.float32(6 / 256), "s8": np.float32(2**-5), "s16": np.float16(2**-5),
+        "s": np.float32(2**-5), "s6": np.float32(6 / 256), "s8": np.float32(2**-5),
         "one": np.float32(1), "r": np.float32(1 / 127), "eps": np.float32(1e-9), "zero": np.float32(0),
-        "six": np.float32(6), "z": np.uint8(128), "z0": np.uint8(0), "zs": np.int8(0), "z16": np.uint16(2**15),
+        "six": np.float32(6), "z": np.uint8(128), "z0": np.uint8(0), "zs": np.int8(0),
         "lo": np.uint8(0), "hi": np.uint8(15),
     }  # fmt: skip
     arrays = {
-        "zu4": np.array(8, ml_dtypes.uint4), "last": np.array([-1]),
-        "W": codes, "W4": (codes // 16).astype(ml_dtypes.int4), "W16": codes.astype(np.int16),
+        "last": np.array([-1]),
+        "W": codes, "W4": (codes // 16).astype(ml_dtypes.int4),
         "WF": codes.astype(np.float32), "ws": rng.uniform(0.01, 0.02, 8).astype(np.float32),
-        "wz": np.zeros(8, np.int8), "wz4": np.zeros(8, ml_dtypes.int4), "wz16": np.zeros(8, np.int16),
+        "wz": np.zeros(8, np.int8),
         "B": np.arange(8, dtype=np.int32), "bz": np.zeros(8, np.int32), "b32": np.ones(8, np.float32),
         "b3": np.ones((1, 1, 8), np.float32),
         "K": kernel, "K4": (kernel // 16).astype(ml_dtypes.int4), "kz": np.zeros(4, np.int8),
         "ks": rng.uniform(0.01, 0.02, 4).astype(np.float32),
-        "KB": np.arange(4, dtype=np.int32), "kbz": np.zeros(4, np.int32), "KB8": np.arange(4, dtype=np.int8),
+        "KB": np.arange(4, dtype=np.int32), "kbz": np.zeros(4, np.int32),
         "kb32": np.ones(4, np.float32),
-        "CF": np.ones((4, 1, 1), np.float32), "CU": np.ones((4, 1, 1), np.uint8), "CS": np.ones((4, 1, 1), np.int8),
+        "CF": np.ones((4, 1, 1), np.float32), "CU": np.ones((4, 1, 1), np.uint8),
     }  # fmt: skip
     arrays |= {"bs": arrays["ws"] * scalars["s"], "kbs": arrays["ks"] * scalars["s"]}
     return {name: np.asarray(value) for name, value in (arrays | scalars).items()}
@@ -289,7 +239,7 @@ def pattern(sentence: ast.expr) -> str:
 def test_where_no_rule_is_broken_the_version_is_to_blame():
     graph = to_graph(build(X + W + "[site] y = MatMul(a, w)"))
 
-    reason = explain(Case(graph.nodes[-1], frozenset({"y"})), "9.9.9")
+    reason = explain(graph.nodes[-1], {"y"}, "9.9.9")
 
     assert reason == "ONNX Runtime 9.9.9 did not fuse it."
 
