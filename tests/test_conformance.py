@@ -21,9 +21,9 @@ from tiny import SAMPLES, Tiny, build, feeds, models
 from onnxcomp import recipe as recipes
 from onnxcomp.errors import RecipeError, UnsupportedSite
 from onnxcomp.graph.prepare import prepare
-from onnxcomp.methods.rotation import rotate_folded
 from onnxcomp.methods.bias import BiasCompensation
 from onnxcomp.methods.noisyquant import NoisyQuant
+from onnxcomp.methods.rotation import rotate_folded
 from onnxcomp.methods.xint import XInt
 from onnxcomp.pipeline import Result, quantize
 from onnxcomp.recipe import NAMED, Bits, Recipe, SiteRule

@@ -52,30 +52,46 @@ def find_streams(graph: gs.Graph) -> list[Stream]:
     found: list[Stream] = []
     seen: set[int] = set()
     for node in graph.nodes:
-        start = _normalized(node)
-        if start is not None and id(start) not in seen:
-            stream = Stream(int(start.shape[-1]))
-            seen |= _Search(graph, stream).run(start)
-            found.append(stream)
+        x = node.inputs[0] if _is_layer_norm(node) or _is_squares(node) else None
+        if x is not None and id(x) not in seen and x.shape and isinstance(x.shape[-1], int):
+            found.append(Stream(int(x.shape[-1])))
+            seen |= _Search(graph, found[-1]).run(x)
     return found
 
 
-def _normalized(node: gs.Node) -> gs.Tensor | None:
-    """What the node normalizes over its last axis; None where it is no norm, or the width is unknown."""
-    if is_op(node, "LayerNormalization") and node.attrs.get("axis", -1) in (-1, len(node.inputs[0].shape or ()) - 1):
-        x = node.inputs[0]
-    elif _scale_of(node) is not None and (div := next(t for t in node.inputs if isinstance(t, gs.Variable)).inputs):
-        x = div[0].inputs[0] if is_op(div[0], "Div", "Mul") else None
-    else:
-        return None
-    return x if x is not None and x.shape and isinstance(x.shape[-1], int) and x.inputs else None
+def _is_layer_norm(node: gs.Node) -> bool:
+    """Whether the node normalizes each token of its first input."""
+    last = (-1, len(node.inputs[0].shape or ()) - 1) if node.inputs else ()
+    return is_op(node, "LayerNormalization") and node.attrs.get("axis", -1) in last and len(node.outputs) == 1
 
 
-def _scale_of(node: gs.Node) -> gs.Constant | None:
-    """The constant [d] that a Mul scales channels with."""
-    constants = [t for t in node.inputs if isinstance(t, gs.Constant)]
-    wide = is_op(node, "Mul") and len(constants) == 1 and constants[0].values.size > 1
-    return constants[0] if wide and constants[0].values.size == constants[0].values.shape[-1] else None
+def _is_mean(node: gs.Node) -> bool:
+    """Whether the node reduces the channels of each token to one value."""
+    axes = input_at(node, 1) if is_op(node, *_MEANS) and node.attrs.get("keepdims", 1) else None
+    return isinstance(axes, gs.Constant) and axes.values.tolist() in ([-1], [len(node.inputs[0].shape or ()) - 1])
+
+
+def _is_squares(node: gs.Node) -> bool:
+    """Whether the node squares its input, and the mean over channels is all that is asked for."""
+    squares = is_op(node, "Mul") and node.inputs[0] is node.inputs[1]
+    if is_op(node, "Pow") and isinstance(node.inputs[1], gs.Constant):
+        squares = node.inputs[1].values.tolist() in (2, [2])
+    return squares and all(_is_mean(reader) for reader in node.outputs[0].outputs)
+
+
+def _is_scale(node: gs.Node) -> bool:
+    """Whether the node multiplies channels with a constant [d], as an RMS norm does at its end."""
+    sizes = [(t.values.size, t.values.shape) for t in node.inputs if isinstance(t, gs.Constant)]
+    return is_op(node, "Mul") and len(sizes) == 1 and sizes[0][0] > 1 and sizes[0][0] == sizes[0][1][-1]
+
+
+def _is_scaled(node: gs.Node, tensor: gs.Tensor) -> bool:
+    """Whether the node changes each token of `tensor` by one value: x * s, x / s, x - m."""
+    if not is_op(node, "Mul", "Div", "Sub") or (node.op != "Mul" and node.inputs[0] is not tensor):
+        return False
+    others = [t for t in node.inputs if t is not tensor]
+    sizes = [t.values.size if isinstance(t, gs.Constant) else (t.shape or [0])[-1] for t in others]
+    return sizes == [1]
 
 
 class _RefusedError(Exception):
@@ -142,7 +158,7 @@ class _Search:
                     self._join(tensor)
         elif is_op(node, *_MOVES):
             self._join(node.inputs[0])
-        elif (scaled := next((t for t in node.inputs if self._is_scaled(node, t)), None)) is not None:
+        elif (scaled := next((t for t in node.inputs if _is_scaled(node, t)), None)) is not None:
             self._join(scaled)
         else:
             raise _RefusedError(f"{node.name} ({node.op}) writes to it")
@@ -150,14 +166,13 @@ class _Search:
     def _reads(self, node: gs.Node, tensor: gs.Tensor) -> None:
         """What reads a tensor of the stream."""
         index = next(i for i, t in enumerate(node.inputs) if t is tensor)
-        is_norm = is_op(node, "LayerNormalization") and index == 0 and len(node.outputs) == 1
-        if is_norm or _scale_of(node) is not None:
+        if (_is_layer_norm(node) and index == 0) or _is_scale(node):
             self.stream.norms.append((node, self._layers(node, node.outputs[0])))
         elif is_op(node, "Gemm", "MatMul") and index == 0 and isinstance(node.inputs[1], gs.Constant):
             self.stream.read.append(node)
-        elif is_op(node, "Shape", "Size") or self._is_mean(node) or self._is_squares(node):
+        elif is_op(node, "Shape", "Size") or _is_mean(node) or _is_squares(node):
             return
-        elif is_op(node, "Add", "Sum", *_MOVES) or self._is_scaled(node, tensor) or is_op(node, "ReduceMean"):
+        elif is_op(node, "Add", "Sum", *_MOVES) or _is_scaled(node, tensor) or is_op(node, "ReduceMean"):
             self._join(*node.outputs)
         else:
             raise _RefusedError(f"{node.name} ({node.op}) reads it")
@@ -175,28 +190,6 @@ class _Search:
             elif not is_op(node, "Shape", "Size"):
                 raise _RefusedError(f"{norm.name}: what the norm gives is read by {node.name} ({node.op}), not by layers alone")
         return found
-
-    def _is_mean(self, node: gs.Node) -> bool:
-        """Whether the node reduces the channels of each token to one value."""
-        axes = input_at(node, 1)
-        known = is_op(node, *_MEANS) and isinstance(axes, gs.Constant) and node.attrs.get("keepdims", 1)
-        return bool(known) and axes.values.tolist() in ([-1], [len(node.inputs[0].shape or ()) - 1])  # type: ignore[union-attr]
-
-    def _is_squares(self, node: gs.Node) -> bool:
-        """Whether the node squares the stream, and the mean of that is all that is asked for."""
-        squares = is_op(node, "Mul") and node.inputs[0] is node.inputs[1]
-        if is_op(node, "Pow") and isinstance(node.inputs[1], gs.Constant):
-            squares = node.inputs[1].values.tolist() in (2, [2])
-        return squares and all(self._is_mean(reader) for reader in node.outputs[0].outputs)
-
-    def _is_scaled(self, node: gs.Node, tensor: gs.Tensor) -> bool:
-        """Whether the node changes each token of `tensor` by one value: x * s, x / s, x - m."""
-        if not is_op(node, "Mul", "Div", "Sub") or (node.op != "Mul" and node.inputs[0] is not tensor):
-            return False
-        others = [t for t in node.inputs if t is not tensor]
-        return len(others) == 1 and (
-            others[0].values.size == 1 if isinstance(others[0], gs.Constant) else (others[0].shape or [0])[-1] == 1
-        )
 
 
 @dataclass(frozen=True)
