@@ -1,19 +1,27 @@
 """Weight rounding: symmetric codes per output channel, scale by least squared error.
 
     nearest   W ~ scale[c] * codes,   codes = round(W / scale) in -2^(b-1) .. 2^(b-1) - 1
-    gptq      codes that minimize ||(W - scale codes)' X||^2 over the layer's quantized inputs X: rounded one input at a
-              time, the rounding error of each spread over those still to come
+    gptq      codes and scale that minimize sum_t r_t ||W' x_t - (scale codes)' xh_t||^2, xh the quantized inputs of the
+              layer, x the same before their quantizer, so that the weight also takes up what of its error correlates:
 
-Paper   Frantar et al. 2022, arXiv:2210.17323, equations 2 and 3, in the order of the inputs' energy, damped by 1 %.
-Cost    one product X'X of the layer's inputs and one Cholesky factorization per layer; nothing at run time.
-Gate    an output channel keeps its GPTQ codes where they lower its error on held-out samples.
+                  H = sum r xh xh' + damping,   V = H^-1 (sum r xh x' W + damping W)      the best float weight
+                  codes: V rounded one input at a time, the rounding error of each spread over those still to come;
+                  then in turns scale = codes' H V / codes' H codes, and each code the best one while the others stand
+
+              r_t = min(1, mean energy of W' x / energy of W' x_t): a few outlier tokens do not rule over all others.
+
+Paper   GPTQ: Frantar et al. 2022, arXiv:2210.17323, equations 2 and 3, in the order of the inputs' energy, damped by 1 %.
+        The best float weight: ERQ, Zhong et al. 2024, arXiv:2407.06794. Turns: COMQ, Zhang et al. 2024, arXiv:2403.07134.
+Cost    products of the layer's inputs and outputs and one Cholesky factorization per layer; nothing at run time.
+Gate    an output channel keeps its GPTQ codes and scale where they lower its error on held-out samples.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,31 +29,37 @@ import numpy as np
 from onnxcomp.graph.edit import Tape
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import HOLD_OUT, Array, Batch, Fit, Samples
-from onnxcomp.numerics.affine import QParams, weight_qparams
+from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, weight_qparams
 
-ROWS_PER_SAMPLE = 128
+ROWS_PER_SAMPLE = 256
 DAMPING = 0.01
 BLOCK = 64
+TURNS = 2
+"""Of scale and codes, after GPTQ."""
+SWEEPS = 2
+"""Over all codes, in each turn."""
 
 
 @dataclass(frozen=True)
-class Gram:
-    """Of a layer's inputs X, for fitted and for held-out samples: X'X [2, groups, K, K], the sum of its rows [2, groups, K]
-    and their number [2].
+class Moments:
+    """Sums over a layer's quantized inputs xh and its float outputs y, weighted per token, for fitted and for held-out
+    samples: xh xh' [2, groups, K, K], xh y' [2, groups, K, O], xh [2, groups, K], y [2, groups, O], and the weights [2].
     """
 
-    products: Array
-    sums: Array
-    count: Array
+    xx: Array
+    xy: Array
+    x: Array
+    y: Array
+    total: Array
 
-    def merge(self, other: Gram) -> Gram:
+    def merge(self, other: Moments) -> Moments:
         """The sum of both."""
-        return Gram(self.products + other.products, self.sums + other.sums, self.count + other.count)
+        return Moments(self.xx + other.xx, self.xy + other.xy, self.x + other.x, self.y + other.y, self.total + other.total)
 
-    def centred(self) -> Array:
-        """X'X of the inputs without their mean, whose error a bias takes up."""
-        means = self.sums / np.maximum(self.count, 1)[:, None, None]
-        return self.products - self.sums[..., None] * means[..., None, :]
+    def centred(self) -> Moments:
+        """Those of inputs and outputs without their means, whose error a bias takes up."""
+        means = (self.x / np.maximum(self.total, 1e-30)[:, None, None])[..., None]
+        return replace(self, xx=self.xx - means * self.x[..., None, :], xy=self.xy - means * self.y[..., None, :])
 
 
 def fit(site: Site, w: Array, bits: int) -> Fit:
@@ -61,19 +75,18 @@ def fit_gptq(
     """The same by GPTQ. `samples` offers the layer's input as `xh`, `fake` quantizes it; `attrs` are the operator's.
     `centred`: a bias compensation follows, so the mean error does not count.
     """
-    q = weight_qparams(w, site.weight_axis, bits)
-    groups = int(attrs.get("group", 1))
-    seen = samples.reduce(lambda batch: _gram(batch, site, groups, w, attrs, fake), frozenset({"xh"}))
-    gram = seen.centred() if centred else seen.products
-    columns = _columns(w, site, groups)
+    q, groups = weight_qparams(w, site.weight_axis, bits), int(attrs.get("group", 1))
+    columns, codes = (_columns(a, site, groups).astype(np.float64) for a in (w, q.quantize(w)))
+    read = functools.partial(_moments, site=site, w=columns, kernel=w.shape[2:], attrs=attrs, fake=fake)
+    seen = samples.reduce(read, frozenset({"xh"}))
+    seen = seen.centred() if centred else seen
+    judge = int(seen.total[1] > 0)
     scale = q.scale.astype(np.float64).reshape(groups, 1, -1)
-    nearest = _columns(q.quantize(w), site, groups).astype(np.float64)
-    codes = _gptq(columns, gram[0], scale, q)
-    judged = gram[1] if gram[1].any() else gram[0]
-    better = _loss(columns - codes * scale, judged) < _loss(columns - nearest * scale, judged)
-    codes = np.where(better, codes, nearest)
+    found, step = _gptq(columns, seen.xx[0], seen.xy[0], bits)
+    better = _loss(found * step, seen.xx[judge], seen.xy[judge]) < _loss(codes * scale, seen.xx[judge], seen.xy[judge])
+    codes, scale = np.where(better, found, codes), np.where(better, step, scale)
     stored = np.moveaxis(codes, 2, 1).reshape(w.shape) if site.op == "Conv" else codes[0]
-    return {"codes": stored.astype(np.int8), "scale": q.scale.astype(np.float32)}
+    return {"codes": stored.astype(np.int8), "scale": scale.ravel().astype(np.float32)}
 
 
 def build(op: Tape, site: Site, fitted: Fit, bits: int) -> dict[str, str]:
@@ -83,16 +96,19 @@ def build(op: Tape, site: Site, fitted: Fit, bits: int) -> dict[str, str]:
     return {site.weight: op.abstract("Dequantize", codes, scale, bits=bits, axis=site.weight_axis)}
 
 
-def _gptq(w: Array, gram: Array, scale: Array, q: QParams) -> Array:
-    """Codes [G, K, O] for weights [G, K, O], X'X [G, K, K] and scales [G, 1, O]."""
-    energy = np.einsum("gkk->gk", gram)
+def _gptq(w: Array, xx: Array, xy: Array, bits: int) -> tuple[Array, Array]:
+    """Codes [G, K, O] and scales [G, 1, O] for weights [G, K, O] and the moments [G, K, K] and [G, K, O]."""
+    energy = np.einsum("gkk->gk", xx)[..., None]
+    damping = np.where(energy > 0, 0.0, 1.0) + DAMPING * energy.mean(axis=1, keepdims=True)
     order = np.argsort(-energy, axis=1, kind="stable")
-    h = np.take_along_axis(np.take_along_axis(gram, order[:, :, None], 1), order[:, None, :], 2)
-    diagonal = np.einsum("gkk->gk", h)
-    diagonal += np.where(diagonal > 0, 0.0, 1.0) + DAMPING * diagonal.mean(axis=1, keepdims=True)
-    upper = np.swapaxes(np.linalg.cholesky(np.linalg.inv(h)), 1, 2)
-    rest = np.take_along_axis(w.astype(np.float64), order[:, :, None], 1)
-    codes = np.empty_like(rest)
+    h = np.take_along_axis(xx + damping * np.eye(xx.shape[1]), order, 1)
+    h = np.take_along_axis(h, np.swapaxes(order, 1, 2), 2)
+    inverse = np.linalg.inv(h)
+    best = inverse @ np.take_along_axis(xy + damping * w, order, 1)
+    q = weight_qparams(np.moveaxis(best, 1, 0).reshape(len(best[0]), -1), 1, bits)
+    scale = q.scale.astype(np.float64).reshape(len(w), 1, -1)
+    upper = np.swapaxes(np.linalg.cholesky(inverse), 1, 2)
+    codes, rest = np.empty_like(best), best.copy()
     for start in range(0, rest.shape[1], BLOCK):
         stop = min(start + BLOCK, rest.shape[1])
         errors = np.empty((rest.shape[0], stop - start, rest.shape[2]))
@@ -101,13 +117,33 @@ def _gptq(w: Array, gram: Array, scale: Array, q: QParams) -> Array:
             errors[:, i - start] = (rest[:, i] - codes[:, i] * scale[:, 0]) / upper[:, i, i, None]
             rest[:, i + 1 : stop] -= upper[:, i, i + 1 : stop, None] * errors[:, i - start, None]
         rest[:, stop:] -= np.swapaxes(upper[:, start:stop, stop:], 1, 2) @ errors
-    back = np.argsort(order, axis=1, kind="stable")
-    return np.take_along_axis(codes, back[:, :, None], 1)
+    target = h @ best
+    for _ in range(TURNS):
+        product = h @ codes
+        up, down = ((codes * a).sum(axis=1, keepdims=True) for a in (target, product))
+        refit = np.maximum(np.where((up > 0) & (down > 0), up / np.where(down > 0, down, 1.0), scale), SMALLEST_SCALE)
+        scale = refit.astype(np.float32).astype(np.float64)
+        _descend(codes, target - product * scale, h, scale, q)
+    return np.take_along_axis(codes, np.argsort(order, axis=1, kind="stable"), 1), scale
 
 
-def _loss(error: Array, gram: Array) -> Array:
-    """Squared output error per output channel [G, 1, O] of a weight error [G, K, O]."""
-    return np.einsum("gko,gko->go", gram @ error, error)[:, None]
+def _descend(codes: Array, left: Array, h: Array, scale: Array, q: QParams) -> None:
+    """Give each code in turn, in place, the value of least error while the others stand; `left`: H (V - scale codes)."""
+    for start in list(range(0, h.shape[1], BLOCK)) * SWEEPS:
+        block = slice(start, min(start + BLOCK, h.shape[1]))
+        before = codes[:, block].copy()
+        near, local = h[:, block, block], left[:, block].copy()
+        for i in range(near.shape[1]):
+            wanted = codes[:, start + i] + local[:, i] / (near[:, i, i, None] * scale[:, 0])
+            new = np.clip(np.rint(wanted), q.scheme.qmin, q.scheme.qmax)
+            local -= near[:, :, i, None] * ((new - codes[:, start + i]) * scale[:, 0])[:, None]
+            codes[:, start + i] = new
+        left -= h[:, :, block] @ ((codes[:, block] - before) * scale)
+
+
+def _loss(values: Array, xx: Array, xy: Array) -> Array:
+    """Squared output error per output channel [G, 1, O] of a weight [G, K, O], less that of the weight zero."""
+    return ((xx @ values - 2.0 * xy) * values).sum(axis=1, keepdims=True)
 
 
 def _columns(w: Array, site: Site, groups: int) -> Array:
@@ -115,19 +151,33 @@ def _columns(w: Array, site: Site, groups: int) -> Array:
     return w[None] if site.op != "Conv" else np.moveaxis(w.reshape(groups, w.shape[0] // groups, -1), 1, 2)
 
 
-def _gram(batch: Batch, site: Site, groups: int, w: Array, attrs: Mapping[str, Any], fake: Callable[[Array], Array]) -> Gram:
-    size = math.prod(w.shape[1:]) if site.op == "Conv" else w.shape[0]
-    total = Gram(np.zeros((2, groups, size, size)), np.zeros((2, groups, size)), np.zeros(2))
-    for number, x in zip(batch.indices, batch.read("xh"), strict=False):
-        if site.op == "Conv":
-            rows = _patches(fake(x), w.shape[2:], attrs).reshape(-1, groups, size).swapaxes(0, 1)
-        else:
-            rows = fake(x[_spread(x.shape[:-1], ROWS_PER_SAMPLE)])[None]
+def _moments(
+    batch: Batch, site: Site, w: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any], fake: Callable[[Array], Array]
+) -> Moments:
+    groups, size, outputs = w.shape
+    shapes = (groups, size, size), (groups, size, outputs), (groups, size), (groups, outputs), ()
+    xx, xy, sum_x, sum_y, total = (np.zeros((2, *shape)) for shape in shapes)
+    for number, sample in zip(batch.indices, batch.read("xh"), strict=False):
         part = int(number % HOLD_OUT == HOLD_OUT - 1)
-        total.products[part] += rows.swapaxes(1, 2) @ rows
-        total.sums[part] += rows.sum(axis=1, dtype=np.float64)
-        total.count[part] += rows.shape[1]
-    return total
+        x, y = (_rows(a, site, groups, kernel, attrs) for a in (fake(sample), sample))
+        y = y @ w
+        energy = np.square(y).sum(axis=(0, 2)) if site.op != "Conv" else np.ones(y.shape[1])
+        root = np.sqrt(np.minimum(1.0, energy.mean() / np.maximum(energy, 1e-30)))[:, None]
+        x, y = x * root, y * root
+        xx[part] += np.swapaxes(x, 1, 2) @ x
+        xy[part] += np.swapaxes(x, 1, 2) @ y
+        sum_x[part] += (x * root).sum(axis=1)
+        sum_y[part] += (y * root).sum(axis=1)
+        total[part] += np.square(root).sum()
+    return Moments(xx, xy, sum_x, sum_y, total)
+
+
+def _rows(x: Array, site: Site, groups: int, kernel: tuple[int, ...], attrs: Mapping[str, Any]) -> Array:
+    """What the weight is multiplied with, at some tokens of a sample: float64 [groups, n, K]."""
+    if site.op != "Conv":
+        return x[_spread(x.shape[:-1], ROWS_PER_SAMPLE)][None].astype(np.float64)
+    patches = _patches(x, kernel, attrs)
+    return patches.reshape(len(patches), groups, -1).swapaxes(0, 1).astype(np.float64)
 
 
 def _spread(shape: tuple[int, ...], limit: int) -> tuple[Array, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 from equality import parse, run
@@ -85,13 +87,52 @@ def values(site: Site, fitted: Fit) -> Array:
     return fitted["codes"] * fitted["scale"].astype(np.float64).reshape(shape)
 
 
-def test_inputs_that_do_not_correlate_leave_rounding_to_nearest(rng: np.random.Generator):
-    w = rng.normal(size=(6, 5)).astype(np.float32)
-    x = np.tile(np.diag(np.arange(1, 7)), (8, 1, 1)).astype(np.float32)  # X'X is diagonal
+def test_a_weight_on_its_own_grid_is_kept_exactly_by_gptq(rng: np.random.Generator):
+    codes = np.concatenate([np.full((1, 5), -8), rng.integers(-8, 8, size=(5, 5))]).astype(np.int8)
+    x = (rng.normal(size=(8, 32, 6)) @ rng.normal(size=(6, 6))).astype(np.float32)
 
-    fitted = gptq(MATMUL, w, x)
+    fitted = gptq(MATMUL, codes * np.float32(0.25), x)
 
-    np.testing.assert_array_equal(fitted["codes"], weights.fit(MATMUL, w, 4)["codes"])
+    assert np.array_equal(fitted["codes"] * fitted["scale"], codes * np.float32(0.25))
+
+
+def test_the_weight_takes_up_what_the_inputs_lose_in_their_quantizer(rng: np.random.Generator):
+    w, x = rng.normal(size=(6, 5)).astype(np.float32), rng.normal(size=(8, 32, 6)).astype(np.float32)
+
+    fitted = weights.fit_gptq(MATMUL, w, 8, samples(x), {}, lambda array: array / 2)
+
+    # 2 w less the damping's share: it is 1 % of the mean energy, and no direction's is below half of the mean here.
+    assert np.linalg.norm(values(MATMUL, fitted) - 2 * w) < 0.04 * np.linalg.norm(w)
+
+
+@pytest.mark.parametrize(("site", "shape", "energy"), [(MATMUL, (4, 4), 3.0), (CONV, (4, 4, 1), 9.0)])
+def test_a_token_counts_with_no_more_than_the_mean_energy_and_a_position_in_full(
+    site: Site, shape: tuple[int, ...], energy: float
+):
+    tokens = np.diag([1, 1, 1, 3]).astype(np.float32)[None]  # energies 1, 1, 1, 9: the mean is 3
+    read = functools.partial(weights._moments, site=site, w=np.eye(4)[None], kernel=shape[2:], attrs={}, fake=np.array)
+
+    seen = samples(tokens).reduce(read, frozenset({"xh"}))
+
+    np.testing.assert_allclose(seen.xx[0, 0], np.diag([1, 1, 1, energy]), rtol=1e-15)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_turns_of_scale_and_codes_lower_the_error_that_gptq_leaves(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, bits: int
+):
+    w, x = rng.normal(size=(3, 90, 4)), rng.normal(size=(3, 400, 90)) @ rng.normal(size=(3, 90, 90))
+    h = np.swapaxes(x, 1, 2) @ x
+
+    errors = []
+    for turns in (0, 1, 2):
+        monkeypatch.setattr(weights, "TURNS", turns)
+        codes, step = weights._gptq(w, h, h @ w, bits)
+        damped = h + weights.DAMPING * np.einsum("gkk->g", h)[:, None, None] / 90 * np.eye(90)
+        errors.append(weights._loss(codes * step, damped, damped @ w))
+
+    assert np.all(errors[1] < errors[0])
+    assert np.all(errors[2] <= errors[1] + 1e-6 * np.abs(errors[1]))  # a scale is rounded to float32
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
