@@ -20,11 +20,10 @@ from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
 from onnxcomp.targets.base import Plan, Point
 
-TOKEN_GAIN_DB = 1.5
-"""Fall of the input's squared error, per bit above 3, from which a range per token is worth some 20 % of its MatMul's
-time: the fewer the bits, the more of the model's error comes from the input's."""
-Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total)."""
+TOKEN_GAIN_DB = 0.5
+"""Fall of a 4-bit input's squared error from which a range per token is worth some 20 % of its MatMul's time; with every
+bit more, twice as much: the less is lost, the less a dB is worth.
+"""
 
 
 @dataclass
@@ -119,7 +118,7 @@ class Quantizers:
 
     def _granularity(self, point: Point, q: QParams, cut: Cut) -> str:
         """Per token if that lowers the error of the static quantizer `q` by enough for its price, else static."""
-        gain, least = activations.token_gain(cut, q), TOKEN_GAIN_DB * (point.scheme.bits - 3)
+        gain, least = activations.token_gain(cut, q), TOKEN_GAIN_DB * 2.0 ** (point.scheme.bits - 4)
         chosen, verb = ("token", "lowers") if gain > least else ("static", "does not lower")
         reason = f"a range per token {verb} the input's error by the {least:g} dB that it must for its time"
         for site in point.consumers or ():

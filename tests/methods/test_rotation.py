@@ -127,7 +127,7 @@ def test_an_input_with_outliers_is_mixed_and_the_model_stays_equal():
     assert list(found) == ["fc2"]  # fc1 reads the model's input, which no activation made
     assert found["fc2"].gain_db is not None
     assert found["fc2"].gain_db > rotation.INPUT_GAIN_DB
-    assert found["fc2"].reason == "mixing lowers the input's error by the 1.5 dB that it must for its time"
+    assert found["fc2"].reason == "mixing lowers the input's error by the 1 dB that it must for its time"
     assert next(s for s in sites if s.name == "fc2").x == "fc2/rotation/reshape-2"
     want, got = (Session(to_model(g, p.model).SerializeToString()).run(feed)["y"] for g in (p.graph, graph))
     assert sqnr_db(*energies(want, got)) > rotation.EQUAL_DB
@@ -145,6 +145,6 @@ def test_an_input_that_gains_too_little_is_left_alone():
     graph, feed = p.graph.copy(), tiny.mlp().stacked(12)[0]
     sites, found = rotate_inputs(graph, p.model, find_sites(graph), {"fc1": 8, "fc2": 8}, feed)
     assert found["fc2"].fit is None
-    assert found["fc2"].reason == "mixing does not lower the input's error by the 7.5 dB that it must for its time"
+    assert found["fc2"].reason == "mixing does not lower the input's error by the 16 dB that it must for its time"
     assert sites == find_sites(graph)
     assert len(graph.nodes) == len(p.graph.nodes)
