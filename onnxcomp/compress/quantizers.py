@@ -1,7 +1,7 @@
 """The activation quantizers of the compressed graph, put in one at a time as the walk reaches their first reader."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from onnxcomp.calibrate.samples import Cut, Run, Store, split
-from onnxcomp.compress.quantizers import Progress, Quantizers
+from onnxcomp.compress.quantizers import Quantizers
 from onnxcomp.errors import UsageError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
@@ -32,7 +32,7 @@ from onnxcomp.methods.bias import TRIM, BiasCompensation, SampleErrors, decibel
 from onnxcomp.methods.xint import XInt
 from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
-from onnxcomp.runtime import Session, measure
+from onnxcomp.runtime import Progress, Session, measure
 from onnxcomp.targets.base import Plan, Target
 
 PRICE_ROUNDS = 3
