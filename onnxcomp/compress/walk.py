@@ -257,7 +257,7 @@ class Walk:
         self.store.add(FLOAT_BLOCK, self._float(block))
         for method in methods:
             label = method_name(method)
-            outcome = method.fit(block, Cut(self.store.batches, aliases={"xh": block.x, "f_xh": FLOAT_BLOCK, "g_xh": block.y}))
+            outcome = method.fit(block, Cut(self.store.batches, {"xh": block.x, "f_xh": FLOAT_BLOCK, "g_xh": block.y}))
             if outcome.fit is not None and stored is not None and block.y not in self.quantizers.replaced:
                 self.quantizers.put(stored, self._cut(block.y))  # the integer kernel that makes it goes on storing its result
             self._decide(block, method, outcome)
@@ -267,7 +267,7 @@ class Walk:
             live = self._entries(block.inputs) | dict.fromkeys(before, block.y)
             self.store.add(block.y, self._run(self.compressed, live, [block.y]))
             if stored is not None:
-                self.quantizers.store_again(block, label, stored, Cut(self.store.batches, aliases={"xh": block.y}))
+                self.quantizers.store_again(block, label, stored, Cut(self.store.batches, {"xh": block.y}))
 
     def _macs(self, site: Site) -> int:
         """Multiplications of a layer for one sample."""
@@ -282,13 +282,13 @@ class Walk:
 
     def _cut(self, tensor: str) -> Cut | None:
         """The samples with one live tensor as `xh`; None where there are none."""
-        return None if self.store is None else Cut(self.store.batches, aliases={"xh": tensor})
+        return None if self.store is None else Cut(self.store.batches, {"xh": tensor})
 
     def _site_cut(self, site: Site) -> Cut:
         """The samples with the site's float and compressed output, both fed with what the compressed model computes."""
         assert self.store is not None
-        runs = {"f_xh": self._float(site), "g_xh": self._run(self.compressed, self._entries(site.inputs), [site.y])}
-        return Cut(self.store.batches, runs, {"xh": site.x})
+        compressed = self._run(self.compressed, self._entries(site.inputs), [site.y])
+        return Cut(self.store.batches, {"xh": site.x, "f_xh": self._float(site), "g_xh": compressed})
 
     def _float(self, place: Site | Block) -> Run:
         return self._run(self.reference, {name: name for name in place.inputs}, [place.y])

@@ -33,7 +33,7 @@ def cut(errors: Array, outputs: Array | None = None, batch: int = 1) -> Cut:
     batches = [
         LiveBatch(tuple(range(s, min(s + batch, len(errors)))), {k: v[s : s + batch] for k, v in live.items()}) for s in starts
     ]
-    return Cut(batches, aliases={name: name for name in live})
+    return Cut(batches, {name: name for name in live})
 
 
 def fit(errors: Array, method: BiasCompensation = PLAIN, site: Site = LAYER) -> Outcome:

@@ -37,7 +37,7 @@ def cut(x: Array, errors: Array, batch: int = 1, outputs: Array | None = None) -
     batches = [
         LiveBatch(tuple(range(s, min(s + batch, len(x)))), {k: v[s : s + batch] for k, v in live.items()}) for s in starts
     ]
-    return Cut(batches, aliases={name: name for name in live})
+    return Cut(batches, {name: name for name in live})
 
 
 def tokens(rng: np.random.Generator, samples: int = 40) -> Array:

@@ -42,7 +42,7 @@ def cut(x: Array, batch: int = 1) -> Cut:
     x = x.astype(np.float32)
     starts = range(0, len(x), batch)
     batches = [LiveBatch(tuple(range(s, min(s + batch, len(x)))), {"x": x[s : s + batch]}) for s in starts]
-    return Cut(batches, aliases={"xh": "x"})
+    return Cut(batches, {"xh": "x"})
 
 
 def fitted(outcome: Outcome, key: str = "noise") -> Array:

@@ -89,7 +89,7 @@ def output(graph: Graph, x: Array) -> Array:
 def cut(x: Array, batch: int = 1) -> Cut:
     """Samples of `xh`, `batch` rows each."""
     parts = [LiveBatch((i,), {"h": x[i * batch : (i + 1) * batch]}) for i in range(len(x) // batch)]
-    return Cut(parts, aliases={"xh": "h"})
+    return Cut(parts, {"xh": "h"})
 
 
 def fitted(method: XInt, place: Terms, samples: Cut | None = None) -> Fit:
