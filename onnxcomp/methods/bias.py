@@ -189,11 +189,7 @@ def decibel(energy: Array, error: Array) -> float:
 
 def _directions(rows: Array, count: int) -> Array:
     """The `count` leading left singular vectors of rows [T, C], each with its largest entry positive: [T, count]."""
-    if rows.shape[0] <= rows.shape[1]:
-        left = np.linalg.eigh(rows @ rows.T)[1][:, ::-1][:, :count]
-    else:
-        left = rows @ np.linalg.eigh(rows.T @ rows)[1][:, ::-1][:, :count]
-        left /= np.maximum(np.linalg.norm(left, axis=0), 1e-30)
+    left = np.linalg.svd(rows, full_matrices=False)[0][:, :count]
     return left * np.sign(left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])])
 
 
