@@ -38,7 +38,8 @@ def strip(
     `output` where that is given, once it has run.
 
     Later layers keep the ranges that were fitted while the method was there. Raises UsageError for an unknown method,
-    ModelError for a file that onnxcomp did not write or in which none of the methods was adopted.
+    ModelError for a file that onnxcomp did not write, in which none of the methods was adopted, or in which xint merged its
+    terms into one weight or input.
     """
     for method in methods:
         if method not in names():
