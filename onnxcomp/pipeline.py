@@ -15,7 +15,6 @@ from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
 from onnxcomp.calibrate.samples import Feed, Store, can_stack, confirm_tokens
 from onnxcomp.choose import choose
-from onnxcomp.compress.quantizers import Progress
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import InputSpec, open_data
 from onnxcomp.graph import files
@@ -44,10 +43,6 @@ class Result:
     """The low-bit model of every weight term, where `split` asked for them."""
 
 
-def ignore(stage: str, done: int, total: int) -> None:
-    """Report no progress."""
-
-
 def quantize(
     model: str | Path | bytes | onnx.ModelProto,
     data: object = None,
@@ -56,7 +51,7 @@ def quantize(
     output: str | Path | None = None,
     force: bool = False,
     split: bool = False,
-    progress: Progress = ignore,
+    progress: runtime.Progress = runtime.ignore,
 ) -> Result:
     """Quantize `model` as `recipe` says, calibrated on `data`, and write it to `output` once it is proven to run.
 

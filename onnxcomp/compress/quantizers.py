@@ -1,7 +1,7 @@
 """The activation quantizers of the compressed graph, put in one at a time as the walk reaches their first reader."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,8 +23,6 @@ from onnxcomp.targets.base import Plan, Point
 TOKEN_GAIN_DB = 1.5
 """Fall of the input's squared error, per bit above 3, from which a range per token is worth some 20 % of its MatMul's
 time: the fewer the bits, the more of the model's error comes from the input's."""
-Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total)."""
 
 
 @dataclass
@@ -50,13 +48,9 @@ class Quantizers:
     _parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Tensor -> the names of its static scale and zero point."""
     _done: set[Point] = field(default_factory=set)
-    _entries: dict[str, str] = field(default_factory=dict)
-    """Tensor that is quantized for everyone -> the value before its last quantizer."""
-
-    @property
-    def replaced(self) -> Set[str]:
-        """Tensors that are quantized for everyone."""
-        return self._entries.keys()
+    entries: dict[str, str] = field(default_factory=dict)
+    """Tensor that is quantized for everyone -> what holds, in the compressed graph, the value that the store keeps: the one
+    before its own last quantizer, so that a site's error includes the quantizer's."""
 
     def due(self, step: Step | None) -> list[Point]:
         """The points that must stand before `step` runs; with None every one that is missing."""
@@ -65,12 +59,6 @@ class Quantizers:
             return missing
         site = None if step.site is None else step.site.name
         return [p for p in missing if p.tensor in step.reads and (p.consumers is None or site in p.consumers)]
-
-    def entry(self, name: str) -> str:
-        """What holds, in the compressed graph, the value that the store keeps under `name`: the one before its own
-        quantizer, so that a site's error includes the quantizer's.
-        """
-        return self._entries.get(name, name)
 
     def fake(self, site: Site) -> Fake:
         """What quantizing the site's input does to one sample, as far as it is not in the input already."""
@@ -115,7 +103,7 @@ class Quantizers:
         if tape.nodes[-1].inputs[1:]:
             self._parameters[point.tensor] = tape.nodes[-1].inputs[1:]
         if point.consumers is None:
-            self._entries[point.tensor] = next(n for n in self.compressed.nodes if n.name == new).inputs[0].name
+            self.entries[point.tensor] = next(n for n in self.compressed.nodes if n.name == new).inputs[0].name
 
     def _granularity(self, point: Point, q: QParams, cut: Cut) -> str:
         """Per token if that lowers the error of the static quantizer `q` by enough for its price, else static."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from onnxcomp.calibrate.samples import Cut, Run, Store, split
-from onnxcomp.compress.quantizers import Progress, Quantizers
+from onnxcomp.compress.quantizers import Quantizers
 from onnxcomp.errors import UsageError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
@@ -32,7 +32,7 @@ from onnxcomp.methods.bias import TRIM, BiasCompensation, SampleErrors, decibel
 from onnxcomp.methods.xint import XInt
 from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
-from onnxcomp.runtime import Session, measure
+from onnxcomp.runtime import Progress, Session, measure
 from onnxcomp.targets.base import Plan, Target
 
 PRICE_ROUNDS = 3
@@ -105,10 +105,10 @@ class Walk:
         assert self.store is not None
         outputs = {t.name for t in self.reference.outputs}
         found = [{k: v for k, v in batch.live.items() if k in outputs} for batch in self.store.batches[:count]]
-        for name in sorted(self.quantizers.replaced & outputs):
+        for name in sorted(self.quantizers.entries.keys() & outputs):
             run = self._run(self.compressed, self._entries([name]), [name])
             found = [live | run.outputs(live) for live in found]
-        return list(found)
+        return found
 
     def split(self) -> list[Graph]:
         """The low-bit graphs of the weight terms. Raises UsageError unless a series of granularity `model` is all there is."""
@@ -252,13 +252,13 @@ class Walk:
             return
         assert self.store is not None
         stored = next((p for p in self.plan.points if p.tensor == block.y and p.consumers is None), None)
-        if block.last is not None and block.last.y in self.quantizers.replaced:
+        if block.last is not None and block.last.y in self.quantizers.entries:
             block = replace(block, last=None)
         self.store.add(FLOAT_BLOCK, self._float(block))
         for method in methods:
             label = method_name(method)
             outcome = method.fit(block, Cut(self.store.batches, {"xh": block.x, "f_xh": FLOAT_BLOCK, "g_xh": block.y}))
-            if outcome.fit is not None and stored is not None and block.y not in self.quantizers.replaced:
+            if outcome.fit is not None and stored is not None and block.y not in self.quantizers.entries:
                 self.quantizers.put(stored, self._cut(block.y))  # the integer kernel that makes it goes on storing its result
             self._decide(block, method, outcome)
             if outcome.fit is None:
@@ -300,7 +300,7 @@ class Walk:
 
     def _entries(self, names: Sequence[str]) -> dict[str, str]:
         """What holds each live tensor's value in the compressed graph, and the tensor."""
-        return {self.quantizers.entry(name): name for name in names}
+        return {self.quantizers.entries.get(name, name): name for name in names}
 
     def _session(self, part: Graph) -> Session:
         return Session(to_bytes(to_model(self.target.lower(part), self.like)), threads=self.threads)

@@ -137,9 +137,7 @@ class _Search:
         known = isinstance(constant, gs.Constant) and constant.values.ndim > 0
         if not known or constant.values.shape[axis] != self.stream.width:
             raise _RefusedError(f"{node.name}: '{constant.name}' does not hold {self.stream.width} channels")
-        place = (node, index, axis)
-        if not any(node is other and index == at for other, at, _ in self.stream.written):
-            self.stream.written.append(place)
+        self.stream.written.append((node, index, axis))
 
     def _made(self, node: gs.Node) -> None:
         """What the stream is made by."""
