@@ -8,7 +8,7 @@ import numpy as np
 
 from onnxcomp.calibrate.samples import Cut
 from onnxcomp.graph.blocks import Block
-from onnxcomp.graph.edit import Edit, Graph, Replacement, Tape, apply
+from onnxcomp.graph.edit import Graph, Tape, apply
 from onnxcomp.graph.schedule import Step
 from onnxcomp.graph.sites import Site, matches
 from onnxcomp.graph.tidy import Fold
@@ -98,8 +98,7 @@ class Quantizers:
 
     def _write(self, tape: Tape, point: Point, new: str) -> None:
         """Write the quantizer on the tape, whose output is `new`, into the graph."""
-        replacement = Replacement(point.tensor, new, point.consumers)
-        apply(self.compressed, Edit("quantize", tuple(tape.nodes), tape.constants, (replacement,)))
+        apply(self.compressed, "quantize", tape, {point.tensor: new}, point.consumers)
         if tape.nodes[-1].inputs[1:]:
             self._parameters[point.tensor] = tape.nodes[-1].inputs[1:]
         if point.consumers is None:
@@ -130,7 +129,7 @@ class Quantizers:
                 continue
             tape, changed = Tape(f"{place.name}/{label}"), method.quantizer(outcome.fit, q)
             source = method.build(tape, place, outcome.fit)[point.tensor]
-            apply(self.compressed, Edit(label, tuple(tape.nodes), tape.constants, ()))
+            apply(self.compressed, label, tape, {})
             (noise,) = tape.constants.values()
             self.decisions.append(Decision(place.name, label, True, outcome.reason, outcome.gain_db, noise.nbytes))
             self.noise.update({site.name: (method, outcome.fit) for site in sites})

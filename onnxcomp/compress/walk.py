@@ -1,6 +1,6 @@
 """The walk: quantize a model front to back, one step at a time, on what the compressed model really computes.
 
-At every step: observe -> fit -> build -> Edit -> adopt? -> apply -> advance. The float half of a step and its compressed
+At every step: observe -> fit -> adopt? -> build -> apply -> advance. The float half of a step and its compressed
 half are run on the stored live activations, so the whole walk costs a few passes over the model, whatever its depth: a
 compressed pass to advance, a float and a compressed one for layer targets, a float one for block targets.
 
@@ -20,7 +20,7 @@ from onnxcomp.compress.quantizers import Quantizers
 from onnxcomp.errors import UsageError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.edit import Edit, Graph, Node, Replacement, Tape, apply, extract
+from onnxcomp.graph.edit import Graph, Node, Tape, apply, extract
 from onnxcomp.graph.files import ModelProto, to_bytes
 from onnxcomp.graph.offsets import fold_offset
 from onnxcomp.graph.schedule import schedule
@@ -135,9 +135,7 @@ class Walk:
             tape = Tape(f"{site.weight}/quantized" if everyone else f"{site.name}/weight")
             w, series = tensors[site.weight].values, not self._series.keys().isdisjoint(same)
             fitted = xint.first_term(w, site.weight_axis, bits)._asdict() if series else self._round(site, w, bits)
-            new = weights.build(tape, site, fitted, bits)
-            replacements = tuple(Replacement(old, to, None if everyone else tuple(same)) for old, to in new.items())
-            apply(self.compressed, Edit("quantize", tuple(tape.nodes), tape.constants, replacements))
+            apply(self.compressed, "quantize", tape, weights.build(tape, site, fitted, bits), None if everyone else same)
         self._expand(site)
 
     def _expand(self, site: Site) -> None:
@@ -233,9 +231,8 @@ class Walk:
         for the place's own operator only.
         """
         tape, site = Tape(f"{place.name}/{label}{where}"), place if isinstance(place, Site) else place.last
-        outputs = {place.y, *([] if site is None else [site.y])}
-        made = [Replacement(old, to, None if old in outputs else (place.name,)) for old, to in build(tape).items()]
-        apply(self.compressed, Edit(label, tuple(tape.nodes), tape.constants, tuple(made)))
+        new, outputs = build(tape), {place.y, place.y if site is None else site.y}
+        apply(self.compressed, label, tape, new, None if new.keys() <= outputs else (place.name,))
         if site is not None and tape.nodes[-1].op == "Add":
             fold = fold_bias(self.compressed, site, tape.nodes[-1].name, label)
             if fold is not None:

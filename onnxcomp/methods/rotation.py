@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.edit import Constant, Edit, Graph, Node, Replacement, Tape, apply, detach, extract, replace_uses
+from onnxcomp.graph.edit import Constant, Graph, Node, Tape, apply, detach, extract, replace_uses
 from onnxcomp.graph.files import ModelProto, to_bytes
 from onnxcomp.graph.sites import Site, find_sites
 from onnxcomp.graph.streams import Heads, Stream, add_to_bias, find_heads, find_streams, set_constant
@@ -148,7 +148,7 @@ def _mix_input(graph: Graph, node: Node, r: Array) -> str:
     # [1, w, w]: of three axes, so that it is no layer's weight and stays float
     matrix = tape.constant("matrix", r[None])
     x = tape("Reshape", tape("MatMul", tape("Reshape", old, groups), matrix), whole)
-    apply(graph, Edit("rotation", tuple(tape.nodes), tape.constants, (Replacement(old, x, (node.name,)),)))
+    apply(graph, "rotation", tape, {old: x}, (node.name,))
     node.inputs[0].shape = shape
     set_constant(node, 1, rotate(w.reshape(-1, width, w.shape[1]), axis=1).reshape(w.shape))
     return x

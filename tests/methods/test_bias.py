@@ -12,7 +12,7 @@ from equality import parse, run
 from onnxcomp.calibrate.samples import Cut, LiveBatch
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.convert import to_graph, to_model
-from onnxcomp.graph.edit import Edit, Replacement, Tape, apply
+from onnxcomp.graph.edit import Tape, apply
 from onnxcomp.graph.sites import Site, find_sites
 from onnxcomp.methods.base import Outcome
 from onnxcomp.methods.bias import BiasCompensation, SampleErrors, decibel
@@ -379,7 +379,7 @@ def test_a_table_is_added_token_by_token(rng: np.random.Generator, fit: dict[str
     (site,) = find_sites(graph)
 
     new = PLAIN.build(tape, site, arrays)
-    apply(graph, Edit("bias", tuple(tape.nodes), tape.constants, tuple(Replacement(*pair) for pair in new.items())))
+    apply(graph, "bias", tape, new)
 
     x = rng.integers(-4, 5, size=(2, 3, 2)).astype(np.float32)
     table = arrays["b"] if "b" in arrays else arrays["u"] @ arrays["v"]

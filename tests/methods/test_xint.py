@@ -13,7 +13,7 @@ from equality import parse, run
 from onnxcomp.calibrate.samples import Cut, LiveBatch
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.convert import to_graph, to_model
-from onnxcomp.graph.edit import Edit, Graph, Replacement, Tape, apply
+from onnxcomp.graph.edit import Graph, Tape, apply
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods import weights
 from onnxcomp.methods.base import Fit
@@ -49,8 +49,7 @@ class Layer:
         """The graph with the series in place of the one term."""
         graph, tape = self.graph.copy(), Tape(f"{self.site.name}/xint")
         new = method.build(tape, self.place, fit)
-        replacements = [Replacement(old, to, None if old == self.site.raw else (self.site.name,)) for old, to in new.items()]
-        apply(graph, Edit("xint", tuple(tape.nodes), tape.constants, tuple(replacements)))
+        apply(graph, "xint", tape, new, None if self.site.raw in new else (self.site.name,))
         return graph
 
     def wanted(self) -> Array:
