@@ -28,11 +28,7 @@ class Stripped:
 
 
 def strip(
-    model: str | Path | bytes | ModelProto,
-    methods: Collection[str],
-    *,
-    output: str | Path | None = None,
-    force: bool = False,
+    model: str | Path | bytes | ModelProto, methods: Collection[str], *, output: str | Path | None = None, force: bool = False
 ) -> Stripped:
     """The model without what `methods` (names, such as "nbc") put into it, bit for bit as it was before them; written to
     `output` where that is given, once it has run.

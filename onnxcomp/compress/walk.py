@@ -55,7 +55,6 @@ class Walk:
     store: Store | None
     blocks: tuple[Block, ...] = ()
     """The stretches that block methods are fitted to; the last may be the whole model."""
-    threads: int = 0
     decisions: list[Decision] = field(default_factory=list)
     results: dict[str, Outcome] = field(default_factory=dict)
     """What was measured at each layer: before the first method and behind the last."""
@@ -300,4 +299,4 @@ class Walk:
         return {self.quantizers.entries.get(name, name): name for name in names}
 
     def _session(self, part: Graph) -> Session:
-        return Session(to_bytes(to_model(self.target.lower(part), self.like)), threads=self.threads)
+        return Session(to_bytes(to_model(self.target.lower(part), self.like)))
