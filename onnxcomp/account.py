@@ -20,7 +20,7 @@ from onnxcomp.methods.base import Outcome
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.json import to_stored
 from onnxcomp.report.model import Decision, Report, SiteReport, Verification
-from onnxcomp.targets.audit import AuditSite, Kernel
+from onnxcomp.targets.audit import Kernel
 from onnxcomp.targets.base import Plan
 
 NOTHING = Outcome(None, "nothing was measured")
@@ -31,16 +31,15 @@ def path_of(model: object) -> Path | None:
     return Path(model) if isinstance(model, (str, Path)) else None
 
 
-def audit_sites(lowered: Graph, plan: Plan) -> tuple[AuditSite, ...]:
+def audit_sites(lowered: Graph, plan: Plan) -> dict[str, list[str]]:
     """Every site with the tensors that its kernel may produce: its own output, or the codes right behind it."""
-    nodes = {node.name: node for node in lowered.nodes}
-    found = []
+    nodes, found = {node.name: node for node in lowered.nodes}, {}
     for site in plan.sites:
         tensors = [nodes[site.name].outputs[0]]
         while len(tensors[-1].outputs) == 1 and _is_computed_with(tensors[-1].inputs[0], tensors[-1].outputs[0]):
             tensors.append(tensors[-1].outputs[0].outputs[0])
-        found.append(AuditSite(site.name, tuple(tensor.name for tensor in tensors)))
-    return tuple(found)
+        found[site.name] = [tensor.name for tensor in tensors]
+    return found
 
 
 def _is_computed_with(node: Node, reader: Node) -> bool:

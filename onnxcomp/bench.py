@@ -28,7 +28,6 @@ FEEDS = 8
 def bench(
     models: Sequence[str | Path], data: object = None, *, shapes: Mapping[str, tuple[int, ...]] | None = None,
     preprocess: Preprocess | None = None, threads: int = 1, rounds: int = 20, operators: bool = False,
-    progress: runtime.Progress = runtime.ignore,
 ) -> Benchmark:  # fmt: skip
     """Time `models` on the first samples of `data`, or on one made-up feed.
 
@@ -46,7 +45,7 @@ def bench(
     notes: list[str] = []
     opened = [made_up(specs, shapes or {}, notes)] if data is None else open_data(data, specs, preprocess=preprocess)
     feeds = list(islice(opened, FEEDS))
-    latencies = runtime.measure(models, feeds, threads=threads, rounds=rounds, progress=progress)
+    latencies = runtime.measure(models, feeds, threads=threads, rounds=rounds)
     timings = []
     for model, latency in zip(models, latencies, strict=True):
         costs = tuple(Operator(*cost) for cost in runtime.profile(model, feeds[0], threads)) if operators else ()

@@ -68,9 +68,9 @@ def _outputs(graph: Graph, sites: Sequence[Site]) -> tuple[Block, ...]:
     found = []
     for tensor in graph.outputs:
         if tensor.dtype == np.float32 and tensor.shape and not tensor.outputs:
-            rank, last = len(tensor.shape), by_output.get(tensor.name)
+            name, last = tensor.name, by_output.get(tensor.name)
             axis = -1 if last is None else last.channel_axis
-            found.append(Block(tensor.name, inputs, tensor.name, axis, rank, last=last, kind="output", op="output"))
+            found.append(Block(name, inputs, name, axis, len(tensor.shape), last=last, kind="output", op="output"))
     return tuple(found)
 
 

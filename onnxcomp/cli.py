@@ -207,8 +207,7 @@ def bench(models: tuple[str, ...], data: str | None, shape: dict[str, tuple[int,
     from onnxcomp.bench import bench as time_models
     from onnxcomp.report import text
 
-    with _progress() as progress:
-        found = time_models(models, data, shapes=shape, progress=progress, **options)
+    found = time_models(models, data, shapes=shape, **options)
     for note in found.notes:
         click.echo(note, err=True)
     return found, text.benchmark(found)

@@ -111,25 +111,17 @@ def _accuracy(outputs: Sequence[_Output], labels: Array | None, *, is_required: 
     counts = [np.size(label) for label in labels]
     output = next((output for output in outputs if [len(r) for r, _ in output.answers] == counts), None)
     if output is None or np.any(np.mod(labels, 1)):
-        if is_required:
-            raise DataError(_misfit(outputs, labels))
-        return None
+        if not is_required:
+            return None
+        given = ", ".join(f"{len(output.answers[0][0])} in '{output.name}'" for output in outputs if output.answers) or "none"
+        needed = "The labels do not fit: one whole number per answer is needed"
+        raise DataError(f"{needed}. The first sample has labels: {np.size(labels[0])}; answers: {given}.")
     want = np.ravel(labels)
     right, kept = (np.concatenate(answers) == want for answers in zip(*output.answers, strict=True))
     n, lost, gained = len(want), int(np.count_nonzero(right & ~kept)), int(np.count_nonzero(kept & ~right))
     error = 100 * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
     drop = 100 * (lost - gained) / n
     return Accuracy(output.name, n, float(right.mean()), float(kept.mean()), drop, error, lost, gained)
-
-
-def _misfit(outputs: Sequence[_Output], labels: Array) -> str:
-    """Why no output can be judged by the labels."""
-    if np.any(np.mod(labels, 1)):
-        return "The labels are not whole numbers, so they name no classes."
-    given = [f"{len(output.answers[0][0])} in '{output.name}'" for output in outputs if output.answers]
-    if not given:
-        return "No output has classes (a last axis of at least 2, or integers), so labels cannot be used."
-    return f"The first sample has {labels[0].size} labels, but answers: {', '.join(given)}. Give one label per answer."
 
 
 def _check_ports(left: Session, right: Session) -> None:

@@ -119,13 +119,11 @@ def optimized(model: Model) -> tuple[files.NodeProto, ...]:
         return files.read_nodes(path)
 
 
-def measure(
-    models: Sequence[Model], feeds: Sequence[Feed], *, threads: int = 1, rounds: int = 20, progress: Progress = ignore
-) -> tuple[Latency, ...]:
+def measure(models: Sequence[Model], feeds: Sequence[Feed], *, threads: int = 1, rounds: int = 20) -> tuple[Latency, ...]:
     """Latency of one run of each model, all on the same feeds, in the same process and in turn: A B C A B C ...
 
-    In every round each model goes through the feeds as often as 20 ms take. `progress` gets the stage, the rounds done and
-    their number. Raises ModelError for a model that cannot be loaded or run.
+    In every round each model goes through the feeds as often as 20 ms take. Raises ModelError for a model that cannot be
+    loaded or run.
     """
     sessions = [Session(model, threads=threads) for model in models]
     fastest = [min(_time(session, feeds, 1) for _ in range(_WARM_PASSES)) * len(feeds) for session in sessions]
@@ -133,7 +131,6 @@ def measure(
     seconds = np.empty((rounds, len(sessions)))
     for index in range(rounds):
         seconds[index] = [_time(session, feeds, count) for session, count in zip(sessions, passes, strict=True)]
-        progress("timing", index + 1, rounds)
     times = np.quantile(seconds * 1e3, (0.5, 0.1, 0.9), axis=0)
     ratios = np.quantile(seconds / seconds[:, :1], (0.5, 0.1, 0.9), axis=0)
     return tuple(Latency(*map(float, row)) for row in np.concatenate([times, ratios]).T)

@@ -28,17 +28,14 @@ class Stripped:
 
 
 def strip(
-    model: str | Path | bytes | ModelProto,
-    methods: Collection[str],
-    *,
-    output: str | Path | None = None,
-    force: bool = False,
+    model: str | Path | bytes | ModelProto, methods: Collection[str], *, output: str | Path | None = None, force: bool = False
 ) -> Stripped:
     """The model without what `methods` (names, such as "nbc") put into it, bit for bit as it was before them; written to
     `output` where that is given, once it has run.
 
     Later layers keep the ranges that were fitted while the method was there. Raises UsageError for an unknown method,
-    ModelError for a file that onnxcomp did not write or in which none of the methods was adopted.
+    ModelError for a file that onnxcomp did not write, in which none of the methods was adopted, or in which xint merged its
+    terms into one weight or input.
     """
     for method in methods:
         if method not in names():

@@ -53,14 +53,6 @@ def test_given_shapes_and_data_need_no_note(net: Path) -> None:
     assert bench([net], np.ones((3, 4), np.float32), rounds=1).notes == ()
 
 
-def test_progress_counts_the_rounds(net: Path) -> None:
-    calls: list[tuple[str, int, int]] = []
-
-    bench([net], rounds=3, progress=lambda *call: calls.append(call))
-
-    assert calls == [("timing", 1, 3), ("timing", 2, 3), ("timing", 3, 3)]
-
-
 def test_made_up_numbers_are_normal_for_floats_and_zero_for_integers() -> None:
     notes: list[str] = []
     specs = [

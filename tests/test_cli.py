@@ -322,8 +322,8 @@ def test_names_that_the_output_cannot_encode_are_escaped(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal, which Windows lacks")
-def test_progress_is_shown_to_a_terminal_only(net: Path) -> None:
-    command = [sys.executable, "-c", CODE, "bench", str(net), "--rounds", "3", "--shape", "x=1x4"]
+def test_progress_is_shown_to_a_terminal_only(net: Path, data: Path) -> None:
+    command = [sys.executable, "-c", CODE, "compare", str(net), str(net), "--data", str(data), "--samples", "3"]
     ours, theirs = os.openpty()
 
     terminal = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs, check=True)
@@ -332,7 +332,7 @@ def test_progress_is_shown_to_a_terminal_only(net: Path) -> None:
     os.close(ours)
     os.close(theirs)
 
-    assert b"timing" in shown
+    assert b"comparing" in shown
     assert b"3/3" in shown
     assert piped.stderr == b""
     assert b"\x1b" not in terminal.stdout

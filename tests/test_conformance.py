@@ -298,11 +298,8 @@ def test_neither_the_hash_seed_nor_the_process_changes_the_bytes():
 
     digests = set()
     for seed in ("1", "2"):
-        environment = {
-            **os.environ,
-            "PYTHONHASHSEED": seed,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        }
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": paths}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         digests.add(done.stdout)

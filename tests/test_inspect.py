@@ -112,7 +112,7 @@ def test_a_damaged_report_is_a_note(tmp_path: Path) -> None:
     found = inspect(path)
 
     assert found.report is None
-    assert found.notes == ("The stored report cannot be read. The file was changed after onnxcomp wrote it.",)
+    assert found.notes == ("The stored report cannot be read. Another version of onnxcomp wrote it, or it was changed.",)
 
 
 def test_a_model_that_cannot_be_prepared_is_shown_as_it_is(tmp_path: Path) -> None:

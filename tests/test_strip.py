@@ -96,6 +96,31 @@ def test_what_is_left_of_a_series_is_its_first_term(name: str):
     assert graph_bytes(stripped.model) != graph_bytes(compensated.model)
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "method"),
+    [
+        ("conv_bn", "conv1", XInt(keep="always")),
+        ("mlp", "fc1", XInt(keep="always", granularity="tensor")),
+        ("mlp", "fc1", XInt(keep="always", granularity="tensor", weight_terms=1, activation_terms=2)),
+    ],
+)
+def test_terms_that_were_merged_into_one_tensor_are_refused(name: str, place: str, method: XInt, tmp_path: Path):
+    tiny = TINY[name]
+    activations = "static" if name == "conv_bn" else "token"
+    compensated = quantize(tiny.model, tiny.samples, replace(PLAIN, activations=activations, compensate=(method,)))
+    before = compensated.model.SerializeToString(deterministic=True)
+
+    with pytest.raises(ModelError) as error:
+        strip(compensated.model, ["xint"], output=tmp_path / "stripped.onnx")
+
+    assert str(error.value) == (
+        f"{place}: xint merged what it adds into one tensor with what was there, so it cannot be taken out. "
+        "Quantize the float model again without xint."
+    )
+    assert compensated.model.SerializeToString(deterministic=True) == before
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_method_of_two_leaves_what_the_other_folded_into_the_same_bias():
     tiny = TINY["mlp"]
     both = (BiasCompensation(keep="always", where="fc1"), BiasCompensation(keep="always", level="output"))

@@ -23,25 +23,28 @@ from onnxcomp.graph.edit import Graph, extract
 from onnxcomp.graph.files import ModelProto, to_bytes
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, S
+from onnxcomp.numerics.arrays import energies, sqnr_db
 from onnxcomp.runtime import Session
 
 Feed = Mapping[str, Array]
+SAME_DB = 60.0
+"""SQNR from which two runs of the same samples count as equal."""
 P = TypeVar("P", Site, Block)
 
 
 @dataclass
 class LiveBatch:
-    """A few samples that travel together: their numbers and the live tensors by name, and what methods may have computed
-    from these when they ask for it.
-    """
+    """A few samples that travel together: their numbers and the live tensors by name."""
 
     indices: tuple[int, ...]
     live: dict[str, Array]
-    runs: Mapping[str, Run] = field(default_factory=dict)
+    reads: Reads = field(default_factory=dict)
+    """What is read under a name that is no live tensor's."""
 
     def read(self, name: str) -> list[Array]:
         """The named read, one array per sample where the leading axis can be split evenly over the samples."""
-        return split(self.runs[name].output(self.live) if name in self.runs else self.live[name], len(self.indices))
+        source = self.reads.get(name, name)
+        return split(self.live[source] if isinstance(source, str) else source.output(self.live), len(self.indices))
 
 
 @dataclass(frozen=True)
@@ -61,22 +64,21 @@ class Run:
         return found
 
 
+Reads = Mapping[str, str | Run]
+"""What each read is: a live tensor under its own name (`xh` -> the site's input), or what is computed when it is asked for."""
+
+
 @dataclass(frozen=True)
 class Cut:
-    """The samples at one site: what `methods.base.Samples` promises."""
+    """The samples at one site, with what may be read there: what `methods.base.Samples` promises."""
 
     batches: Sequence[LiveBatch]
-    runs: Mapping[str, Run] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    """Reads that are live tensors under another name: `xh` -> the site's input."""
+    reads: Reads
 
     def reduce(self, fn: Callable[[LiveBatch], S], reads: frozenset[str]) -> S:
         """Map every batch with `fn` and merge in sample order."""
-        assert reads <= self.runs.keys() | self.aliases.keys(), f"{sorted(reads)} are not all available here"
-        parts = []
-        for batch in self.batches:
-            named = {alias: batch.live[name] for alias, name in self.aliases.items()}
-            parts.append(fn(LiveBatch(batch.indices, batch.live | named, self.runs)))
+        assert reads <= self.reads.keys(), f"{sorted(reads)} are not all available here"
+        parts = (fn(replace(batch, reads=self.reads)) for batch in self.batches)
         return functools.reduce(lambda total, part: total.merge(part), parts)
 
 
@@ -137,12 +139,9 @@ def confirm_tokens(
 
 
 def _agree(parts: Sequence[Array], alone: Sequence[Array]) -> bool:
-    """Equal up to the order of float32 sums: 1e-3 of the largest value is far above it and far below a mix-up."""
-    largest = [float(np.abs(whole[np.isfinite(whole)]).max(initial=0)) for whole in alone]
-    return [part.shape for part in parts] == [whole.shape for whole in alone] and all(
-        np.allclose(part, whole, rtol=0, atol=1e-3 * top + 1e-30, equal_nan=True)
-        for part, whole, top in zip(parts, alone, largest, strict=True)
-    )
+    """Equal up to the order of float32 sums, which leaves far more than `SAME_DB`; a mix-up leaves far less."""
+    alike = [part.shape for part in parts] == [whole.shape for whole in alone]
+    return alike and all(sqnr_db(*energies(whole, part)) > SAME_DB for part, whole in zip(parts, alone, strict=True))
 
 
 def split(array: Array, samples: int) -> list[Array]:

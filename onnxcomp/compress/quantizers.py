@@ -1,14 +1,14 @@
 """The activation quantizers of the compressed graph, put in one at a time as the walk reaches their first reader."""
 
 import functools
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from onnxcomp.calibrate.samples import Cut
 from onnxcomp.graph.blocks import Block
-from onnxcomp.graph.edit import Edit, Graph, Replacement, Tape, apply
+from onnxcomp.graph.edit import Graph, Tape, apply
 from onnxcomp.graph.schedule import Step
 from onnxcomp.graph.sites import Site, matches
 from onnxcomp.graph.tidy import Fold
@@ -49,13 +49,9 @@ class Quantizers:
     _parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Tensor -> the names of its static scale and zero point."""
     _done: set[Point] = field(default_factory=set)
-    _entries: dict[str, str] = field(default_factory=dict)
-    """Tensor that is quantized for everyone -> the value before its last quantizer."""
-
-    @property
-    def replaced(self) -> Set[str]:
-        """Tensors that are quantized for everyone."""
-        return self._entries.keys()
+    entries: dict[str, str] = field(default_factory=dict)
+    """Tensor that is quantized for everyone -> what holds, in the compressed graph, the value that the store keeps: the one
+    before its own last quantizer, so that a site's error includes the quantizer's."""
 
     def due(self, step: Step | None) -> list[Point]:
         """The points that must stand before `step` runs; with None every one that is missing."""
@@ -64,12 +60,6 @@ class Quantizers:
             return missing
         site = None if step.site is None else step.site.name
         return [p for p in missing if p.tensor in step.reads and (p.consumers is None or site in p.consumers)]
-
-    def entry(self, name: str) -> str:
-        """What holds, in the compressed graph, the value that the store keeps under `name`: the one before its own
-        quantizer, so that a site's error includes the quantizer's.
-        """
-        return self._entries.get(name, name)
 
     def fake(self, site: Site) -> Fake:
         """What quantizing the site's input does to one sample, as far as it is not in the input already."""
@@ -109,12 +99,11 @@ class Quantizers:
 
     def _write(self, tape: Tape, point: Point, new: str) -> None:
         """Write the quantizer on the tape, whose output is `new`, into the graph."""
-        replacement = Replacement(point.tensor, new, point.consumers)
-        apply(self.compressed, Edit("quantize", tuple(tape.nodes), tape.constants, (replacement,)))
+        apply(self.compressed, "quantize", tape, {point.tensor: new}, point.consumers)
         if tape.nodes[-1].inputs[1:]:
             self._parameters[point.tensor] = tape.nodes[-1].inputs[1:]
         if point.consumers is None:
-            self._entries[point.tensor] = next(n for n in self.compressed.nodes if n.name == new).inputs[0].name
+            self.entries[point.tensor] = next(n for n in self.compressed.nodes if n.name == new).inputs[0].name
 
     def _granularity(self, point: Point, q: QParams, cut: Cut) -> str:
         """Per token if that lowers the error of the static quantizer `q` by enough for its price, else static."""
@@ -141,7 +130,7 @@ class Quantizers:
                 continue
             tape, changed = Tape(f"{place.name}/{label}"), method.quantizer(outcome.fit, q)
             source = method.build(tape, place, outcome.fit)[point.tensor]
-            apply(self.compressed, Edit(label, tuple(tape.nodes), tape.constants, ()))
+            apply(self.compressed, label, tape, {})
             (noise,) = tape.constants.values()
             self.decisions.append(Decision(place.name, label, True, outcome.reason, outcome.gain_db, noise.nbytes))
             self.noise.update({site.name: (method, outcome.fit) for site in sites})

@@ -1,6 +1,6 @@
 """The walk: quantize a model front to back, one step at a time, on what the compressed model really computes.
 
-At every step: observe -> fit -> build -> Edit -> adopt? -> apply -> advance. The float half of a step and its compressed
+At every step: observe -> fit -> adopt? -> build -> apply -> advance. The float half of a step and its compressed
 half are run on the stored live activations, so the whole walk costs a few passes over the model, whatever its depth: a
 compressed pass to advance, a float and a compressed one for layer targets, a float one for block targets.
 
@@ -20,7 +20,7 @@ from onnxcomp.compress.quantizers import Quantizers
 from onnxcomp.errors import UsageError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.edit import Edit, Graph, Node, Replacement, Tape, apply, extract
+from onnxcomp.graph.edit import Graph, Node, Tape, apply, extract
 from onnxcomp.graph.files import ModelProto, to_bytes
 from onnxcomp.graph.offsets import fold_offset
 from onnxcomp.graph.schedule import schedule
@@ -55,7 +55,6 @@ class Walk:
     store: Store | None
     blocks: tuple[Block, ...] = ()
     """The stretches that block methods are fitted to; the last may be the whole model."""
-    threads: int = 0
     decisions: list[Decision] = field(default_factory=list)
     results: dict[str, Outcome] = field(default_factory=dict)
     """What was measured at each layer: before the first method and behind the last."""
@@ -105,10 +104,10 @@ class Walk:
         assert self.store is not None
         outputs = {t.name for t in self.reference.outputs}
         found = [{k: v for k, v in batch.live.items() if k in outputs} for batch in self.store.batches[:count]]
-        for name in sorted(self.quantizers.replaced & outputs):
+        for name in sorted(self.quantizers.entries.keys() & outputs):
             run = self._run(self.compressed, self._entries([name]), [name])
             found = [live | run.outputs(live) for live in found]
-        return list(found)
+        return found
 
     def split(self) -> list[Graph]:
         """The low-bit graphs of the weight terms. Raises UsageError unless a series of granularity `model` is all there is."""
@@ -135,9 +134,7 @@ class Walk:
             tape = Tape(f"{site.weight}/quantized" if everyone else f"{site.name}/weight")
             w, series = tensors[site.weight].values, not self._series.keys().isdisjoint(same)
             fitted = xint.first_term(w, site.weight_axis, bits)._asdict() if series else self._round(site, w, bits)
-            new = weights.build(tape, site, fitted, bits)
-            replacements = tuple(Replacement(old, to, None if everyone else tuple(same)) for old, to in new.items())
-            apply(self.compressed, Edit("quantize", tuple(tape.nodes), tape.constants, replacements))
+            apply(self.compressed, "quantize", tape, weights.build(tape, site, fitted, bits), None if everyone else same)
         self._expand(site)
 
     def _expand(self, site: Site) -> None:
@@ -233,9 +230,8 @@ class Walk:
         for the place's own operator only.
         """
         tape, site = Tape(f"{place.name}/{label}{where}"), place if isinstance(place, Site) else place.last
-        outputs = {place.y, *([] if site is None else [site.y])}
-        made = [Replacement(old, to, None if old in outputs else (place.name,)) for old, to in build(tape).items()]
-        apply(self.compressed, Edit(label, tuple(tape.nodes), tape.constants, tuple(made)))
+        new, outputs = build(tape), {place.y, place.y if site is None else site.y}
+        apply(self.compressed, label, tape, new, None if new.keys() <= outputs else (place.name,))
         if site is not None and tape.nodes[-1].op == "Add":
             fold = fold_bias(self.compressed, site, tape.nodes[-1].name, label)
             if fold is not None:
@@ -252,13 +248,13 @@ class Walk:
             return
         assert self.store is not None
         stored = next((p for p in self.plan.points if p.tensor == block.y and p.consumers is None), None)
-        if block.last is not None and block.last.y in self.quantizers.replaced:
+        if block.last is not None and block.last.y in self.quantizers.entries:
             block = replace(block, last=None)
         self.store.add(FLOAT_BLOCK, self._float(block))
         for method in methods:
             label = method_name(method)
-            outcome = method.fit(block, Cut(self.store.batches, aliases={"xh": block.x, "f_xh": FLOAT_BLOCK, "g_xh": block.y}))
-            if outcome.fit is not None and stored is not None and block.y not in self.quantizers.replaced:
+            outcome = method.fit(block, Cut(self.store.batches, {"xh": block.x, "f_xh": FLOAT_BLOCK, "g_xh": block.y}))
+            if outcome.fit is not None and stored is not None and block.y not in self.quantizers.entries:
                 self.quantizers.put(stored, self._cut(block.y))  # the integer kernel that makes it goes on storing its result
             self._decide(block, method, outcome)
             if outcome.fit is None:
@@ -267,7 +263,7 @@ class Walk:
             live = self._entries(block.inputs) | dict.fromkeys(before, block.y)
             self.store.add(block.y, self._run(self.compressed, live, [block.y]))
             if stored is not None:
-                self.quantizers.store_again(block, label, stored, Cut(self.store.batches, aliases={"xh": block.y}))
+                self.quantizers.store_again(block, label, stored, Cut(self.store.batches, {"xh": block.y}))
 
     def _macs(self, site: Site) -> int:
         """Multiplications of a layer for one sample."""
@@ -282,13 +278,13 @@ class Walk:
 
     def _cut(self, tensor: str) -> Cut | None:
         """The samples with one live tensor as `xh`; None where there are none."""
-        return None if self.store is None else Cut(self.store.batches, aliases={"xh": tensor})
+        return None if self.store is None else Cut(self.store.batches, {"xh": tensor})
 
     def _site_cut(self, site: Site) -> Cut:
         """The samples with the site's float and compressed output, both fed with what the compressed model computes."""
         assert self.store is not None
-        runs = {"f_xh": self._float(site), "g_xh": self._run(self.compressed, self._entries(site.inputs), [site.y])}
-        return Cut(self.store.batches, runs, {"xh": site.x})
+        compressed = self._run(self.compressed, self._entries(site.inputs), [site.y])
+        return Cut(self.store.batches, {"xh": site.x, "f_xh": self._float(site), "g_xh": compressed})
 
     def _float(self, place: Site | Block) -> Run:
         return self._run(self.reference, {name: name for name in place.inputs}, [place.y])
@@ -300,7 +296,7 @@ class Walk:
 
     def _entries(self, names: Sequence[str]) -> dict[str, str]:
         """What holds each live tensor's value in the compressed graph, and the tensor."""
-        return {self.quantizers.entry(name): name for name in names}
+        return {self.quantizers.entries.get(name, name): name for name in names}
 
     def _session(self, part: Graph) -> Session:
-        return Session(to_bytes(to_model(self.target.lower(part), self.like)), threads=self.threads)
+        return Session(to_bytes(to_model(self.target.lower(part), self.like)))

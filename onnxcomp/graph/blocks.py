@@ -8,8 +8,9 @@ In a transformer, whose channels come last, one that mixes tokens (attention) an
 block. In a CNN, neighbours that end in the same shape are one stage, and the way from stage to stage is part of the later.
 A block ends at the Add, or behind the norm or activation that follows it everywhere.
 
-Limits: shapes must be known as far as rank and channels; x and y have the same rank and, in a transformer, as many
-tokens, and where that is not so there is no block. What changes the shape between two blocks of a transformer is in neither.
+Limits: shapes must be known as far as rank and channels, in a CNN the spatial ones too; x and y have the same rank and, in a
+transformer, as many tokens, and where that is not so there is no block. What changes the shape between two blocks of a
+transformer is in neither.
 """
 
 import functools
@@ -77,7 +78,7 @@ def find_blocks(graph: gs.Graph, sites: Sequence[Site]) -> tuple[Block, ...]:
     for unit in sorted(_joined(flow, units), key=lambda unit: flow.end(unit.y)):
         y = next(tensor for tail in tails if (tensor := _behind(unit.y, tail)))
         ends = [flow.tensors[block.y] for block in reversed(blocks) if block.channel_axis == unit.axis == 1]
-        for x in (*(end for end in ends if flow.leads(end, unit.s) and _strides(flow, end, y)), unit.s):
+        for x in (*(end for end in ends if flow.leads(end, unit.s) and _strides(end, y)), unit.s):
             nodes = flow.between(x, y)
             if taken.isdisjoint(node.name for node in nodes):
                 blocks.append(_block(flow, x, y, unit, nodes))
@@ -156,7 +157,7 @@ def _unit(flow: _Flow, join: gs.Node) -> _Unit | None:
     if not axes:
         return None
     axis = axes[-1 if any(site.op == "Conv" for site in layers) else 0]
-    if not (_strides(flow, s, y) if axis == 1 else _agree(s, y, but=len(y.shape) - 1)):
+    if not (_strides(s, y) if axis == 1 else _agree(s, y, but=len(y.shape) - 1)):
         return None
     mixes = len(layers) < len(sites) or any(node.op in ("Softmax", "Attention") for node in nodes)
     return _Unit(s, y, frozenset(t.name for node in nodes for t in node.outputs), axis, mixes)
@@ -181,29 +182,13 @@ def _agree(x: gs.Tensor, y: gs.Tensor, but: int = 0) -> bool:
     return len(a) == len(b) and all(p == q for p, q in sizes if isinstance(p, int) and isinstance(q, int))
 
 
-def _strides(flow: _Flow, x: gs.Tensor, y: gs.Tensor) -> tuple[int, ...]:
+def _strides(x: gs.Tensor, y: gs.Tensor) -> tuple[int, ...]:
     """By how much each spatial axis of x shrinks, to ceil(length / stride); empty where that is not known."""
-    if len(x.shape) != len(y.shape):
+    sizes = list(zip(x.shape[2:], y.shape[2:], strict=False))
+    if len(x.shape) != len(y.shape) or not all(isinstance(length, int) for pair in sizes for length in pair):
         return ()
-    sizes = list(zip(x.shape[2:], y.shape[2:], strict=True))
-    if all(isinstance(length, int) for pair in sizes for length in pair):
-        found = tuple(-(-a // b) for a, b in sizes)
-        return found if all(-(-a // k) == b for (a, b), k in zip(sizes, found, strict=True)) else ()
-    known = {x.name: (1,) * len(sizes)}
-    for node in flow.between(x, y):
-        before = next((known[t.name] for t in node.inputs if t.name in known), ())
-        known[node.outputs[0].name] = before if node.op in _SAME_SHAPE else _strided(node, before)
-    return known[y.name]
-
-
-def _strided(node: gs.Node, before: tuple[int, ...]) -> tuple[int, ...]:
-    """`before` times the strides of a Conv or a pool that makes ceil(length / stride) of every length; empty for others."""
-    if node.op not in ("Conv", "MaxPool", "AveragePool") or not before:
-        return ()
-    axes, kernel = len(before), node.attrs.get("kernel_shape") or node.inputs[1].shape[2:]
-    pads, spread = node.attrs.get("pads", [0] * 2 * axes), node.attrs.get("dilations", [1] * axes)
-    exact = all(pads[i] + pads[i + axes] == spread[i] * (kernel[i] - 1) for i in range(axes))
-    return tuple(a * b for a, b in zip(before, node.attrs.get("strides", [1] * axes), strict=True)) if exact else ()
+    found = tuple(-(-a // b) for a, b in sizes)
+    return found if all(-(-a // k) == b for (a, b), k in zip(sizes, found, strict=True)) else ()
 
 
 def _outermost(flow: _Flow, units: Sequence[_Unit]) -> list[_Unit]:
@@ -228,7 +213,7 @@ def _joined(flow: _Flow, units: Sequence[_Unit]) -> list[_Unit]:
 def _belongs(flow: _Flow, previous: _Unit, unit: _Unit) -> bool:
     """Whether a unit is in the same block as the one before it: in one stage of a CNN, or the MLP behind attention."""
     if unit.axis == previous.axis == 1:
-        return unit.y.shape[1] == previous.y.shape[1] and set(_strides(flow, previous.y, unit.y)) == {1}
+        return unit.y.shape[1] == previous.y.shape[1] and set(_strides(previous.y, unit.y)) == {1}
     return unit.axis == previous.axis and previous.mixes and not unit.mixes and flow.carries(previous.y, unit.s)
 
 
@@ -245,7 +230,7 @@ def _block(flow: _Flow, x: gs.Tensor, y: gs.Tensor, unit: _Unit, nodes: Sequence
     """The block of `nodes` from x to y, whose last unit is `unit`; without a name where its path is not its own."""
     made = {tensor.name for node in nodes for tensor in node.outputs}
     inputs = tuple(dict.fromkeys([x.name, *(t.name for node in nodes for t in flow.reads(node) if t.name not in made)]))
-    channels, strides = (x.shape[unit.axis], y.shape[unit.axis]), _strides(flow, x, y) if unit.axis == 1 else ()
+    channels, strides = (x.shape[unit.axis], y.shape[unit.axis]), _strides(x, y) if unit.axis == 1 else ()
     sites = [flow.sites[node.name] for node in nodes if node.name in flow.sites]
     parts = zip(*(site.name.split("/")[:-1] for site in sites), strict=False)
     path = "/".join(part[0] for part in itertools.takewhile(lambda part: len(set(part)) == 1, parts))

@@ -7,7 +7,7 @@ value becomes `h/before-bias` and the new one is `h`; when it replaces `h` for s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,27 +25,8 @@ DOMAIN = "onnxcomp"
 
 
 @dataclass(frozen=True)
-class Replacement:
-    """`old` is replaced by the tape's value `new`, for every consumer or for the named nodes only."""
-
-    old: str
-    new: str
-    consumers: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Edit:
-    """New nodes and constants, and what they replace. `label` is the method's name."""
-
-    label: str
-    nodes: tuple[NewNode, ...]
-    constants: Mapping[str, np.ndarray]
-    replacements: tuple[Replacement, ...]
-
-
-@dataclass(frozen=True)
 class NewNode:
-    """One node to add: its inputs are names of the graph's tensors, of the edit's constants or of other new nodes, and
+    """One node to add: its inputs are names of the graph's tensors, of the tape's constants or of other new nodes, and
     its one output has its own name.
     """
 
@@ -81,27 +62,31 @@ class Tape:
         return name
 
 
-def apply(graph: Graph, edit: Edit) -> None:
-    """Write `edit` into `graph`, in place, behind the naming law above. The graph stays topologically sorted."""
+def apply(graph: Graph, label: str, tape: Tape, replaced: Mapping[str, str], consumers: Collection[str] | None = None) -> None:
+    """Write what the tape holds into `graph`, in place, behind the naming law above. The graph stays topologically sorted.
+
+    label      the method's name
+    replaced   old value -> the tape's value that takes its place
+    consumers  the nodes for which it does; None: all
+    """
     tensors = graph.tensors()
-    values: dict[str, Tensor] = {**tensors, **{name: Constant(name, value) for name, value in edit.constants.items()}}
-    values |= {new.name: Variable(new.name, dtype=np.dtype(np.float32)) for new in edit.nodes}
+    values: dict[str, Tensor] = {**tensors, **{name: Constant(name, value) for name, value in tape.constants.items()}}
+    values |= {new.name: Variable(new.name, dtype=np.dtype(np.float32)) for new in tape.nodes}
     nodes = [
         Node(new.op, new.name, dict(new.attrs), [values[name] for name in new.inputs], [values[new.name]], domain=new.domain)
-        for new in edit.nodes
+        for new in tape.nodes
     ]
     added = {id(node) for node in nodes}
     makers = {id(maker) for node in nodes for tensor in node.inputs for maker in tensor.inputs}
     position = max((i + 1 for i, node in enumerate(graph.nodes) if id(node) in makers), default=0)
-    for replacement in edit.replacements:
-        old, new, wanted = values[replacement.old], values[replacement.new], replacement.consumers
-        replace_uses(old, new, [n for n in old.outputs if id(n) not in added and (wanted is None or n.name in wanted)])
-        if wanted is not None:
+    for old, new in ((values[before], values[after]) for before, after in replaced.items()):
+        replace_uses(old, new, [n for n in old.outputs if id(n) not in added and (consumers is None or n.name in consumers)])
+        if consumers is not None:
             continue
         if isinstance(old, Variable) and isinstance(new, Variable):
             new.dtype, new.shape = old.dtype, old.shape
         graph.outputs[:] = [new if tensor is old else tensor for tensor in graph.outputs]
-        old.name, new.name = fresh_name(f"{old.name}/before-{edit.label}", set(tensors), "-"), old.name
+        old.name, new.name = fresh_name(f"{old.name}/before-{label}", set(tensors), "-"), old.name
     graph.nodes[position:position] = nodes
 
 

@@ -137,9 +137,7 @@ class _Search:
         known = isinstance(constant, gs.Constant) and constant.values.ndim > 0
         if not known or constant.values.shape[axis] != self.stream.width:
             raise _RefusedError(f"{node.name}: '{constant.name}' does not hold {self.stream.width} channels")
-        place = (node, index, axis)
-        if not any(node is other and index == at for other, at, _ in self.stream.written):
-            self.stream.written.append(place)
+        self.stream.written.append((node, index, axis))
 
     def _made(self, node: gs.Node) -> None:
         """What the stream is made by."""
@@ -148,16 +146,12 @@ class _Search:
                 raise _RefusedError(f"{node.name} writes to it group by group")
             self._write(node, 1, 0 if node.op == "Conv" else -1)
             self._write(node, 2)
-        elif is_op(node, "Gather", "Expand") and isinstance(node.inputs[0], gs.Constant):
-            self._write(node, 0)
-        elif is_op(node, "Add", "Sum", "Concat"):
-            for index, tensor in enumerate(node.inputs):
-                if isinstance(tensor, gs.Constant):
+        elif is_op(node, "Add", "Sum", *_MOVES):
+            for index, tensor in enumerate(node.inputs if is_op(node, "Add", "Sum", "Concat") else node.inputs[:1]):
+                if isinstance(tensor, gs.Constant):  # of a Gather or an Expand, the table
                     self._write(node, index)
                 else:
                     self._join(tensor)
-        elif is_op(node, *_MOVES):
-            self._join(node.inputs[0])
         elif (scaled := next((t for t in node.inputs if _is_scaled(node, t)), None)) is not None:
             self._join(scaled)
         else:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcomp.errors import ModelError
 from onnxcomp.graph.edit import replace_uses
 from onnxcomp.graph.tidy import Fold
 
@@ -43,9 +44,12 @@ def load_folds(text: str) -> list[Fold]:
 
 
 def strip(graph: gs.Graph, prefixes: Collection[str], folds: Sequence[Fold], methods: Collection[str]) -> list[Fold]:
-    """Take the nodes with one of `prefixes`, and what `methods` folded, out of `graph`, in place; the folds that stay."""
+    """Take the nodes with one of `prefixes`, and what `methods` folded, out of `graph`, in place; the folds that stay.
+
+    Raises ModelError for nodes that stand in place of what was there, instead of adding to it.
+    """
     for prefix in prefixes:
-        _bypass(graph, prefix)
+        _bypass(graph, prefix, tuple(prefixes))
     tensors = graph.tensors()
     for fold in folds:
         if not fold.node and fold.method in methods and fold.before is not None:
@@ -61,16 +65,19 @@ def strip(graph: gs.Graph, prefixes: Collection[str], folds: Sequence[Fold], met
     return [replace(f, name=first[f.node, f.index].name, before=first[f.node, f.index].before) if f.node else f for f in kept]
 
 
-def _bypass(graph: gs.Graph, prefix: str) -> None:
-    """Let what reads the nodes under `prefix` read the one value that they start from."""
-    label = prefix.rstrip("/").rpartition("/")[2]
+def _bypass(graph: gs.Graph, prefix: str, leaving: tuple[str, ...]) -> None:
+    """Let what reads the nodes under `prefix` read the one value that they start from. `leaving`: all such prefixes."""
+    place, label = prefix.rstrip("/").rsplit("/", 1)
     mine = [node for node in graph.nodes if node.name.startswith(prefix)]
     inside = {id(node) for node in mine}
     results = {id(t) for t in graph.outputs}
     for node in mine:
         y = node.outputs[0]
         if id(y) in results or any(id(reader) not in inside for reader in y.outputs):
-            source = _source(node, inside)
+            source, adds = _source(node, inside)
+            if not adds and not all(reader.name.startswith(leaving) for reader in y.outputs):
+                text = f"{place}: {label} merged what it adds into one tensor with what was there, so it cannot be taken out."
+                raise ModelError(f"{text} Quantize the float model again without {label}.")
             _replace(graph, y, source, rename=f"/before-{label}" in source.name)
 
 
@@ -83,10 +90,15 @@ def _replace(graph: gs.Graph, tensor: gs.Tensor, source: gs.Tensor, *, rename: b
     graph.outputs[:] = [source if t is tensor else t for t in graph.outputs]
 
 
-def _source(node: gs.Node, inside: Collection[int]) -> gs.Tensor:
-    """What the method's last node, or the quantizer behind it, adds to: its first input, and so on back to the outside."""
-    tensor = node.inputs[0]
-    return _source(tensor.inputs[0], inside) if tensor.inputs and id(tensor.inputs[0]) in inside else tensor
+def _source(node: gs.Node, inside: Collection[int]) -> tuple[gs.Tensor, bool]:
+    """What the method's last node, or the quantizer behind it, starts from: its first input, and so on back to the outside;
+    and whether anything is added to it on the way.
+    """
+    tensor, adds = node.outputs[0], False
+    while tensor.inputs and id(tensor.inputs[0]) in inside:
+        adds |= tensor.inputs[0].op in ("Add", "Sum")
+        tensor = tensor.inputs[0].inputs[0]
+    return tensor, adds
 
 
 def _unfold(graph: gs.Graph, folds: Sequence[Fold], methods: Collection[str]) -> None:

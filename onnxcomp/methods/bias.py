@@ -155,7 +155,8 @@ class BiasCompensation(Compensation):
         fitted, held_out = errors.seen
         table = errors.total[0] / fitted
         centre = table.mean(axis=0)
-        left = _directions(table - centre, self.rank or len(table))
+        left = np.linalg.svd(table - centre, full_matrices=False)[0][:, : self.rank or len(table)]
+        left *= np.sign(left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])])  # which sign they have is arbitrary
         right = left.T @ (table - centre)
 
         def loss(candidate: Array) -> float:
@@ -185,16 +186,6 @@ class BiasCompensation(Compensation):
 def decibel(energy: Array, error: Array) -> float:
     """SQNR: the summed energy over the summed error, dB."""
     return float(10 * np.log10(max(float(energy.sum()), 1e-30) / max(float(error.sum()), 1e-30)))
-
-
-def _directions(rows: Array, count: int) -> Array:
-    """The `count` leading left singular vectors of rows [T, C], each with its largest entry positive: [T, count]."""
-    if rows.shape[0] <= rows.shape[1]:
-        left = np.linalg.eigh(rows @ rows.T)[1][:, ::-1][:, :count]
-    else:
-        left = rows @ np.linalg.eigh(rows.T @ rows)[1][:, ::-1][:, :count]
-        left /= np.maximum(np.linalg.norm(left, axis=0), 1e-30)
-    return left * np.sign(left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])])
 
 
 METHOD = BiasCompensation

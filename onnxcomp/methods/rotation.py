@@ -18,12 +18,12 @@ from dataclasses import replace
 import numpy as np
 
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.edit import Constant, Edit, Graph, Replacement, Tape, apply, detach, extract, replace_uses
+from onnxcomp.graph.edit import Constant, Graph, Node, Tape, apply, detach, extract, replace_uses
 from onnxcomp.graph.files import ModelProto, to_bytes
 from onnxcomp.graph.sites import Site, find_sites
 from onnxcomp.graph.streams import Heads, Stream, add_to_bias, find_heads, find_streams, set_constant
 from onnxcomp.methods.activations import fake
-from onnxcomp.methods.base import Array, Fit, Outcome
+from onnxcomp.methods.base import Array, Outcome
 from onnxcomp.numerics.affine import Scheme
 from onnxcomp.numerics.arrays import energies, sqnr_db
 from onnxcomp.numerics.ranges import choose
@@ -78,25 +78,26 @@ def rotate_inputs(
     `bits`: the width of the activations of each site whose input is to be quantized.
     """
     nodes = {node.name: node for node in graph.nodes}
-    asked = {}
+    asked: list[Site] = []
     for site in (s for s in sites if s.name in bits and s.kind == "layer" and s.op in ("Gemm", "MatMul")):
         x = nodes[site.name].inputs[0]
         if x.inputs and x.inputs[0].op in _ACTIVATIONS and x.shape and _width(nodes[site.name].inputs[1].shape[0]) > 1:
-            asked[site.name] = site
+            asked.append(site)
     if not asked:
         return tuple(sites), {}
-    part = extract(graph, [t.name for t in graph.inputs], list(dict.fromkeys(site.x for site in asked.values())))
+    part = extract(graph, [t.name for t in graph.inputs], list(dict.fromkeys(site.x for site in asked)))
     live = Session(to_bytes(to_model(part, like))).run({t.name: feed[t.name] for t in part.inputs})
-    found: dict[str, Outcome] = {}
-    for site in asked.values():
+    found, mixed = dict[str, Outcome](), dict[str, Site]()
+    for site in asked:
         x, scheme = live[site.x], Scheme(bits[site.name])
         gain = 10 * float(np.log10(max(_error(x, scheme), 1e-30) / max(_error(_mix(x), scheme), 1e-30)))
         least = INPUT_GAIN_DB * 2.0 ** (scheme.bits - 4)
         verb = "lowers" if gain > least else "does not lower"
         fit = {"matrix": rotation(_width(x.shape[-1])).astype(np.float32)} if gain > least else None
         found[site.name] = Outcome(fit, f"mixing {verb} the input's error by the {least:g} dB that it must for its time", gain)
-    new = {name: _mix_input(graph, asked[name], outcome.fit) for name, outcome in found.items() if outcome.fit is not None}
-    return tuple(replace(site, inputs=(new[site.name],)) if site.name in new else site for site in sites), found
+        if fit is not None:
+            mixed[site.name] = replace(site, inputs=(_mix_input(graph, nodes[site.name], fit["matrix"]),))
+    return tuple(mixed.get(site.name, site) for site in sites), found
 
 
 def _rotate_stream(graph: Graph, stream: Stream) -> None:
@@ -138,17 +139,16 @@ def _rotate_values(graph: Graph, head: Heads) -> None:
         set_constant(home, index, b)
 
 
-def _mix_input(graph: Graph, site: Site, fit: Fit) -> str:
-    """Put the mixing in front of the layer and take it out of its weight; the name of what the layer reads then."""
-    node = next(node for node in graph.nodes if node.name == site.name)
-    w, shape = node.inputs[1].values, list(node.inputs[0].shape)
-    width, tape = len(fit["matrix"]), Tape(f"{site.name}/rotation")
+def _mix_input(graph: Graph, node: Node, r: Array) -> str:
+    """Put the mixing by r [w, w] in front of the layer and take it out of its weight; the name of what the layer reads then."""
+    w, old, shape = node.inputs[1].values, node.inputs[0].name, list(node.inputs[0].shape)
+    width, tape = len(r), Tape(f"{node.name}/rotation")
     groups = tape.constant("groups", np.array([*[0] * (len(shape) - 1), -1, width], np.int64))
     whole = tape.constant("whole", np.array([*[0] * (len(shape) - 1), len(w)], np.int64))
     # [1, w, w]: of three axes, so that it is no layer's weight and stays float
-    matrix = tape.constant("matrix", fit["matrix"][None])
-    x = tape("Reshape", tape("MatMul", tape("Reshape", site.x, groups), matrix), whole)
-    apply(graph, Edit("rotation", tuple(tape.nodes), tape.constants, (Replacement(site.x, x, (site.name,)),)))
+    matrix = tape.constant("matrix", r[None])
+    x = tape("Reshape", tape("MatMul", tape("Reshape", old, groups), matrix), whole)
+    apply(graph, "rotation", tape, {old: x}, (node.name,))
     node.inputs[0].shape = shape
     set_constant(node, 1, rotate(w.reshape(-1, width, w.shape[1]), axis=1).reshape(w.shape))
     return x

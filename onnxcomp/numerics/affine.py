@@ -115,15 +115,10 @@ def from_range(lo: ArrayLike, hi: ArrayLike, scheme: Scheme, axis: int | None = 
     lo, hi = np.minimum(np.asarray(lo, np.float64), 0.0), np.maximum(np.asarray(hi, np.float64), 0.0)
     if not bool(np.all(np.isfinite(lo) & np.isfinite(hi))):
         raise DataError(NOT_FINITE)
-    if scheme.symmetric:
-        step = np.maximum(-lo, hi) / (scheme.qmax - scheme.midpoint)
-    else:
-        step = (hi - lo) / (scheme.qmax - scheme.qmin)
-    scale = np.asarray(np.maximum(step, SMALLEST_SCALE), np.float32)
-    if scheme.symmetric:
-        zero = np.full(scale.shape, scheme.midpoint)
-    else:
-        zero = np.clip(np.rint(scheme.qmin - lo / scale.astype(np.float64)), scheme.qmin, scheme.qmax)
+    span, start = (np.maximum(-lo, hi), scheme.midpoint) if scheme.symmetric else (hi - lo, scheme.qmin)
+    scale = np.asarray(np.maximum(span / (scheme.qmax - start), SMALLEST_SCALE), np.float32)
+    zero = np.clip(np.rint(scheme.qmin - lo / scale.astype(np.float64)), scheme.qmin, scheme.qmax)
+    zero = np.full_like(zero, scheme.midpoint) if scheme.symmetric else zero
     return QParams(scheme, scale, np.asarray(zero, scheme.dtype), axis)
 
 

@@ -38,11 +38,10 @@ def from_json(text: str, *, output_bytes: int = 0) -> Report:
     Raises ModelError for a text that is no such report.
     """
     try:
-        plain = json.loads(text if text.startswith(("{", "[")) else zlib.decompress(base64.b64decode(text, validate=True)))
-    except (ValueError, zlib.error):
-        raise ModelError("The stored report cannot be read. The file was changed after onnxcomp wrote it.") from None
-    plain = {"output_bytes": output_bytes} | plain if isinstance(plain, dict) else plain
-    return _read(Report, plain, "report")
+        plain = json.loads(text if text.startswith("{") else zlib.decompress(base64.b64decode(text, validate=True)))
+        return _read(Report, {"output_bytes": output_bytes} | plain)
+    except (KeyError, TypeError, ValueError, zlib.error):
+        raise ModelError("The stored report cannot be read. Another version of onnxcomp wrote it, or it was changed.") from None
 
 
 def _plain(value: Any) -> Any:
@@ -53,20 +52,11 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
+def _read(kind: Any, value: Any) -> Any:
     if isinstance(kind, types.UnionType):
-        return None if value is None else _read(typing.get_args(kind)[0], value, where)
-    if typing.get_origin(kind) is tuple and isinstance(value, list):
-        inner = typing.get_args(kind)[0]
-        return tuple(_read(inner, item, f"{where}[{index}]") for index, item in enumerate(value))
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind)
-        for name in hints:
-            if name not in value:
-                raise ModelError(f"The stored report has no '{where}.{name}'. Another version of onnxcomp wrote it.")
-        return kind(**{name: _read(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
-    if kind is float and (type(value) is int or value in ("nan", "inf", "-inf")):
-        return float(value)
-    if type(value) is kind:
-        return value
-    raise ModelError(f"The stored report's '{where}' has an unexpected type. Another version of onnxcomp wrote it.")
+        return None if value is None else _read(typing.get_args(kind)[0], value)
+    if typing.get_origin(kind) is tuple:
+        return tuple(_read(typing.get_args(kind)[0], item) for item in value)
+    if dataclasses.is_dataclass(kind):
+        return kind(**{name: _read(hint, value[name]) for name, hint in typing.get_type_hints(kind).items()})
+    return float(value) if kind is float else value

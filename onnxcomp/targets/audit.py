@@ -33,18 +33,6 @@ _Found = Mapping[str, NodeProto]
 
 
 @dataclass(frozen=True)
-class AuditSite:
-    """A site by the name of its operator, and the tensors of the lowered model that its kernel may produce.
-
-    `outputs` in order of preference: the operator's own output, that behind its bias or its ReLU, the codes behind its
-    QuantizeLinear.
-    """
-
-    name: str
-    outputs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Kernel:
     """What computes a site. `op` is empty where nothing in the optimized model does; `reason` where it is integer."""
 
@@ -54,8 +42,11 @@ class Kernel:
     reason: str
 
 
-def audit(model: bytes | Path, sites: Sequence[AuditSite]) -> tuple[Kernel, ...]:
+def audit(model: bytes | Path, sites: Mapping[str, Sequence[str]]) -> tuple[Kernel, ...]:
     """The kernel of every site of a lowered model, in the order given.
+
+    sites   by the name of its operator, the tensors that its kernel may produce, in order of preference: the operator's own
+            output, that behind its bias or its ReLU, the codes behind its QuantizeLinear
 
     Raises ModelError for a model that ONNX Runtime cannot load.
     """
@@ -63,21 +54,21 @@ def audit(model: bytes | Path, sites: Sequence[AuditSite]) -> tuple[Kernel, ...]
     producers = {name: node for node in nodes for name in node.output}
     by_name = {node.name.removesuffix("/MatMulAddFusion"): node for node in nodes if node.name}
     lowered = cache(lambda: to_graph(files.load(model)))
-    return tuple(_find_kernel(site, producers, by_name, lowered) for site in sites)
+    return tuple(_find_kernel(*site, producers, by_name, lowered) for site in sites.items())
 
 
-def _find_kernel(site: AuditSite, producers: _Found, by_name: _Found, lowered: Callable[[], Graph]) -> Kernel:
+def _find_kernel(site: str, outputs: Sequence[str], producers: _Found, by_name: _Found, lowered: Callable[[], Graph]) -> Kernel:
     """What computes the first of the site's tensors that still exists, or the node that kept the site's name."""
-    maker = next((producers[name] for name in site.outputs if name in producers), None)
-    kernel = (maker and _layer_behind(maker, site.name, producers)) or by_name.get(site.name)
+    maker = next((producers[name] for name in outputs if name in producers), None)
+    kernel = (maker and _layer_behind(maker, site, producers)) or by_name.get(site)
     if kernel is None:
-        return Kernel(site.name, "", False, "No operator of ONNX Runtime's optimized model could be matched to it.")
+        return Kernel(site, "", False, "No operator of ONNX Runtime's optimized model could be matched to it.")
     if kernel.op_type in INTEGER_KERNELS:
-        return Kernel(site.name, kernel.op_type, True, "")
+        return Kernel(site, kernel.op_type, True, "")
     graph = lowered()
-    node = next(node for node in graph.nodes if node.name == site.name)
-    outputs = {tensor.name for tensor in graph.outputs}
-    return Kernel(site.name, kernel.op_type, False, explain(node, outputs, runtime.version()))
+    node = next(node for node in graph.nodes if node.name == site)
+    results = {tensor.name for tensor in graph.outputs}
+    return Kernel(site, kernel.op_type, False, explain(node, results, runtime.version()))
 
 
 def _layer_behind(node: NodeProto, site: str, producers: _Found) -> NodeProto | None:

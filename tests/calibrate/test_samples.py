@@ -175,7 +175,7 @@ def seen(name: str, batch: LiveBatch) -> Seen:
 
 def test_reads_are_merged_in_the_order_of_samples():
     store = Store(feeds(*[(1, 2)] * 5), batchable=True, batch_size=2)
-    cut = Cut(store.batches, aliases={"xh": "x"})
+    cut = Cut(store.batches, {"xh": "x"})
 
     found = cut.reduce(lambda batch: seen("xh", batch), frozenset({"xh"}))
 
@@ -185,13 +185,13 @@ def test_reads_are_merged_in_the_order_of_samples():
 def test_a_read_may_be_computed_by_a_session():
     store = Store(feeds((1, 2), (1, 2)), batchable=True)
     twice = session("g (float[N,2] a) => (float[N,2] b) { b = Add(a, a) }")
-    cut = Cut(store.batches, runs={"f_xh": Run(twice, {"a": "x"})})
+    cut = Cut(store.batches, {"f_xh": Run(twice, {"a": "x"})})
 
     assert cut.reduce(lambda batch: seen("f_xh", batch), frozenset({"f_xh"})).values == (0, 4)
 
 
 def test_a_read_that_is_not_offered_is_a_mistake_of_ours():
-    cut = Cut([LiveBatch((0,), {})])
+    cut = Cut([LiveBatch((0,), {})], {})
 
     with pytest.raises(AssertionError, match=r"^\['xh'\] are not all available here"):
         cut.reduce(lambda batch: seen("xh", batch), frozenset({"xh"}))

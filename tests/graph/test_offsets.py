@@ -12,7 +12,7 @@ from onnx import ModelProto, checker, shape_inference
 
 from onnxcomp.errors import ModelError
 from onnxcomp.graph.convert import to_graph, to_model
-from onnxcomp.graph.edit import Edit, Replacement, Tape, apply
+from onnxcomp.graph.edit import Tape, apply
 from onnxcomp.graph.offsets import fold_offset
 from onnxcomp.graph.tidy import Fold
 from onnxcomp.runtime import Session
@@ -45,7 +45,7 @@ def noisy(like: ModelProto, tensor: str, consumer: str, noise: np.ndarray = N) -
     """The graph with `noise` added to `tensor` in front of one consumer."""
     graph, tape = to_graph(like), Tape("fc/noisyquant")
     new = tape("Add", tensor, tape.constant("noise", noise))
-    apply(graph, Edit("noisyquant", tuple(tape.nodes), tape.constants, (Replacement(tensor, new, (consumer,)),)))
+    apply(graph, "noisyquant", tape, {tensor: new}, (consumer,))
     return graph, tape.nodes[0].name
 
 

@@ -11,7 +11,7 @@ from equality import ops, parse, run, stored
 from onnx import ModelProto, checker
 
 from onnxcomp.graph.convert import to_graph, to_model
-from onnxcomp.graph.edit import Edit, Replacement, Tape, apply
+from onnxcomp.graph.edit import Tape, apply
 from onnxcomp.graph.sites import Site, find_sites
 from onnxcomp.graph.tidy import Fold, fold_bias
 
@@ -32,7 +32,7 @@ def shifted(model: ModelProto, table: bool = False) -> tuple[gs.Graph, Site, str
     else:
         extra = tape.constant("b", SHIFT if site.channel_axis == -1 else SHIFT.reshape(-1, *[1] * (site.rank - 2)))
     new = tape("Add", site.y, extra)
-    apply(graph, Edit("bias", tuple(tape.nodes), tape.constants, (Replacement(site.y, new),)))
+    apply(graph, "bias", tape, {site.y: new})
     return graph, site, tape.nodes[-1].name
 
 
@@ -149,7 +149,7 @@ def test_sums_are_taken_in_float64_and_rounded_once():
     graph.tensors()["b"].values = one
     (site,), tape = find_sites(graph), Tape("site/bias")
     new = tape("Add", "y", tape.constant("b", tiny))
-    apply(graph, Edit("bias", tuple(tape.nodes), tape.constants, (Replacement("y", new),)))
+    apply(graph, "bias", tape, {"y": new})
 
     fold_bias(graph, site, tape.nodes[-1].name, "bias")
 

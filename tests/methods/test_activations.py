@@ -24,7 +24,7 @@ def cut(x: Array, batch: int = 1) -> Cut:
     starts = range(0, len(x), batch)
     parts = [x[start : start + batch].astype(np.float32) for start in starts]
     batches = [LiveBatch(tuple(range(s, s + len(p))), {"h": p}) for s, p in zip(starts, parts, strict=True)]
-    return Cut(batches, aliases={"xh": "h"})
+    return Cut(batches, {"xh": "h"})
 
 
 def same(q: QParams, other: QParams) -> bool:

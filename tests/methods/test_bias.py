@@ -12,7 +12,7 @@ from equality import parse, run
 from onnxcomp.calibrate.samples import Cut, LiveBatch
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.convert import to_graph, to_model
-from onnxcomp.graph.edit import Edit, Replacement, Tape, apply
+from onnxcomp.graph.edit import Tape, apply
 from onnxcomp.graph.sites import Site, find_sites
 from onnxcomp.methods.base import Outcome
 from onnxcomp.methods.bias import BiasCompensation, SampleErrors, decibel
@@ -33,7 +33,7 @@ def cut(errors: Array, outputs: Array | None = None, batch: int = 1) -> Cut:
     batches = [
         LiveBatch(tuple(range(s, min(s + batch, len(errors)))), {k: v[s : s + batch] for k, v in live.items()}) for s in starts
     ]
-    return Cut(batches, aliases={name: name for name in live})
+    return Cut(batches, {name: name for name in live})
 
 
 def fit(errors: Array, method: BiasCompensation = PLAIN, site: Site = LAYER) -> Outcome:
@@ -379,7 +379,7 @@ def test_a_table_is_added_token_by_token(rng: np.random.Generator, fit: dict[str
     (site,) = find_sites(graph)
 
     new = PLAIN.build(tape, site, arrays)
-    apply(graph, Edit("bias", tuple(tape.nodes), tape.constants, tuple(Replacement(*pair) for pair in new.items())))
+    apply(graph, "bias", tape, new)
 
     x = rng.integers(-4, 5, size=(2, 3, 2)).astype(np.float32)
     table = arrays["b"] if "b" in arrays else arrays["u"] @ arrays["v"]

@@ -13,7 +13,7 @@ from onnxcomp.calibrate.samples import Cut, LiveBatch
 from onnxcomp.errors import DataError, RecipeError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_graph, to_model
-from onnxcomp.graph.edit import Edit, Replacement, Tape, apply
+from onnxcomp.graph.edit import Tape, apply
 from onnxcomp.methods.base import Fit, Outcome
 from onnxcomp.methods.nbc import NonlinearBipolarCompensation, _deviation, compensation
 from onnxcomp.numerics.affine import NOT_FINITE
@@ -37,7 +37,7 @@ def cut(x: Array, errors: Array, batch: int = 1, outputs: Array | None = None) -
     batches = [
         LiveBatch(tuple(range(s, min(s + batch, len(x)))), {k: v[s : s + batch] for k, v in live.items()}) for s in starts
     ]
-    return Cut(batches, aliases={name: name for name in live})
+    return Cut(batches, {name: name for name in live})
 
 
 def tokens(rng: np.random.Generator, samples: int = 40) -> Array:
@@ -70,7 +70,7 @@ def edited(block: Block, fit: Fit, body: str = "y = Neg(x)") -> tuple[runtime.Se
     model = parse(f"g (float[{sizes}] x) => (float[{size}] y) {{ {body} }}", opset=21)
     graph, tape = to_graph(model), Tape(f"{block.name}/nbc")
     new = NBC().build(tape, block, fit)
-    apply(graph, Edit("nbc", tuple(tape.nodes), tape.constants, tuple(Replacement(k, v) for k, v in new.items())))
+    apply(graph, "nbc", tape, new)
     lowered = to_model(TARGET.lower(graph), model)
     data = lowered.SerializeToString()
     return runtime.Session(data, threads=1), tape, data

@@ -14,7 +14,7 @@ from equality import parse, run
 from onnxcomp.calibrate.samples import Cut, LiveBatch
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.convert import to_graph, to_model
-from onnxcomp.graph.edit import Edit, Replacement, Tape, apply
+from onnxcomp.graph.edit import Tape, apply
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Input, Outcome
 from onnxcomp.methods.noisyquant import EVEN, FIRST, PEAK, ROWS, NoisyQuant, Rows, amplitude
@@ -42,7 +42,7 @@ def cut(x: Array, batch: int = 1) -> Cut:
     x = x.astype(np.float32)
     starts = range(0, len(x), batch)
     batches = [LiveBatch(tuple(range(s, min(s + batch, len(x)))), {"x": x[s : s + batch]}) for s in starts]
-    return Cut(batches, aliases={"xh": "x"})
+    return Cut(batches, {"xh": "x"})
 
 
 def fitted(outcome: Outcome, key: str = "noise") -> Array:
@@ -325,7 +325,7 @@ def test_noise_and_correction_cancel_in_front_of_a_fine_quantizer(rng: np.random
     fit = {"noise": noise.astype(np.float32)}
 
     new = method.build(tape, place(4), fit)
-    apply(graph, Edit("noisyquant", tuple(tape.nodes), tape.constants, (Replacement("x", new["x"], ("fc",)),)))
+    apply(graph, "noisyquant", tape, {"x": new["x"]}, ("fc",))
     graph.tensors()["b"].values = method.correction(fit, w.astype(np.float32), LAYER)
 
     assert graph.nodes[0].name == "fc/noisyquant/add"

@@ -75,7 +75,7 @@ def test_the_codes_replace_the_weight_behind_one_abstract_node(site: Site, axis:
 
 def samples(x: Array) -> Cut:
     """The samples x [N, ...], one at a time, as a layer's input."""
-    return Cut([LiveBatch((i,), {"x": x[i : i + 1]}) for i in range(len(x))], aliases={"xh": "x"})
+    return Cut([LiveBatch((i,), {"x": x[i : i + 1]}) for i in range(len(x))], {"xh": "x"})
 
 
 def gptq(site: Site, w: Array, x: Array, bits: int = 4, **attrs: object) -> Fit:

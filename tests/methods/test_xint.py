@@ -13,7 +13,7 @@ from equality import parse, run
 from onnxcomp.calibrate.samples import Cut, LiveBatch
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.convert import to_graph, to_model
-from onnxcomp.graph.edit import Edit, Graph, Replacement, Tape, apply
+from onnxcomp.graph.edit import Graph, Tape, apply
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods import weights
 from onnxcomp.methods.base import Fit
@@ -49,8 +49,7 @@ class Layer:
         """The graph with the series in place of the one term."""
         graph, tape = self.graph.copy(), Tape(f"{self.site.name}/xint")
         new = method.build(tape, self.place, fit)
-        replacements = [Replacement(old, to, None if old == self.site.raw else (self.site.name,)) for old, to in new.items()]
-        apply(graph, Edit("xint", tuple(tape.nodes), tape.constants, tuple(replacements)))
+        apply(graph, "xint", tape, new, None if self.site.raw in new else (self.site.name,))
         return graph
 
     def wanted(self) -> Array:
@@ -89,7 +88,7 @@ def output(graph: Graph, x: Array) -> Array:
 def cut(x: Array, batch: int = 1) -> Cut:
     """Samples of `xh`, `batch` rows each."""
     parts = [LiveBatch((i,), {"h": x[i * batch : (i + 1) * batch]}) for i in range(len(x) // batch)]
-    return Cut(parts, aliases={"xh": "h"})
+    return Cut(parts, {"xh": "h"})
 
 
 def fitted(method: XInt, place: Terms, samples: Cut | None = None) -> Fit:

@@ -20,10 +20,10 @@ from onnx import ModelProto, ValueInfoProto, numpy_helper
 from onnxcomp import runtime
 from onnxcomp.graph.convert import to_graph
 from onnxcomp.targets import fallback
-from onnxcomp.targets.audit import AuditSite, Kernel, audit
+from onnxcomp.targets.audit import Kernel, audit
 from onnxcomp.targets.fallback import explain
 
-SITE = AuditSite("site", ("h", "t", "y_q", "y"))
+SITE = {"site": ("h", "t", "y_q", "y")}
 
 
 def q(x: str, y: str, scale: str = "s", zero: str = "z") -> str:
@@ -212,12 +212,12 @@ def ids(probe: Probe) -> str:
 
 @pytest.mark.parametrize("probe", FUSED, ids=ids)
 def test_this_becomes_an_integer_kernel(probe: Probe):
-    assert audit(build(probe.text).SerializeToString(), [SITE]) == (Kernel("site", probe.kernel, True, ""),)
+    assert audit(build(probe.text).SerializeToString(), SITE) == (Kernel("site", probe.kernel, True, ""),)
 
 
 @pytest.mark.parametrize("probe", FLOAT, ids=ids)
 def test_this_stays_float_for_a_reason(probe: Probe):
-    assert audit(build(probe.text).SerializeToString(), [SITE]) == (Kernel("site", probe.kernel, False, probe.reason),)
+    assert audit(build(probe.text).SerializeToString(), SITE) == (Kernel("site", probe.kernel, False, probe.reason),)
 
 
 def test_every_rule_has_a_probe():
@@ -247,7 +247,7 @@ def test_where_no_rule_is_broken_the_version_is_to_blame():
 def test_a_site_that_folds_to_a_constant_has_no_kernel():
     model = build("[site] h = MatMul(WF, WF)  y = Add(x, h)")
 
-    kernel = audit(model.SerializeToString(), [SITE])
+    kernel = audit(model.SerializeToString(), SITE)
 
     reason = "No operator of ONNX Runtime's optimized model could be matched to it."
     assert kernel == (Kernel("site", "", False, reason),)
@@ -256,7 +256,7 @@ def test_a_site_that_folds_to_a_constant_has_no_kernel():
 def test_sites_are_answered_in_the_order_given_and_by_their_own_tensors():
     text = X + W + "[one] h1 = MatMul(a, w) t1 = Sum(h1, b32) [two] y = MatMul(t1, WF)"
 
-    kernels = audit(build(text).SerializeToString(), [AuditSite("two", ("y",)), AuditSite("one", ("h1", "t1"))])
+    kernels = audit(build(text).SerializeToString(), {"two": ("y",), "one": ("h1", "t1")})
 
     assert [(k.site, k.op, k.integer) for k in kernels] == [
         ("two", "MatMul", False),
@@ -282,6 +282,6 @@ def test_a_scale_along_the_wrong_axis_of_a_square_weight_is_fused_and_wrong(text
 
     fused, plain = (runtime.Session(model, optimize=on).run(feed)["y"] for on in (True, False))
 
-    assert audit(model, [SITE])[0].integer
+    assert audit(model, SITE)[0].integer
     # Scales differ by up to a factor of two, so the results differ by far more than two quantization steps.
     assert np.abs(fused - plain).max() > 2 * CONSTANTS["s"]
