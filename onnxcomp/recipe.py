@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.data import Preprocess
-from onnxcomp.errors import RecipeError, UsageError, did_you_mean
+from onnxcomp.errors import RecipeError, UsageError, check_choices, did_you_mean
 from onnxcomp.methods import base as methods
 from onnxcomp.methods.base import Compensation
 from onnxcomp.methods.bias import BiasCompensation
@@ -70,7 +70,7 @@ class SiteRule:
     symmetric: bool | None = None
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self, CHOICES)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Recipe:
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
-        _check_choices(self)
+        check_choices(self, CHOICES)
         if not 50 < self.percentile <= 100:
             raise RecipeError(f"percentile = {self.percentile} is outside (50, 100].")
         for name in ("samples", "seed"):
@@ -214,13 +214,6 @@ def _numbered(key: str, number: int, table: Mapping[str, Any]) -> SiteRule | Com
         if "method" not in table:
             raise RecipeError(f"the key 'method' is missing. The methods are: {', '.join(methods.names())}.")
         return _read(methods.find(table["method"]), {k: v for k, v in table.items() if k != "method"})
-
-
-def _check_choices(settings: Recipe | SiteRule) -> None:
-    for key, known in CHOICES.items():
-        value = getattr(settings, key, None)
-        if value is not None and value not in known:
-            raise RecipeError(f"{key} = '{value}' is unknown. Use one of: {', '.join(known)}.")
 
 
 @contextmanager

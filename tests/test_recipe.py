@@ -139,7 +139,7 @@ METHODS = ", ".join(methods.names())
         ),
         (
             '[[compensate]]\nmethod = "bias"\nkeep = "never"',
-            "r.toml: [[compensate]] #1: keep = 'never' is unknown. Use 'if-better' or 'always'.",
+            "r.toml: [[compensate]] #1: keep = 'never' is unknown. Use one of: if-better, always.",
         ),
         ("[[site]]", "r.toml: [[site]] #1: the key 'where' is missing. It names the sites the rule is for."),
         ('[[site]]\nwhere = "*"\nbit = "w8a8"', "r.toml: [[site]] #1: unknown key 'bit'. Did you mean 'bits'?"),

@@ -99,7 +99,7 @@ class Walk:
             self.quantizers.folds += [] if fold is None else [fold]
         progress("quantizing", len(steps), len(steps))
 
-    def expected(self, count: int) -> list[Mapping[str, Array]]:
+    def expected(self, count: int) -> Sequence[Mapping[str, Array]]:
         """The outputs that the walk arrived at, for the first `count` batches: what the finished file must reproduce."""
         assert self.store is not None
         outputs = {t.name for t in self.reference.outputs}

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
-from onnxcomp.errors import RecipeError
+from onnxcomp.errors import RecipeError, check_choices
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Tape
 from onnxcomp.graph.sites import Site
@@ -101,6 +101,8 @@ class Compensation(ABC):
     keep: str = "if-better"
     """`if-better`: adopted where held-out samples improve; `always`: adopted everywhere, as a paper does."""
     reads: ClassVar[frozenset[str]] = frozenset()
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """The values that options of the method's own may have."""
 
     @property
     def scope(self) -> str:
@@ -108,8 +110,7 @@ class Compensation(ABC):
         return "layer"
 
     def __post_init__(self) -> None:
-        if self.keep not in ("if-better", "always"):
-            raise RecipeError(f"keep = '{self.keep}' is unknown. Use 'if-better' or 'always'.")
+        check_choices(self, {"keep": ("if-better", "always"), **self.choices})
 
     @abstractmethod
     def fit(self, place: Any, samples: Samples) -> Outcome:

@@ -100,13 +100,12 @@ class BiasCompensation(Compensation):
     rank: int = 4
     """Largest rank of a table per token; 0 stores the full table, T C numbers per layer, as the paper does."""
     reads: ClassVar[frozenset[str]] = frozenset({"f_xh", "g_xh"})
+    choices: ClassVar = {"level": ("layer", "block", "output")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.significance < 0 or self.rank < 0 or not 0 <= self.trim < 1:
             raise RecipeError("significance and rank must not be negative, and trim must lie in [0, 1).")
-        if self.level not in ("layer", "block", "output"):
-            raise RecipeError(f"level = '{self.level}' is unknown. Use 'layer', 'block' or 'output'.")
 
     @property
     def scope(self) -> str:

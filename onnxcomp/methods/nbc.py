@@ -42,7 +42,6 @@ from onnxcomp.numerics.statistics import Total
 INF = math.inf
 GRID = ((1.0, 1.0), (3.0, 3.0), (10.0, 10.0), (INF, 1.0), (INF, 3.0), (INF, INF))
 """The c of x and of the error that are tried."""
-FORMS = ("auto", "float", "int8", "low-rank")
 SHARES = (16, 8, 4)
 """Low ranks that are tried: the width divided by these."""
 GROUP = 64
@@ -82,6 +81,7 @@ class NonlinearBipolarCompensation(Compensation):
     price: float = 0.012
     """The gain in dB that one percent of the block's time must bring; 0 takes the best at any price."""
     reads: ClassVar[frozenset[str]] = frozenset({"xh", "f_xh", "g_xh"})
+    choices: ClassVar = {"weight": ("auto", "float", "int8", "low-rank")}
 
     @property
     def scope(self) -> str:
@@ -91,8 +91,6 @@ class NonlinearBipolarCompensation(Compensation):
         super().__post_init__()
         if not (self.alpha >= 0 and self.ridge > 0 and self.price >= 0):
             raise RecipeError("alpha and price must not be negative, and ridge must be positive.")
-        if self.weight not in FORMS:
-            raise RecipeError(f"weight = '{self.weight}' is unknown. Use one of: {', '.join(FORMS)}.")
 
     def fit(self, place: Block, samples: Samples) -> Outcome:
         # Kept, not summed: every pair of c looks at them anew, and what both blocks give is computed but once.

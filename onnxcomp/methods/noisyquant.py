@@ -123,11 +123,10 @@ class NoisyQuant(InputMethod):
     seed: int = 0
     """What the draws follow from, together with the place's name."""
     reads: ClassVar[frozenset[str]] = frozenset({"xh"})
+    choices: ClassVar = {"mode": ("offset", "uniform")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode not in ("offset", "uniform"):
-            raise RecipeError(f"mode = '{self.mode}' is unknown. Use 'offset' or 'uniform'.")
         if self.draws < 1 or self.seed < 0:
             raise RecipeError("draws must be positive, and seed must not be negative.")
 

@@ -113,11 +113,10 @@ class XInt(Compensation):
     budget: float = 0.0
     """Mean number of weight terms, per number stored, that layers share by residual times size; 0 sets no bound."""
     reads: ClassVar[frozenset[str]] = frozenset({"xh"})
+    choices: ClassVar = {"granularity": ("tensor", "layer", "model")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.granularity not in ("tensor", "layer", "model"):
-            raise RecipeError(f"granularity = '{self.granularity}' is unknown. Use 'tensor', 'layer' or 'model'.")
         if not (1 <= self.weight_terms <= 8 and 1 <= self.activation_terms <= 8):
             raise RecipeError("weight_terms and activation_terms must lie in 1..8.")
         if self.saturation < 0 or self.tolerance < 0 or not (self.budget == 0 or self.budget >= 1):

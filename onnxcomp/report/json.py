@@ -57,6 +57,6 @@ def _read(kind: Any, value: Any) -> Any:
         return None if value is None else _read(typing.get_args(kind)[0], value)
     if typing.get_origin(kind) is tuple:
         return tuple(_read(typing.get_args(kind)[0], item) for item in value)
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return kind(**{name: _read(hint, value[name]) for name, hint in typing.get_type_hints(kind).items()})
     return float(value) if kind is float else value

@@ -343,7 +343,7 @@ def test_an_unknown_way_to_keep_is_refused():
     with pytest.raises(RecipeError) as caught:
         BiasCompensation(keep="never")
 
-    assert str(caught.value) == "keep = 'never' is unknown. Use 'if-better' or 'always'."
+    assert str(caught.value) == "keep = 'never' is unknown. Use one of: if-better, always."
 
 
 # --- the graph -------------------------------------------------------------------------------------------------------

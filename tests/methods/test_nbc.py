@@ -338,7 +338,7 @@ def test_the_forms_of_both_functions_hold_wherever_numbers_go(t: float):
         ({"price": -0.1}, "alpha and price must not be negative, and ridge must be positive."),
         ({"ridge": 0.0}, "alpha and price must not be negative, and ridge must be positive."),
         ({"weight": "int4"}, "weight = 'int4' is unknown. Use one of: auto, float, int8, low-rank."),
-        ({"keep": "never"}, "keep = 'never' is unknown. Use 'if-better' or 'always'."),
+        ({"keep": "never"}, "keep = 'never' is unknown. Use one of: if-better, always."),
     ],
 )
 def test_an_option_out_of_range_is_refused(options: dict[str, float | str], text: str):

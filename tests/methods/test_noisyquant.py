@@ -369,7 +369,7 @@ def test_an_unknown_mode_is_refused():
     with pytest.raises(RecipeError) as caught:
         NoisyQuant(mode="gauss")
 
-    assert str(caught.value) == "mode = 'gauss' is unknown. Use 'offset' or 'uniform'."
+    assert str(caught.value) == "mode = 'gauss' is unknown. Use one of: offset, uniform."
 
 
 def test_it_is_fitted_to_what_is_quantized():

@@ -381,7 +381,7 @@ NO_BRANCH = "saturation is a branch of its own, and granularity = 'tensor' has n
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"granularity": "model-wise"}, "granularity = 'model-wise' is unknown. Use 'tensor', 'layer' or 'model'."),
+        ({"granularity": "model-wise"}, "granularity = 'model-wise' is unknown. Use one of: tensor, layer, model."),
         ({"weight_terms": 0}, RANGE_OF_TERMS),
         ({"activation_terms": 9}, RANGE_OF_TERMS),
         ({"budget": 0.5}, SIGNS),
