@@ -9,6 +9,7 @@
                   then in turns scale = codes' H V / codes' H codes, and each code the best one while the others stand
 
               r_t = min(1, mean energy of W' x / energy of W' x_t): a few outlier tokens do not rule over all others.
+              Of a Conv x is xh, and r is 1: there both lose, or gain nothing.
 
 Paper   GPTQ: Frantar et al. 2022, arXiv:2210.17323, equations 2 and 3, in the order of the inputs' energy, damped by 5 %.
         The best float weight: ERQ, Zhong et al. 2024, arXiv:2407.06794. Turns: COMQ, Zhang et al. 2024, arXiv:2403.07134.
@@ -42,7 +43,7 @@ SWEEPS = 2
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over a layer's quantized inputs xh and its float outputs y, weighted per token, for fitted and for held-out
+    """Sums over a layer's quantized inputs xh and the outputs y that its weight is to give, weighted per token, for fitted and for held-out
     samples: xh xh' [2, groups, K, K], xh y' [2, groups, K, O], xh [2, groups, K], y [2, groups, O], and the weights [2].
     """
 
@@ -157,8 +158,8 @@ def _moments(
     xx, xy, sum_x, sum_y, total = (np.zeros((2, *shape)) for shape in shapes)
     for number, sample in zip(batch.indices, batch.read("xh"), strict=False):
         part = int(number % HOLD_OUT == HOLD_OUT - 1)
-        x, y = (_rows(a, site, groups, kernel, attrs) for a in (fake(sample), sample))
-        y = y @ w
+        x = _rows(fake(sample), site, groups, kernel, attrs)
+        y = (x if site.op == "Conv" else _rows(sample, site, groups, kernel, attrs)) @ w
         energy = np.square(y).sum(axis=(0, 2)) if site.op != "Conv" else np.ones(y.shape[1])
         root = np.sqrt(np.minimum(1.0, energy.mean() / np.maximum(energy, 1e-30)))[:, None]
         x, y = x * root, y * root
