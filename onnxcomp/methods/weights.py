@@ -9,8 +9,9 @@
                   then in turns scale = codes' H V / codes' H codes, and each code the best one while the others stand
 
               r_t = min(1, mean energy of W' x / energy of W' x_t): a few outlier tokens do not rule over all others.
+              Of a Conv x is xh, and r is 1: there both lose, or gain nothing.
 
-Paper   GPTQ: Frantar et al. 2022, arXiv:2210.17323, equations 2 and 3, in the order of the inputs' energy, damped by 1 %.
+Paper   GPTQ: Frantar et al. 2022, arXiv:2210.17323, equations 2 and 3, in the order of the inputs' energy, damped by 5 %.
         The best float weight: ERQ, Zhong et al. 2024, arXiv:2407.06794. Turns: COMQ, Zhang et al. 2024, arXiv:2403.07134.
 Cost    products of the layer's inputs and outputs and one Cholesky factorization per layer; nothing at run time.
 Gate    an output channel keeps its GPTQ codes and scale where they lower its error on held-out samples.
@@ -32,7 +33,7 @@ from onnxcomp.methods.base import HOLD_OUT, Array, Batch, Fit, Samples
 from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, weight_qparams
 
 ROWS_PER_SAMPLE = 256
-DAMPING = 0.01
+DAMPING = 0.05
 BLOCK = 64
 TURNS = 2
 """Of scale and codes, after GPTQ."""
@@ -42,7 +43,7 @@ SWEEPS = 2
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over a layer's quantized inputs xh and its float outputs y, weighted per token, for fitted and for held-out
+    """Sums over a layer's quantized inputs xh and the outputs y that its weight is to give, weighted per token, for fitted and for held-out
     samples: xh xh' [2, groups, K, K], xh y' [2, groups, K, O], xh [2, groups, K], y [2, groups, O], and the weights [2].
     """
 
@@ -82,7 +83,7 @@ def fit_gptq(
     seen = seen.centred() if centred else seen
     judge = int(seen.total[1] > 0)
     scale = q.scale.astype(np.float64).reshape(groups, 1, -1)
-    found, step = _gptq(columns, seen.xx[0], seen.xy[0], bits)
+    found, step = _gptq(columns, seen.xx[0], seen.xy[0], scale, q)
     better = _loss(found * step, seen.xx[judge], seen.xy[judge]) < _loss(codes * scale, seen.xx[judge], seen.xy[judge])
     codes, scale = np.where(better, found, codes), np.where(better, step, scale)
     stored = np.moveaxis(codes, 2, 1).reshape(w.shape) if site.op == "Conv" else codes[0]
@@ -96,8 +97,8 @@ def build(op: Tape, site: Site, fitted: Fit, bits: int) -> dict[str, str]:
     return {site.weight: op.abstract("Dequantize", codes, scale, bits=bits, axis=site.weight_axis)}
 
 
-def _gptq(w: Array, xx: Array, xy: Array, bits: int) -> tuple[Array, Array]:
-    """Codes [G, K, O] and scales [G, 1, O] for weights [G, K, O] and the moments [G, K, K] and [G, K, O]."""
+def _gptq(w: Array, xx: Array, xy: Array, scale: Array, q: QParams) -> tuple[Array, Array]:
+    """Codes [G, K, O] and scales [G, 1, O] for weights [G, K, O], moments [G, K, K] and [G, K, O] and the nearest's scales."""
     energy = np.einsum("gkk->gk", xx)[..., None]
     damping = np.where(energy > 0, 0.0, 1.0) + DAMPING * energy.mean(axis=1, keepdims=True)
     order = np.argsort(-energy, axis=1, kind="stable")
@@ -105,8 +106,6 @@ def _gptq(w: Array, xx: Array, xy: Array, bits: int) -> tuple[Array, Array]:
     h = np.take_along_axis(h, np.swapaxes(order, 1, 2), 2)
     inverse = np.linalg.inv(h)
     best = inverse @ np.take_along_axis(xy + damping * w, order, 1)
-    q = weight_qparams(np.moveaxis(best, 1, 0).reshape(len(best[0]), -1), 1, bits)
-    scale = q.scale.astype(np.float64).reshape(len(w), 1, -1)
     upper = np.swapaxes(np.linalg.cholesky(inverse), 1, 2)
     codes, rest = np.empty_like(best), best.copy()
     for start in range(0, rest.shape[1], BLOCK):
@@ -159,8 +158,8 @@ def _moments(
     xx, xy, sum_x, sum_y, total = (np.zeros((2, *shape)) for shape in shapes)
     for number, sample in zip(batch.indices, batch.read("xh"), strict=False):
         part = int(number % HOLD_OUT == HOLD_OUT - 1)
-        x, y = (_rows(a, site, groups, kernel, attrs) for a in (fake(sample), sample))
-        y = y @ w
+        x = _rows(fake(sample), site, groups, kernel, attrs)
+        y = (x if site.op == "Conv" else _rows(sample, site, groups, kernel, attrs)) @ w
         energy = np.square(y).sum(axis=(0, 2)) if site.op != "Conv" else np.ones(y.shape[1])
         root = np.sqrt(np.minimum(1.0, energy.mean() / np.maximum(energy, 1e-30)))[:, None]
         x, y = x * root, y * root
