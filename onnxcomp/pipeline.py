@@ -44,15 +44,10 @@ class Result:
 
 
 def quantize(
-    model: str | Path | bytes | onnx.ModelProto,
-    data: object = None,
-    recipe: str | Path | Recipe = "auto",
-    *,
-    output: str | Path | None = None,
-    force: bool = False,
-    split: bool = False,
+    model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
+    output: str | Path | None = None, force: bool = False, split: bool = False,
     progress: runtime.Progress = runtime.ignore,
-) -> Result:
+) -> Result:  # fmt: skip
     """Quantize `model` as `recipe` says, calibrated on `data`, and write it to `output` once it is proven to run.
 
     model   a path, the bytes of a model, or a ModelProto; never changed

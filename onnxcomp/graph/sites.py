@@ -90,7 +90,7 @@ def _layer(node: gs.Node) -> Site | None:
         return replace(site, channel_axis=1, rank=rank, weight_axis=0, bias=inside, padded=padded)
     if node.op == "Gemm":
         return replace(site, bias=inside) if is_plain_gemm(node) else None
-    add = bias_add(raw, int(weight.shape[1]))
+    add = _bias_add(raw, int(weight.shape[1]))
     if rank != 2 or add is None:
         return site if rank == 2 else None
     behind = next(t.name for t in add.inputs if isinstance(t, gs.Constant))
@@ -116,7 +116,7 @@ def is_weight(tensor: gs.Tensor) -> bool:
     return isinstance(tensor, gs.Constant) and tensor.dtype == np.float32 and len(tensor.shape) >= 2
 
 
-def bias_add(raw: gs.Tensor, width: int) -> gs.Node | None:
+def _bias_add(raw: gs.Tensor, width: int) -> gs.Node | None:
     """The Add of a constant [width] that alone reads the product."""
     if len(raw.outputs) != 1 or raw.outputs[0].op != "Add":
         return None

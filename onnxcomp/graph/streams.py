@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.graph.edit import insert_after
-from onnxcomp.graph.fold import input_at, is_op, set_input
+from onnxcomp.graph.fold import input_at, is_op
 from onnxcomp.graph.offsets import Trace, lengths, moved, trace_channels, way_back
-from onnxcomp.graph.sites import Site, bias_add
+from onnxcomp.graph.sites import Site
 
 _MOVES = ("Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 _MEANS = ("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2")
@@ -227,20 +226,3 @@ def set_constant(node: gs.Node, index: int, values: np.ndarray) -> None:
     old = node.inputs[index]
     name = old.name if len(old.outputs) == 1 else f"{node.name}/{old.name}"
     node.inputs[index] = gs.Constant(name, np.ascontiguousarray(values, np.float32))
-
-
-def add_to_bias(graph: gs.Graph, layer: gs.Node, b: np.ndarray) -> None:
-    """Add b [C_out] to the bias of a Gemm, or of the Add behind a MatMul; where there is none, put it there."""
-    add = bias_add(layer.outputs[0], b.size)
-    if add is not None:
-        index = next(i for i, t in enumerate(add.inputs) if isinstance(t, gs.Constant))
-        set_constant(add, index, add.inputs[index].values + b)
-    elif layer.op == "Gemm" and (old := input_at(layer, 2)) is not None:
-        set_constant(layer, 2, old.values + b)
-    elif layer.op == "Gemm":
-        set_input(layer, 2, gs.Constant(f"{layer.name}/bias", b.astype(np.float32)))
-    else:
-        y, raw = layer.outputs[0], gs.Variable(f"{layer.name}/product", layer.outputs[0].dtype, layer.outputs[0].shape)
-        layer.outputs[0] = raw
-        constant = gs.Constant(f"{layer.name}/bias", b.astype(np.float32))
-        insert_after(graph, layer, [gs.Node("Add", f"{layer.name}/bias", inputs=[raw, constant], outputs=[y])])
