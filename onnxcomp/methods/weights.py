@@ -43,8 +43,9 @@ SWEEPS = 2
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over a layer's quantized inputs xh and the outputs y that its weight is to give, weighted per token, for fitted and for held-out
-    samples: xh xh' [2, groups, K, K], xh y' [2, groups, K, O], xh [2, groups, K], y [2, groups, O], and the weights [2].
+    """Sums over a layer's quantized inputs xh and the outputs y that its weight is to give, weighted per token, for fitted
+    and for held-out samples: xh xh' [2, groups, K, K], xh y' [2, groups, K, O], xh [2, groups, K], y [2, groups, O], and the
+    weights [2].
     """
 
     xx: Array
