@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ import numpy as np
 
 from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
-from onnxcomp.calibrate.samples import Feed, Store, can_stack, confirm_tokens
+from onnxcomp.calibrate.samples import Store, can_stack, confirm_tokens
 from onnxcomp.choose import choose
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import InputSpec, open_data
@@ -74,7 +73,8 @@ def quantize(
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable = can_stack(reference, samples)
         store = Store(samples, batchable=stackable)
-    feeds = _proof_feeds(store, reference)
+    # enough to run the file on, never to fit it
+    feeds = [made_up_feed(reference)] if store is None else [dict(batch.live) for batch in store.batches[:PROOF_BATCHES]]
     graph, notes = prepared.graph, list(prepared.notes)
     if recipe.rotation != "none":
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
@@ -112,10 +112,3 @@ def quantize(
             files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
     progress("verifying", 1, 1)
     return Result(finished, report, terms)
-
-
-def _proof_feeds(store: Store | None, reference: runtime.Session) -> Sequence[Feed]:
-    """A few calibration batches, or one made-up feed where there are none: enough to run the file, never to fit it."""
-    if store is None:
-        return [made_up_feed(reference)]
-    return [dict(batch.live) for batch in store.batches[:PROOF_BATCHES]]

@@ -136,10 +136,8 @@ def suggest(shape: tuple[int | str | None, ...] | None) -> str:
     """How pictures could be made to fit an input of this shape; empty if it has no axis of colours."""
     if shape is None or len(shape) != 4 or not {shape[1], shape[3]} & {1, 3}:
         return ""
-    layout, channels, side = ("nhwc", shape[3], shape[1]) if shape[3] in (1, 3) else ("nchw", shape[1], shape[3])
-    crop = f"crop={side} " if isinstance(side, int) and side == shape[2] else ""
-    color = "color=gray " if channels == 1 else ""
-    return f' Pictures fit with --preprocess "{crop}{color}layout={layout}" and the mean and std of their training.'
+    layout = "nhwc" if shape[3] in (1, 3) else "nchw"
+    return f' Pictures need --preprocess, such as "crop=224 mean=0.5 std=0.5 layout={layout}".'
 
 
 def _is_number(value: object) -> bool:

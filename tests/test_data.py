@@ -213,22 +213,6 @@ def test_python_objects_give_the_same_samples_on_every_pass(source: object):
     assert len(data) == 10
 
 
-def test_a_callable_is_run_once_a_pass_and_its_feeds_are_not_kept():
-    starts: list[int] = []
-
-    def source() -> Iterator[np.ndarray]:
-        starts.append(len(starts))
-        yield from ROWS
-
-    data = open_data(source, [ROW], limit=4)
-    opening = len(starts)
-    gather(data)
-    gather(data)
-
-    assert opening == 2  # to count and check, then for the first sample
-    assert len(starts) <= opening + 2
-
-
 def test_feeds_may_carry_labels():
     data = open_data(({"x": row[None], "y": number} for number, row in enumerate(ROWS)), [ROW])
 

@@ -209,18 +209,12 @@ def test_a_cut_off_image_is_a_data_error(kind: str):
 
 
 @pytest.mark.parametrize(
-    ("shape", "text"),
-    [
-        (("N", 3, 224, 224), "crop=224 layout=nchw"),
-        (("N", 224, 224, 3), "crop=224 layout=nhwc"),
-        ((1, 1, 28, 28), "crop=28 color=gray layout=nchw"),
-        (("N", "H", "H", 1), "color=gray layout=nhwc"),
-        (("N", 3, None, None), "layout=nchw"),
-        (("N", 3, 48, 64), "layout=nchw"),
-    ],
+    ("shape", "layout"),
+    [(("N", 3, 224, 224), "nchw"), (("N", 224, 224, 3), "nhwc"), ((1, 1, 28, 28), "nchw"), (("N", "H", "H", 1), "nhwc")],
 )
-def test_the_suggestion_follows_the_input_shape(shape: tuple[int | str | None, ...], text: str):
-    assert suggest(shape) == f' Pictures fit with --preprocess "{text}" and the mean and std of their training.'
+def test_the_suggestion_follows_the_input_shape(shape: tuple[int | str | None, ...], layout: str):
+    text = f"crop=224 mean=0.5 std=0.5 layout={layout}"
+    assert suggest(shape) == f' Pictures need --preprocess, such as "{text}".'
     Preprocess.parse(text)
 
 

@@ -11,8 +11,8 @@ batch axis is one row. Arrays that do not share a leading length are one sample 
 from one to the next.
 
 Names, types, ranks and dimensions are checked on opening; values and pixels when a sample is made. Samples are made on
-demand: one file is held at a time, and a .npy is mapped, not read. A callable runs anew for every pass and must give
-the same feeds each time; an iterable must end, for it is read before a limit picks.
+demand: one file is held at a time, and a .npy is mapped, not read. An iterable, given or returned, must end, for it is
+read before a limit picks.
 """
 
 from onnxcomp.data.inputs import InputSpec

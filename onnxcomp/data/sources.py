@@ -44,10 +44,8 @@ def open_source(source: object) -> Iterator[Part]:
         yield from (Part(str(file), partial(read_arrays, file)) for file in _list_files(Path(source)))
     elif isinstance(source, Mapping) or hasattr(source, "__array__"):
         yield Part("data", _as_feed(source, "data").copy)
-    elif callable(source):
-        yield from _replay(source)
     else:
-        for number, feed in enumerate(_as_feeds(source)):
+        for number, feed in enumerate(_as_feeds(source() if callable(source) else source)):
             kept = {key: array.copy() for key, array in feed.items()}  # a generator may fill one buffer again and again
             yield Part(f"feed {number}", kept.copy)
 
@@ -106,22 +104,3 @@ def digest(feeds: Iterable[Feed], title: str = "") -> str:
             total.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
             total.update(array.tobytes())
     return total.hexdigest()
-
-
-def _replay(start: Callable[[], object]) -> Iterator[Part]:
-    """The feeds of a callable: asking for an earlier one runs it anew, and it must give the same ones every time."""
-    run = enumerate(_as_feeds(start()))
-
-    def load(wanted: int, sha256: str) -> Feed:
-        nonlocal run, number, feed
-        if wanted < number:
-            run, number = enumerate(_as_feeds(start())), -1
-        while number < wanted:
-            number, feed = next(run, (wanted, {}))
-        if digest([feed]) != sha256:
-            text = "expected the same feed on every run of the callable. Seed it, or pass its iterator, which is kept."
-            raise DataError(f"feed {wanted}: {text}")
-        return feed
-
-    for number, feed in run:
-        yield Part(f"feed {number}", partial(load, number, digest([feed])))

@@ -50,7 +50,7 @@ def rotate_folded(graph: Graph, like: ModelProto, feed: Mapping[str, Array]) -> 
     def run(part: Graph, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         return Session(to_bytes(to_model(part, like))).run(feeds)
 
-    rotated, notes = graph.copy(), []
+    rotated = graph.copy()
     streams = find_streams(rotated)
     for stream in streams:
         if not stream.refusal:
@@ -58,9 +58,8 @@ def rotate_folded(graph: Graph, like: ModelProto, feed: Mapping[str, Array]) -> 
     heads = find_heads(rotated, find_sites(rotated), run)
     for head in heads:
         _rotate_values(rotated, head)
-    refused = [stream for stream in streams if stream.refusal]
-    if refused:
-        notes.append(f"Residual streams not rotated: {len(refused)}. The first, because {refused[0].refusal}.")
+    refused = [stream.refusal for stream in streams if stream.refusal]
+    notes = [f"Residual streams not rotated: {len(refused)}. The first, because {reason}." for reason in refused[:1]]
     if len(refused) == len(streams) and not heads:
         return graph, notes
     want, found = run(graph, feed), run(rotated, feed)

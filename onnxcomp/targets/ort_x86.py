@@ -63,6 +63,8 @@ class OrtX86(Target):
                 _absorb(graph, node)
             if node.op == "MatMul" and is_load_time(node.inputs[1]) and any(t.inputs for t in node.inputs[1:]):
                 _keep_integer(graph, node)
+            if node.op in ("Conv", "Gemm") and _would_be_quantized(node):
+                _put_behind(graph, node, "Sum", "float")
 
 
 @dataclass
@@ -314,6 +316,15 @@ def _keep_integer(graph: Graph, node: Node) -> None:
         first.op = "Sum"
     elif node.outputs[0].outputs and (first is None or first.op in ("Relu", "Clip")):
         _put_behind(graph, node, "Sum", "product")
+
+
+def _would_be_quantized(node: Node) -> bool:
+    """Whether the runtime would take a float layer between integers, weight per tensor, for one that should be integer."""
+    reader = _only_reader(node.outputs[0])
+    if reader is not None and reader.op in ("Relu", "Clip"):
+        reader = _only_reader(reader.outputs[0])
+    is_float = isinstance(node.inputs[1], Constant) and any(n.op == "DequantizeLinear" for n in node.inputs[0].inputs)
+    return is_float and reader is not None and reader.op == "QuantizeLinear"
 
 
 def _put_behind(graph: Graph, node: Node, op: str, suffix: str, *others: Tensor, name: str = "") -> None:

@@ -229,6 +229,18 @@ def test_a_float_gemm_stays_as_it_is():
     assert ops(matmul("y = Gemm(x, F, b)", F=np.eye(4, dtype=np.float32), **BIAS)) == ["Gemm"]
 
 
+@pytest.mark.parametrize("is_clipped", [True, False])
+def test_a_float_convolution_between_integers_stays_float(rng: np.random.Generator, is_clipped: bool):
+    """The runtime would quantize its weight on its own, with one scale for all channels."""
+    layer = "c = Conv(a, F) r = Relu(c)" if is_clipped else "r = Conv(a, F)"
+    body = static("x", "a") + layer + static("r", "q") + "y = Neg(q)"
+    weights = {"F": rng.normal(size=(4, 4, 1, 1)).astype(np.float32), "s": np.float32(0.5), "z": np.uint8(0)}
+    model = lower(f"(float[N,4,3,3] x) => (float[N,4,3,3] y) {{ {body} }}", weights)
+
+    assert "QLinearConv" not in [n.op_type for n in runtime.optimized(model.SerializeToString())]
+    both(model, rng.normal(size=(2, 4, 3, 3)).astype(np.float32))
+
+
 # --- the target ------------------------------------------------------------------------------------------------------
 
 
