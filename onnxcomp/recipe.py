@@ -237,7 +237,7 @@ def _published(name: str, description: str, *compensate: Compensation) -> Recipe
 
 
 NAMED: dict[str, Recipe] = {recipe.name: recipe for recipe in (
-    Recipe("auto", "What fits model and machine: MSE ranges, GPTQ below 8 bits, bias compensation, gated."),
+    Recipe("auto", "What fits model and machine: rotation, MSE ranges, GPTQ below 8 bits, bias compensation."),
     _published("base", "Static MSE ranges alone: nothing is compensated."),
     _published("bc", "Bias Compensation (arXiv:2404.01892), kept everywhere as the paper does.",
                BiasCompensation(keep="always", trim=0.0)),

@@ -3,7 +3,8 @@
     python tools/lowbits.py [--data ../shared/data] [--minilm FOLDER] [--only vit,kwt1] [--bits w4a4,w4] [--recipe auto]
 
 Scores on the test halves: top-1 in per cent, perplexity of stories260k, Spearman's rank correlation of MiniLM on STS-B dev (its
-labels are never calibrated on). `w4` and `w3` keep activations float. FOLDER is what tools/minilm.py writes.
+labels are never calibrated on). `w4` and `w3` keep activations float; products of two activations are float in all of them.
+FOLDER is what tools/minilm.py writes.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def main() -> None:
                 report = quantize(model.path, model.calibration, recipe, output=output).report
                 seconds = time.perf_counter() - start
                 score, size = model.score(runtime.Session(output)), output.stat().st_size / 1e6
-            others = [s.name for s in report.sites if s.kind == "layer" and s.bits != bits] + [s.name for s in report.skipped]
+            others = [site.name for site in report.sites if site.kind == "layer" and site.bits != bits]
+            others += [skipped.name for skipped in report.skipped if "product of two activations" not in skipped.reason]
             print(
                 f"| {name} | {recipe.name} | {bits} | {before:.4g} | {score:.4g} | {size:.2f} | {', '.join(others) or '-'} | "
                 f"{seconds:.0f} |", flush=True,
