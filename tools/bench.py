@@ -49,7 +49,7 @@ SUBJECTS = {
         "imagenet/calib",
         "imagenet/val",
         HALF,
-        (W8, W4A8, ("w4a4", "base"), ("w4a4", "base+bias"), W4),
+        (W8, W4A8, ("w4a4", "base"), ("w4a4", "base+bias"), W4, ("w4a4", "best")),
     ),
     "mobilenet": Subject("mobilenet_v2_1.0_224.onnx", "imagenet/calib", "imagenet/val", HALF, (W8, W4A8)),
     "resnet20": Subject("cifar10_resnet20.onnx", "cifar10_calib.npz", "cifar10_test.npz", IMAGENET, (W8, W4A8, W4)),
