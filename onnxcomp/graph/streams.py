@@ -21,10 +21,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcomp.graph.fold import input_at, is_op
-from onnxcomp.graph.offsets import Trace, lengths, moved, trace_channels, way_back
+from onnxcomp.graph.offsets import MOVES, Trace, lengths, moved, trace_channels, way_back
 from onnxcomp.graph.sites import Site
 
-_MOVES = ("Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+_MOVES = (*MOVES, "Concat", "Expand")
 _MEANS = ("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2")
 _LAYERS = ("Conv", "Gemm", "MatMul")
 Place = tuple[gs.Node, int, int]

@@ -29,7 +29,7 @@ import numpy as np
 
 from onnxcomp.graph.edit import Tape
 from onnxcomp.graph.sites import Site
-from onnxcomp.methods.base import HOLD_OUT, Array, Batch, Fit, Samples
+from onnxcomp.methods.base import Array, Batch, Fit, Samples, is_held_out
 from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, weight_qparams
 
 ROWS_PER_SAMPLE = 256
@@ -158,7 +158,7 @@ def _moments(
     shapes = (groups, size, size), (groups, size, outputs), (groups, size), (groups, outputs), ()
     xx, xy, sum_x, sum_y, total = (np.zeros((2, *shape)) for shape in shapes)
     for number, sample in zip(batch.indices, batch.read("xh"), strict=False):
-        part = int(number % HOLD_OUT == HOLD_OUT - 1)
+        part = int(is_held_out(number))
         x = _rows(fake(sample), site, groups, kernel, attrs)
         y = (x if site.op == "Conv" else _rows(sample, site, groups, kernel, attrs)) @ w
         energy = np.square(y).sum(axis=(0, 2)) if site.op != "Conv" else np.ones(y.shape[1])
