@@ -50,7 +50,7 @@ def _is_computed_with(node: Node, reader: Node) -> bool:
 
 def report(
     source: ModelProto, model: object, samples: Data | None, recipe: Recipe, choice: Choice, walk: Walk,
-    notes: Sequence[str], kernels: Sequence[Kernel], verification: Verification,
+    notes: Sequence[str], kernels: Sequence[Kernel], kernels_by: str, verification: Verification,
 ) -> Report:  # fmt: skip
     """The whole account. The output's size is filled in by `stamp`."""
     path, plan, target = path_of(model), walk.plan, walk.target
@@ -66,6 +66,7 @@ def report(
         recipe=recipes.dumps(dataclasses.replace(recipe, target=target.name)),
         requirements=target.requirements(plan),
         sites=tuple(_site_report(site, walk, kernel) for site, kernel in zip(plan.sites, kernels, strict=True)),
+        kernels_by=kernels_by,
         skipped=choice.skipped,
         decisions=tuple(walk.decisions),
         verification=verification,

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnxcomp.errors import ModelError, UnsupportedSite
+from onnxcomp.errors import ModelError, RecipeError, UnsupportedSite
 from onnxcomp.graph.blocks import Block, find_blocks
 from onnxcomp.graph.edit import Constant, Graph, Node
 from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, matches, select
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Skipped
 from onnxcomp.targets.base import Settings
+from onnxcomp.targets.target import Target
 
 NO_DATA = "No data were given, so activations are quantized at run time and nothing is calibrated or compensated"
 
@@ -30,11 +31,12 @@ class Choice:
     """What methods on blocks and on the output are fitted to."""
 
 
-def choose(graph: Graph, recipe: Recipe, *, with_data: bool) -> Choice:
-    """Apply the recipe's patterns and rules to the sites of the float `graph`.
+def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> Choice:
+    """Apply the recipe's patterns and rules to the sites of the float `graph`, as far as `target` takes them.
 
     Without data nothing static can be fitted: MatMul and Gemm measure their activations' range at run time, Conv keeps
-    float activations, and no method is fitted. Raises RecipeError for a pattern that matches nothing.
+    float activations, and no method is fitted. Raises RecipeError for a pattern that matches nothing, and for what the
+    target does not take.
     """
     every = find_sites(graph)
     names = [node.name for node in graph.nodes]
@@ -55,8 +57,9 @@ def choose(graph: Graph, recipe: Recipe, *, with_data: bool) -> Choice:
         raise UnsupportedSite(
             "No Conv, Gemm or MatMul with a constant float32 weight is left to quantize. Check include and exclude."
         )
-    settings = {site.name: _settings(site, recipe, with_data=with_data) for site in chosen}
+    settings = {site.name: _settings(site, recipe, target, with_data=with_data) for site in chosen}
     chosen = tuple(s for s in chosen if s.kind == "layer" or settings[s.name].activations != "float")
+    chosen = tuple(replace(s, fixed_tokens=s.fixed_tokens and target.encoding.tables) for s in chosen)
     convs = "; Conv activations stay float" if any(site.op == "Conv" for site in chosen) else ""
     notes = () if with_data else (f"{NO_DATA}{convs}. Pass --data for static ranges.",)
     return Choice(chosen, settings, _skipped(graph, every, chosen), notes, blocks)
@@ -79,7 +82,7 @@ def _is_included(site: Site, recipe: Recipe) -> bool:
     return any(pattern != "*" and matches(pattern, site) for pattern in recipe.include)
 
 
-def _settings(site: Site, recipe: Recipe, *, with_data: bool) -> Settings:
+def _settings(site: Site, recipe: Recipe, target: Target, *, with_data: bool) -> Settings:
     for rule in recipe.site:
         if matches(rule.where, site):
             recipe = replace(recipe, **{k: v for k, v in vars(rule).items() if k != "where" and v is not None})
@@ -89,7 +92,14 @@ def _settings(site: Site, recipe: Recipe, *, with_data: bool) -> Settings:
     if site.kind == "product" and activations in ("token", "auto"):
         activations = "static"
     if activations in ("static", "auto") and not with_data:
-        activations = "float" if site.op == "Conv" or site.kind == "product" else "dynamic"
+        measured = site.op != "Conv" and site.kind != "product"
+        activations = next(iter(target.encoding.run_time), "float") if measured else "float"
+    if activations == "auto" and "token" not in target.encoding.run_time:
+        activations = "static"
+    if activations in ("dynamic", "token") and activations not in target.encoding.run_time:
+        raise RecipeError(f"{target.name} takes no ranges measured at run time ('{activations}'). Calibrate with --data.")
+    if recipe.bits.activations > 8 and activations != "float" and not target.encoding.wide:
+        raise RecipeError(f"{target.name} takes activations of 2 to 8 bits, not {recipe.bits.activations}.")
     if rounding == "auto":  # at 8 bits rounding to nearest loses nothing that can be measured
         rounding = "gptq" if with_data and recipe.bits.weights < 8 else "nearest"
     widths = recipe.bits.weights, recipe.bits.activations

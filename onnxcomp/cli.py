@@ -55,6 +55,7 @@ class Command(click.Command):
         text = json.to_json(answer) if as_json else lines.rstrip("\n")
         encoding = sys.stdout.encoding or "utf-8"
         click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
+        ctx.exit(ctx.meta.get("exit code", 0))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""
@@ -113,7 +114,8 @@ def main() -> None:
 @click.option("--bits", metavar="wXaY", help="Width of weights and activations, 2 to 8 bits each; w8a8 by default.")
 @click.option("--recipe", "recipe_name", default="auto", metavar="NAME|FILE.toml", help="See `onnxcomp recipe list`.")
 @click.option("--compensate", metavar="auto|none|NAME,...", help="Exactly these methods, in this order.")
-@click.option("--target", metavar="NAME", help="The runtime to write for; this machine's by default.")
+@click.option("--target", metavar="NAME", help="The runtime to write for (see `onnxcomp targets`); this machine's by default.")
+@click.option("--half", is_flag=True, default=None, help="Write float16 beside the codes, where the target takes it.")
 @click.option("--samples", type=int, metavar="N", help="Calibrate on at most N samples; 128 by default.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only sites that match: a glob, re: or op:.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave sites that match in float.")
@@ -211,6 +213,41 @@ def bench(models: tuple[str, ...], data: str | None, shape: dict[str, tuple[int,
     for note in found.notes:
         click.echo(note, err=True)
     return found, text.benchmark(found)
+
+
+@main.command()
+@click.argument("model", type=click.Path())
+@click.option("--target", default="auto", metavar="NAME", help="The runtime to judge for; this machine's by default.")
+@click.option("--strict", is_flag=True, help="Exit with 6 where a rule is broken.")
+def lint(model: str, target: str, strict: bool) -> tuple[object, ...]:
+    """Judge any ONNX file by a target's rules: what is refused, float or slow, and what to do.
+
+    onnxcomp lint model.onnx --target tensorrt
+    onnxcomp lint vit.w8a8.onnx --strict
+    """
+    from onnxcomp.lint import lint as judge
+    from onnxcomp.report import text
+
+    found = judge(model, target)
+    for note in found.notes:
+        click.echo(note, err=True)
+    if strict and found.violations:
+        click.get_current_context().meta["exit code"] = BoundError.exit_code
+    return found, text.judgement(found)
+
+
+@main.command()
+def targets() -> tuple[object, ...]:
+    """List the runtimes that files can be written for.
+
+    onnxcomp targets
+    """
+    from onnxcomp import targets as runtimes
+
+    found = [runtimes.find(name) for name in runtimes.names()]
+    chosen = runtimes.find("auto").name
+    shown = {t.name: [f"{t.summary}{' (this machine)' if t.name == chosen else ''}", t.describe()] for t in found}
+    return [{"name": t.name, "summary": t.summary, "takes": t.describe(), "needs": t.needs} for t in found], shown
 
 
 @main.command()

@@ -16,13 +16,13 @@ from onnxcomp.calibrate.samples import Store, can_stack, confirm_tokens
 from onnxcomp.choose import choose
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import InputSpec, open_data
+from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.prepare import prepare
 from onnxcomp.methods import rotation
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Decision, Report
-from onnxcomp.targets.audit import audit
 from onnxcomp.verify import made_up_feed, verify
 
 if TYPE_CHECKING:
@@ -74,12 +74,13 @@ def quantize(
         stackable = can_stack(reference, samples)
         store = Store(samples, batchable=stackable)
     # enough to run the file on, never to fit it
-    feeds = [made_up_feed(reference)] if store is None else [dict(batch.live) for batch in store.batches[:PROOF_BATCHES]]
+    single = made_up_feed(reference) if samples is None else samples[0]
+    feeds = [single] if store is None else [dict(batch.live) for batch in store.batches[:PROOF_BATCHES]]
     graph, notes = prepared.graph, list(prepared.notes)
     if recipe.rotation != "none":
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
         notes += said
-    choice = choose(graph, recipe, with_data=data is not None)
+    choice = choose(graph, recipe, target, with_data=data is not None)
     decisions: list[Decision] = []
     if samples is not None:
         sites = confirm_tokens(graph, prepared.model, choice.sites, samples, stackable=stackable)
@@ -97,16 +98,19 @@ def quantize(
     expected = None if store is None else walk.expected(len(feeds))
     terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
     lowered = target.lower(walk.compressed)
-    finished = to_model(lowered, prepared.model)
+    finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
     progress("verifying", 0, 1)
     with tempfile.TemporaryDirectory() as folder, files.PendingFile(finished, Path(folder) / "model.onnx") as proof:
         verification = verify(proof.path, reference, feeds, expected)
-        kernels = audit(proof.path, account.audit_sites(lowered, plan))
-    report = account.report(source, model, samples, recipe, choice, walk, notes, kernels, verification)
+        kernels, by, said = find_kernels(proof.path, target, lowered, account.audit_sites(lowered, plan))
+    if target.fixed:
+        fix(finished, single)
+    notes += said
+    report = account.report(source, model, samples, recipe, choice, walk, notes, kernels, by, verification)
     report = account.stamp(finished, report, walk.quantizers.folds)
     if output is not None:
         with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
-            runtime.Session(pending.path).run(feeds[0])
+            runtime.Session(pending.path).run(single)
             pending.commit()
         for number, term in enumerate(terms, 1):
             files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)

@@ -39,7 +39,7 @@ CHOICES = {"ranges": RANGES, "activations": ACTIVATIONS, "rounding": ("auto", "n
 
 @dataclass(frozen=True)
 class Bits:
-    """Widths of weights and activations, written `w4a8`."""
+    """Widths of weights, 2 to 8 bits, and of activations, 2 to 8 or 16, written `w4a8`."""
 
     weights: int = 8
     activations: int = 8
@@ -48,11 +48,11 @@ class Bits:
     def parse(cls, text: str) -> Bits:
         """Read `w4a8`.
 
-        Raises RecipeError for anything else, or a width outside 2..8.
+        Raises RecipeError for anything else, or another width.
         """
-        found = re.fullmatch(r"w([2-8])a([2-8])", text.strip().lower())
+        found = re.fullmatch(r"w([2-8])a([2-8]|16)", text.strip().lower())
         if found is None:
-            raise RecipeError(f"bits = '{text}' is not understood. Write wXaY with X and Y from 2 to 8, such as w4a8.")
+            raise RecipeError(f"bits = '{text}' is not understood. Write wXaY, X and Y from 2 to 8 (or Y 16), such as w4a8.")
         return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:
@@ -98,6 +98,8 @@ class Recipe:
     """Calibration samples at most; 0 calibrates nothing, even where data are given."""
     seed: int = 0
     target: str = "auto"
+    half: bool = False
+    """Everything but codes in float16, on targets that take it."""
     preprocess: Preprocess | None = None
     site: tuple[SiteRule, ...] = ()
     compensate: tuple[Compensation, ...] = (BiasCompensation(),)

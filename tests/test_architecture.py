@@ -26,7 +26,7 @@ LAYERS = (
     ("methods",),
     ("calibrate", "targets"),
     ("recipe", "report"),
-    ("choose", "compress", "verify"),
+    ("choose", "compress", "verify", "finish", "lint"),
     ("account",),
     ("pipeline", "comparison", "inspect", "bench", "manual", "strip", "export"),
     ("cli",),

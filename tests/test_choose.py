@@ -15,6 +15,7 @@ from onnxcomp.methods.bias import BiasCompensation
 from onnxcomp.recipe import Bits, Recipe, SiteRule
 from onnxcomp.report.model import Skipped
 from onnxcomp.runtime import infer_types
+from onnxcomp.targets import find
 from onnxcomp.targets.base import Settings
 
 STATIC = Recipe(activations="static")
@@ -22,7 +23,7 @@ PRODUCT = "a product of two activations: quantized with --products"
 
 
 def pick(model: ModelProto, recipe: Recipe = STATIC, *, with_data: bool = True) -> Choice:
-    return choose(prepare(model, infer_types).graph, recipe, with_data=with_data)
+    return choose(prepare(model, infer_types).graph, recipe, find(recipe.target), with_data=with_data)
 
 
 def names(choice: Choice) -> list[str]:
@@ -114,7 +115,7 @@ def test_a_rule_overrides_what_it_says_and_the_last_one_wins():
 
 
 def activations(model: ModelProto, recipe: Recipe, *, with_data: bool = True) -> dict[str, str]:
-    choice = pick(model, recipe, with_data=with_data)
+    choice = pick(model, recipe, find(recipe.target), with_data=with_data)
     return {site.name: choice.settings[site.name].activations for site in choice.sites}
 
 

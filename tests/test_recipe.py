@@ -68,18 +68,20 @@ def test_recipe_file_without_a_name_is_called_by_its_stem(tmp_path: Path) -> Non
     assert recipe.find(path) == Recipe(name="small", bits=Bits(4, 8))
 
 
-@pytest.mark.parametrize(("text", "bits"), [("w4a8", Bits(4, 8)), ("W2A3", Bits(2, 3)), (" w8a8 ", Bits(8, 8))])
+@pytest.mark.parametrize(
+    ("text", "bits"), [("w4a8", Bits(4, 8)), ("W2A3", Bits(2, 3)), ("w8a16", Bits(8, 16)), (" w8a8 ", Bits(8, 8))]
+)
 def test_bits_are_read_and_written(text: str, bits: Bits) -> None:
     assert Bits.parse(text) == bits
     assert Bits.parse(str(bits)) == bits
 
 
-@pytest.mark.parametrize("text", ["w9a8", "w1a8", "a8w8", "8", "", "w4a16"])
+@pytest.mark.parametrize("text", ["w9a8", "w1a8", "a8w8", "8", "", "w4a9"])
 def test_other_bits_are_refused(text: str) -> None:
     with pytest.raises(RecipeError) as error:
         Bits.parse(text)
 
-    assert str(error.value) == (f"bits = '{text}' is not understood. Write wXaY with X and Y from 2 to 8, such as w4a8.")
+    assert str(error.value) == (f"bits = '{text}' is not understood. Write wXaY, X and Y from 2 to 8 (or Y 16), such as w4a8.")
 
 
 def test_compensate_option_is_auto_none_or_a_list_in_order() -> None:
@@ -106,7 +108,7 @@ METHODS = ", ".join(methods.names())
         ('bitz = "w8a8"', "r.toml: unknown key 'bitz'. Did you mean 'bits'?"),
         ("qqqq = 1", f"r.toml: unknown key 'qqqq'. The keys are: {KEYS}."),
         ("bits = 8", 'r.toml: bits = 8 must be a string such as "w8a8".'),
-        ('bits = "w9"', "r.toml: bits = 'w9' is not understood. Write wXaY with X and Y from 2 to 8, such as w4a8."),
+        ('bits = "w9"', "r.toml: bits = 'w9' is not understood. Write wXaY, X and Y from 2 to 8 (or Y 16), such as w4a8."),
         ('include = "*"', "r.toml: include = '*' must be a list of strings."),
         ("exclude = [1]", "r.toml: exclude = [1] must be a list of strings."),
         ('samples = "8"', "r.toml: samples = '8' must be of type int."),

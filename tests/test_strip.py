@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from onnx import ModelProto, checker
 from tiny import models
 
-from onnxcomp import cli, runtime
+from onnxcomp import cli, runtime, targets
 from onnxcomp.choose import choose
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import files
@@ -50,7 +50,9 @@ def graph_bytes(model: ModelProto) -> bytes:
 
 def last_place(model: ModelProto, method: Compensation) -> str | None:
     """The name of the last place that the method could be fitted to."""
-    choice = choose(prepare(model, runtime.infer_types).graph, replace(PLAIN, compensate=(method,)), with_data=True)
+    choice = choose(
+        prepare(model, runtime.infer_types).graph, replace(PLAIN, compensate=(method,)), targets.find("auto"), with_data=True
+    )
     sites = [site.name for site in choice.sites if site.kind == "layer"]
     blocks = [block.name for block in choice.blocks]
     places = blocks if method.scope in ("block", "output") else sites

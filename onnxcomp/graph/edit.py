@@ -81,7 +81,7 @@ def apply(graph: Graph, label: str, tape: Tape, replaced: Mapping[str, str], con
     position = max((i + 1 for i, node in enumerate(graph.nodes) if id(node) in makers), default=0)
     for old, new in ((values[before], values[after]) for before, after in replaced.items()):
         replace_uses(old, new, [n for n in old.outputs if id(n) not in added and (consumers is None or n.name in consumers)])
-        if consumers is not None:
+        if consumers is not None or any(old is tensor for tensor in graph.inputs):  # an input's name is the caller's
             continue
         if isinstance(old, Variable) and isinstance(new, Variable):
             new.dtype, new.shape = old.dtype, old.shape

@@ -51,7 +51,7 @@ def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, 
         notes += [text.format(count)] if count else []
         graph.cleanup(recurse_subgraphs=False)
     unfused = to_model(graph, model)
-    _set_types(graph, infer_types(unfused))
+    set_types(graph, infer_types(unfused))
     fused = fuse_primitives(graph, unfused)
     if fused:
         notes.append(f"GELU and LayerNormalization in primitive operators became single nodes: {fused}.")
@@ -83,14 +83,14 @@ def _standardized(model: ModelProto, notes: list[str]) -> ModelProto:
     version = standard_opset(copy)
     if version < TARGET:
         notes.append(f"Opset raised from {version} to {TARGET}.")
-    _tidy_nodes(copy)
+    tidy_nodes(copy)
     copy = raise_opset(copy, weights)
-    _tidy_nodes(copy)
+    tidy_nodes(copy)
     copy.graph.initializer.extend(weights.values())
     return copy
 
 
-def _tidy_nodes(model: ModelProto) -> None:
+def tidy_nodes(model: ModelProto) -> None:
     """Turn Constant nodes into initializers and give every node a name of its own, in place.
 
     Constants that are sparse or outputs of the model stay. Nodes without a name, or with an earlier node's, are named
@@ -122,7 +122,7 @@ def _constant(node: NodeProto) -> TensorProto:
     return numpy_helper.from_array(np.asarray(helper.get_attribute_value(attribute), kind), name)
 
 
-def _set_types(graph: gs.Graph, types: Mapping[str, TensorType]) -> None:
+def set_types(graph: gs.Graph, types: Mapping[str, TensorType]) -> None:
     """Give every variable its type, in place; inputs and outputs keep what they declare."""
     declared = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
     for name, tensor in graph.tensors().items():

@@ -17,15 +17,15 @@ from onnxcomp.errors import DataError, RecipeError
 SMALLEST_SCALE = 1e-12  # the step of a tensor that is zero everywhere; its inverse is still finite
 NOT_FINITE = "The values to quantize hold NaN or infinity, so they have no range. Check the samples and the model."
 
-Codes = NDArray[np.int8 | np.uint8]
+Codes = NDArray[np.integer]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a tensor is quantized to: unsigned codes 0..2^bits-1 or signed ones -2^(bits-1)..2^(bits-1)-1.
+    """What a tensor is quantized to: unsigned codes 0..2^bits-1 or signed ones -2^(bits-1)..2^(bits-1)-1, of 2 to 8 or 16 bits.
 
     A symmetric scheme fixes the zero point: 0 if signed, the midpoint 2^(bits-1) if unsigned. Raises RecipeError unless
-    2 <= bits <= 8.
+    the width is one of these.
     """
 
     bits: int = 8
@@ -33,8 +33,8 @@ class Scheme:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise RecipeError(f"bits = {self.bits!r} is not supported. Give a whole number from 2 to 8.")
+        if type(self.bits) is not int or self.bits not in (*range(2, 9), 16):
+            raise RecipeError(f"bits = {self.bits!r} is not supported. Give a whole number from 2 to 8, or 16.")
 
     @property
     def qmin(self) -> int:
@@ -50,7 +50,9 @@ class Scheme:
         return self.qmin + (1 << (self.bits - 1))
 
     @property
-    def dtype(self) -> type[np.int8] | type[np.uint8]:
+    def dtype(self) -> type[np.integer]:
+        if self.bits == 16:
+            return np.int16 if self.signed else np.uint16
         return np.int8 if self.signed else np.uint8
 
 

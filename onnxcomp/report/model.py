@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from onnxcomp.targets.audit import Kernel
+from onnxcomp.targets.base import Violation
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -98,6 +101,8 @@ class Report:
     requirements: tuple[str, ...]
     """Minimum runtime versions and session options, one sentence each."""
     sites: tuple[SiteReport, ...]
+    kernels_by: str
+    """Who says which kernels the sites get: the runtime that was asked, or the target's rules."""
     skipped: tuple[Skipped, ...]
     decisions: tuple[Decision, ...]
     verification: Verification
@@ -194,6 +199,17 @@ class Inspection:
     """Empty in a file that is quantized; a report has them."""
     report: Report | None
     """How onnxcomp quantized the file."""
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lint:
+    """The rules of a target that a file breaks, and the kernels that its quantized layers get by them."""
+
+    path: str
+    target: str
+    violations: tuple[Violation, ...]
+    kernels: tuple[Kernel, ...]
     notes: tuple[str, ...]
 
 

@@ -56,6 +56,14 @@ def inspection(value: model.Inspection, *, all_sites: bool = False) -> str:
     return f"{head}\n\n{facts(lines)}\n\n{last}"
 
 
+def judgement(value: model.Lint) -> str:
+    """One line per broken rule, then how many of the quantized layers run on integers by the rules."""
+    rows = [[v.node, v.op, v.rule, f"{v.reason} {v.remedy}"] for v in value.violations]
+    said = f"{sum(k.integer for k in value.kernels)} of {plural(len(value.kernels), 'quantized layer')} on integers"
+    head = f"{value.path} for {value.target}: {plural(len(rows), 'broken rule')}, {said}"
+    return "\n\n".join([head, *([table(["Node", "Operator", "Rule", "What, and what to do"], rows)] if rows else [])])
+
+
 def benchmark(value: model.Benchmark) -> str:
     """One row per model, then the operators of each."""
     rows = [
@@ -156,7 +164,7 @@ def _facts(value: model.Report) -> Facts:
     difference = "equal to" if proof.sqnr_db >= EQUAL_DB else f"{decibels(proof.sqnr_db)} SQNR against"
     fed = "1 made-up sample" if value.data_sha256 is None else plural(proof.samples, "sample")
     return {
-        "Kernels": _kernels(value.sites),
+        "Kernels": _kernels(value.sites, value.kernels_by),
         "Left float": _grouped((f"{{}} {one.op}", one.reason, one.name) for one in value.skipped),
         "Compensation": _decisions(value.decisions),
         "Output": [f"{difference} the float model on {fed}"],
@@ -167,10 +175,12 @@ def _facts(value: model.Report) -> Facts:
     }
 
 
-def _kernels(rows: Sequence[model.SiteReport]) -> list[str]:
+def _kernels(rows: Sequence[model.SiteReport], kernels_by: str) -> list[str]:
     fallback = [("{} in float", site.reason, site.name) for site in rows if site.falls_back]
     said = sum(site.activations != "float" for site in rows)
     summary = f"{said - len(fallback)} of {said} quantized sites run as integer kernels"
+    if not kernels_by.startswith("onnxruntime"):
+        summary += f" by {kernels_by}"
     if len(rows) > said:
         summary += f"; {len(rows) - said} more have quantized weights and float activations"
     return [summary, *_grouped(fallback)]

@@ -4,9 +4,9 @@ import importlib
 import pkgutil
 
 from onnxcomp.errors import RecipeError, did_you_mean
-from onnxcomp.targets.base import Target
+from onnxcomp.targets.target import Target
 
-SHARED = ("audit", "base", "fallback", "regions")
+SHARED = ("audit", "base", "fallback", "lowering", "regions", "rules", "settle", "target")
 """Modules that targets share; they are no targets themselves."""
 
 

@@ -7,7 +7,7 @@ tensors but compute the same. That a kernel computes what the graph says is for 
 scaled along the wrong axis, or a bias not scaled by input times weight, becomes an integer kernel and is wrong.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,10 +15,13 @@ from pathlib import Path
 from onnxcomp import runtime
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_graph
-from onnxcomp.graph.edit import Graph
+from onnxcomp.graph.edit import Graph, Node
 from onnxcomp.graph.files import NodeProto
 from onnxcomp.graph.offsets import MOVES
+from onnxcomp.targets.base import Facts, Violation
 from onnxcomp.targets.fallback import STORED, explain
+from onnxcomp.targets.rules import maker
+from onnxcomp.targets.target import Target
 
 INTEGER_KERNELS = frozenset({
     "ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul",
@@ -55,6 +58,29 @@ def audit(model: bytes | Path, sites: Mapping[str, Sequence[str]]) -> tuple[Kern
     by_name = {node.name.removesuffix("/MatMulAddFusion"): node for node in nodes if node.name}
     lowered = cache(lambda: to_graph(files.load(model)))
     return tuple(_find_kernel(*site, producers, by_name, lowered) for site in sites.items())
+
+
+def check(graph: Graph, target: Target) -> tuple[Violation, ...]:
+    """Every rule of the target that a node of the graph, of any model, breaks, in graph order, inputs first."""
+    facts = Facts(frozenset(t.name for t in graph.outputs), graph.opset)
+    nodes = [*(Node("Input", t.name, outputs=[t]) for t in graph.inputs), *graph.nodes]
+    return tuple(
+        Violation(node.name, node.op, rule.__name__.replace("_", "-"), *broken)
+        for node in nodes
+        for rule in target.rules
+        for broken in rule(node, facts)
+    )
+
+
+def foretell(graph: Graph, target: Target, sites: Collection[str]) -> tuple[Kernel, ...]:
+    """What the rules say of each site of a lowered graph: on integers where it reads codes and breaks none of them."""
+    nodes, found = {node.name: node for node in graph.nodes}, {}
+    for broken in check(graph, target):
+        found.setdefault(broken.node, broken.reason)
+    for name in sites:
+        if not any(maker(t) == "DequantizeLinear" for t in nodes[name].inputs):
+            found.setdefault(name, "It reads no codes.")
+    return tuple(Kernel(name, nodes[name].op, name not in found, found.get(name, "")) for name in sites)
 
 
 def _find_kernel(site: str, outputs: Sequence[str], producers: _Found, by_name: _Found, lowered: Callable[[], Graph]) -> Kernel:

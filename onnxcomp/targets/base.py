@@ -1,15 +1,11 @@
-"""The contract of a target: what may be quantized on it, where quantizers stand, and how they are written down.
+"""What targets speak of: what is asked of a site, where quantizers stand, how they are written down, what is wrong."""
 
-A target plans *points* (activation quantizers on named tensors) around the chosen sites, and in the end lowers the
-abstract quantizers of the compressed graph to the operators its runtime runs fastest.
-"""
+from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
-from onnxcomp.graph.edit import Graph
+from onnxcomp.graph.edit import Node
 from onnxcomp.graph.sites import Site
 from onnxcomp.numerics.affine import Scheme
 
@@ -59,25 +55,63 @@ class Plan:
     """The nodes in front of which the walk stops: every site, and the first reader of every stored tensor."""
 
 
-class Target(ABC):
-    """One runtime's rules."""
+@dataclass(frozen=True)
+class Facts:
+    """What a rule must know of the model besides the node."""
 
-    name: ClassVar[str]
+    outputs: frozenset[str]
+    """The names of its outputs."""
+    opset: int
 
-    @abstractmethod
-    def plan(self, graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings]) -> Plan:
-        """Place the quantizers around `sites` in the float `graph`, which is only read."""
 
-    @abstractmethod
-    def requirements(self, plan: Plan) -> tuple[str, ...]:
-        """What the file needs where it runs, one sentence each."""
+Rule = Callable[[Node, Facts], Iterator[tuple[str, str]]]
+"""What is wrong with a node, as (reason, remedy), one sentence each; nothing where nothing is. It is called by its function's
+name."""
 
-    @abstractmethod
-    def lower(self, graph: Graph) -> Graph:
-        """Write the abstract quantizers of `graph` as standard operators. Changes `graph` and returns it."""
 
-    @abstractmethod
-    def settle(self, graph: Graph) -> None:
-        """Bring what stands around the products of a lowered `graph` into the form that keeps them integer kernels.
-        Doing it twice changes nothing: it is done again where operators were taken out.
-        """
+@dataclass(frozen=True)
+class Violation:
+    """One rule of a target that one node breaks."""
+
+    node: str
+    op: str
+    rule: str
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a runtime wants quantized tensors written down. The defaults are those of ONNX Runtime on x86-64."""
+
+    where: str = "regions"
+    """Which tensors get quantizers: `regions` (the inputs of layers, and results that stay integers from one kernel to the
+    next), `inputs` (those of layers, and the skipped branch of a residual Add) or `units` (all that operators read or make).
+    """
+    signed: bool = False
+    """Activation codes are int8, not uint8."""
+    symmetric: bool = False
+    """The zero point of activations is the middle of the codes: 0 where they are signed."""
+    clip: str = "codes"
+    """What keeps codes of fewer than 8 bits in their range: a Clip of the `codes`, or one of the `values` in front of them."""
+    packed: str = "cast"
+    """How weights of 4 bits and fewer are stored: int4 behind a `cast`, int4 read by DequantizeLinear (`native`), or `int8`."""
+    bias: str = "int32"
+    """The bias of a Conv between quantizers: `int32` with a DequantizeLinear, or `float`."""
+    run_time: tuple[str, ...] = ("dynamic", "token")
+    """Ranges that may be measured at run time, of a tensor or of each token; without data the first is taken."""
+    fused: bool = True
+    """What stands around a product is brought into the form that ONNX Runtime keeps integer, and a weight in front of a float
+    operator into the form that it folds when it loads the file."""
+    tables: bool = True
+    """Constants may be computed when the file is loaded, such as the table of a bias per token."""
+    wide: bool = False
+    """Activations of 16 bits are taken too."""
+
+    def scheme(self, wanted: Settings) -> Scheme:
+        """The scheme of a site's activations; unsigned until they are written down."""
+        return Scheme(wanted.activation_bits, False, wanted.symmetric or self.symmetric)
+
+    def storage(self, settings: Iterable[Settings]) -> Scheme:
+        """The scheme of what nobody asks to be narrower: of 16 bits where these are asked for at all."""
+        return Scheme(max(8, *(s.activation_bits for s in settings)), False, self.symmetric)

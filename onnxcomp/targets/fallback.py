@@ -1,25 +1,27 @@
 """Why ONNX Runtime's CPU provider runs a site in float: its rules for integer kernels.
 
-Each rule looks at one operator of the lowered graph and is one sentence. They are asked in order, from what makes the
-others pointless (a float input) to the finest (a ReLU that a zero point does not absorb). Measured on ONNX Runtime
+Each rule looks at one operator of a lowered graph that was meant to run on integers. They are asked in order, from what makes
+the others pointless (a float input) to the finest (a ReLU that a zero point does not absorb). Measured on ONNX Runtime
 1.31.1; every sentence has a probe in the tests.
 
-Limits: CPU provider, x86-64; what the lowering never writes (16-bit codes, say, or a float16 scale) has no rule; tensors
-inside control flow are not followed.
+Limits: CPU provider, x86-64; tensors inside control flow are not followed.
 """
 
+import functools
 from collections.abc import Collection, Iterator
-from itertools import chain
 
 import numpy as np
 
 from onnxcomp.graph.edit import Constant, Node, Tensor
+from onnxcomp.targets.base import Facts, Rule
 from onnxcomp.targets.regions import clip_bounds
+from onnxcomp.targets.rules import is_stored, maker
 
 STORED = frozenset({
     "Conv", "Add", "Mul", "Concat", "Where", "Sigmoid", "LeakyRelu", "Softmax", "AveragePool", "GlobalAveragePool",
 })  # fmt: skip
 """Operators with an integer kernel that needs a QuantizeLinear behind it."""
+PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
 def explain(node: Node, outputs: Collection[str], version: str) -> str:
@@ -27,61 +29,87 @@ def explain(node: Node, outputs: Collection[str], version: str) -> str:
 
     One sentence: the first rule that does not hold, or that ONNX Runtime `version` did not fuse the operator.
     """
-    reasons = chain(_ask_inputs(node), _ask_readers(node), _ask_output(node, outputs))
+    reasons = (reason for rule in _RULES for reason, _ in rule(node, Facts(frozenset(outputs), 0)))
     return next(reasons, f"ONNX Runtime {version} did not fuse it.")
 
 
-def _ask_inputs(node: Node) -> Iterator[str]:
+def float_operand(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
     """What it multiplies or joins comes from DequantizeLinear; the bias of a Conv may be float."""
     is_product = node.op in ("Conv", "MatMul")
     for tensor in node.inputs[:2] if is_product else node.inputs:
         role = "input" if not isinstance(tensor, Constant) else "weight" if is_product else "constant operand"
         if [maker.op for maker in tensor.inputs] != ["DequantizeLinear"]:
-            yield f"Its {role} '{tensor.name}' is not quantized."
+            yield f"Its {role} '{tensor.name}' is not quantized.", "Put QuantizeLinear and DequantizeLinear in front of it."
 
 
-def _ask_readers(node: Node) -> Iterator[str]:
+def float_addend(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
     """A product and what is added to it are fused into one operator, which is float if the addend is."""
     readers = node.outputs[0].outputs if node.op == "MatMul" else []
     if [reader.op for reader in readers] == ["Add"] and any(isinstance(tensor, Constant) for tensor in readers[0].inputs):
-        yield "The Add behind it makes it a Gemm with a float bias; Sum in its place, or an int32 bias, would fuse."
+        yield "The Add behind it makes it a Gemm with a float bias.", "Write Sum in place of the Add, or store an int32 bias."
 
 
-def _ask_output(node: Node, outputs: Collection[str]) -> Iterator[str]:
+def float_result(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
     """Integer kernels other than MatMul write integers: exactly one QuantizeLinear reads their result."""
-    tensor = _tail(node)
+    tensor = tail(node)
     quantizers = [reader for reader in tensor.outputs if reader.op == "QuantizeLinear"]
     if node.op not in STORED:
         return
     for output in (node.outputs[0], tensor):
-        if output.name in outputs:
-            yield f"Its output '{output.name}' is a graph output, so it is computed in float."
+        if output.name in facts.outputs:
+            yield f"Its output '{output.name}' is a graph output, so it is computed in float.", "Leave it in float."
     for reader in tensor.outputs:
         if reader.op != "QuantizeLinear":
-            label = f"{reader.name} ({reader.op})" if reader.name else reader.op
-            yield f"Its output '{tensor.name}' is {'also ' if quantizers else ''}read in float by {label}."
+            label, also = f"{reader.name} ({reader.op})" if reader.name else reader.op, "also " if quantizers else ""
+            remedy = "Quantize its output once, and let every reader read that."
+            yield f"Its output '{tensor.name}' is {also}read in float by {label}.", remedy
     if len(quantizers) > 1:
-        yield f"Its output '{tensor.name}' is quantized {len(quantizers)} times; one QuantizeLinear must serve all."
-    if quantizers and tensor is not node.outputs[0]:
-        yield from _ask_clip(tensor.inputs[0], *quantizers[0].inputs[1:])
+        remedy = "Let one QuantizeLinear serve all."
+        yield f"Its output '{tensor.name}' is quantized {len(quantizers)} times.", remedy
 
 
-def _ask_clip(clip: Node, scale: Tensor, zero_point: Tensor) -> Iterator[str]:
-    """A ReLU or Clip in front of QuantizeLinear vanishes only if the codes, which are unsigned, cannot leave its bounds."""
-    if not isinstance(scale, Constant) or not isinstance(zero_point, Constant):
-        yield f"The {clip.op} behind it stays: the range of its QuantizeLinear is not constant."
+def unabsorbed_clip(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
+    """A ReLU or Clip in front of QuantizeLinear vanishes only if the codes cannot leave its bounds."""
+    quantizers = [reader for reader in tail(node).outputs if reader.op == "QuantizeLinear"]
+    if node.op not in STORED or not quantizers or tail(node) is node.outputs[0]:
         return
-    step, zero = float(scale.values), int(zero_point.values)
-    if clip.op == "Relu" and zero != 0:
-        yield f"The Relu behind it stays: the zero point of its QuantizeLinear is {zero}, not 0."
+    clip, (scale, zero_point) = tail(node).inputs[0], quantizers[0].inputs[1:]
+    if not isinstance(scale, Constant) or not isinstance(zero_point, Constant):
+        yield f"The {clip.op} behind it stays: the range of its QuantizeLinear is not constant.", "Fix the range."
+        return
+    step, zero, codes = float(scale.values), int(zero_point.values), np.iinfo(zero_point.dtype)
+    remedy = "Let the smallest code stand for its lower bound and the largest for no more than its upper one."
+    if clip.op == "Relu" and zero != codes.min:
+        yield f"The Relu behind it stays: the zero point of its QuantizeLinear is {zero}, not {codes.min}.", remedy
     if clip.op == "Clip":
-        low, high = -zero * step, (255 - zero) * step
+        low, high = (codes.min - zero) * step, (codes.max - zero) * step
         bottom, top = (end if bound is None else bound for bound, end in zip(clip_bounds(clip), (-np.inf, np.inf), strict=True))
         if low < bottom or top < high:
-            yield f"The Clip to [{bottom:g}, {top:g}] behind it stays: its QuantizeLinear reaches from {low:g} to {high:g}."
+            ends = f"[{bottom:g}, {top:g}]"
+            yield f"The Clip to {ends} behind it stays: its QuantizeLinear reaches from {low:g} to {high:g}.", remedy
 
 
-def _tail(node: Node) -> Tensor:
+def tail(node: Node) -> Tensor:
     """The operator's output, or that of the ReLU or Clip which alone reads it."""
     readers = node.outputs[0].outputs
     return readers[0].outputs[0] if len(readers) == 1 and readers[0].op in ("Relu", "Clip") else node.outputs[0]
+
+
+def _where_meant(rule: Rule) -> Rule:
+    """The rule for any node of any model: it is asked of products that read codes of an activation, and of what joins codes
+    into codes.
+    """
+
+    @functools.wraps(rule)
+    def ask(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
+        read = [t.inputs[0] for t in node.inputs if maker(t) == "DequantizeLinear"]
+        joins = node.op in STORED and any(reader.op == "QuantizeLinear" for reader in tail(node).outputs)
+        if (node.op in PRODUCTS or joins) and not all(is_stored(dequantize) for dequantize in read):
+            yield from rule(node, facts)
+
+    return ask
+
+
+_RULES = (float_operand, float_addend, float_result, unabsorbed_clip)
+"""In the order in which they are asked."""
+RULES = tuple(_where_meant(rule) for rule in _RULES)

@@ -12,25 +12,26 @@ import numpy as np
 
 from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable
 from onnxcomp.graph.sites import PASS_THROUGH_OPS, Site, join
-from onnxcomp.numerics.affine import Scheme
-from onnxcomp.targets.base import Plan, Point, Settings
+from onnxcomp.targets.base import Encoding, Plan, Point, Settings
 
 JOIN_OPS = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
 """Operators without weights that have an integer kernel when inputs and output are quantized."""
-STORAGE = Scheme(bits=8)
 _Stored = dict[str, str | None]
 """Stored tensor -> the tensor whose parameters it shares, or None for its own."""
 
 
-def plan_with_regions(graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings]) -> Plan:
-    """Points for `sites`: stored tensors of 8 bits, and the sites' inputs at their own bits."""
+def plan(graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], encoding: Encoding) -> Plan:
+    """Points for `sites`: stored tensors of 8 bits, and the sites' inputs at their own bits; see `Encoding.where`."""
     static = {s.name: s for s in sites if settings[s.name].activations in ("static", "auto")}
     tensors, results = graph.tensors(), {t.name for t in graph.outputs}
-    stored, joins = _find_region(graph, static, results)
+    find = {"regions": _find_region, "units": _find_units, "inputs": _find_skips}[encoding.where]
+    stored, joins = find(graph, static, results)
+    if encoding.where == "inputs":
+        settings = dict(settings) | {site.name: _of_skip(site, tensors, static, settings) for site in joins}
     points: dict[str, Point] = {}
     for tensor, same_as in stored.items():
         if same_as is None:
-            points[tensor] = _storage_point(tensors[tensor], stored, settings, results)
+            points[tensor] = _storage_point(tensors[tensor], stored, settings, results, encoding)
         else:  # the same values, so the same codes
             points[tensor] = replace(points[same_as], tensor=tensor, highest=float("inf"), same_as=same_as)
     order = {node.name: index for index, node in enumerate(graph.nodes)}
@@ -39,7 +40,7 @@ def plan_with_regions(graph: Graph, sites: Sequence[Site], settings: Mapping[str
     for tensor in stored:
         if tensors[tensor].outputs:
             heads.setdefault(min(tensors[tensor].outputs, key=lambda node: order[node.name]).name, None)
-    return Plan(tuple(every), dict(settings), (*points.values(), *_input_points(sites, settings, points)), heads)
+    return Plan(tuple(every), dict(settings), (*points.values(), *_input_points(every, settings, points, encoding)), heads)
 
 
 def _find_region(graph: Graph, static: Mapping[str, Site], results: set[str]) -> tuple[_Stored, list[Site]]:
@@ -58,6 +59,42 @@ def _find_region(graph: Graph, static: Mapping[str, Site], results: set[str]) ->
         elif node.op in PASS_THROUGH_OPS and node.inputs and node.inputs[0].name in stored:
             stored |= {output.name: node.inputs[0].name for output in node.outputs if _feeds_integers(output, static)}
     return stored, joins
+
+
+def _find_units(graph: Graph, static: Mapping[str, Site], results: set[str]) -> tuple[_Stored, list[Site]]:
+    """Every float tensor, and the sites of what joins them: a unit reads and makes nothing but codes."""
+    stored: _Stored = {t.name: None for t in graph.inputs if t.dtype == np.float32}
+    joins: list[Site] = []
+    for node in graph.nodes:
+        if node.op in PASS_THROUGH_OPS and node.inputs[0].name in stored:
+            stored |= {output.name: node.inputs[0].name for output in node.outputs}
+        else:
+            stored |= {tail(t, results).name: None for t in node.outputs if t.dtype == np.float32}
+        joins += [join(node)] if node.op in JOIN_OPS and _activations(node) else []
+    return stored, joins
+
+
+def _find_skips(graph: Graph, static: Mapping[str, Site], results: set[str]) -> tuple[_Stored, list[Site]]:
+    """Nothing is stored; the sites are the residual Adds that a quantized Conv is fused with, and each reads what skips it."""
+    joins: list[Site] = []
+    order = {t.name: index for index, node in enumerate(graph.nodes) for t in node.outputs}
+    for node in (node for node in graph.nodes if node.op == "Add" and len(_activations(node)) == 2):
+        made = [t for t in node.inputs if t.inputs and t.inputs[0].name in static and t.inputs[0].op == "Conv"]
+        alone = sorted((t for t in made if len(t.outputs) == 1 and t.name not in results), key=lambda t: order[t.name])
+        if alone:
+            skips = tuple(t.name for t in node.inputs if t is not alone[-1])
+            joins.append(replace(join(node), inputs=skips))
+    return {}, joins
+
+
+def _of_skip(
+    site: Site, tensors: Mapping[str, Tensor], static: Mapping[str, Site], settings: Mapping[str, Settings]
+) -> Settings:
+    """The settings of a residual Add's skipped branch: those of a layer that reads it too, else of the Conv beside it."""
+    skip, others = tensors[site.x], tensors[site.y].inputs[0].inputs
+    readers = [node.name for node in skip.outputs if node.name in static]
+    makers = [t.inputs[0].name for t in others if t is not skip and t.inputs]
+    return replace(settings[next(iter([*readers, *makers]))], activations="static")
 
 
 def is_operand(node: Node, tensor: Tensor) -> bool:
@@ -97,16 +134,18 @@ def _feeds_integers(tensor: Tensor, static: Mapping[str, Site]) -> bool:
     )
 
 
-def _storage_point(tensor: Tensor, stored: _Stored, settings: Mapping[str, Settings], results: set[str]) -> Point:
+def _storage_point(
+    tensor: Tensor, stored: _Stored, settings: Mapping[str, Settings], results: set[str], encoding: Encoding
+) -> Point:
     """The quantizer of a stored tensor: its readers' own where they are layers that agree, else 8 bits."""
-    readers = _readers(tensor, stored, settings, results)
+    readers, storage = _readers(tensor, stored, settings, results), encoding.storage(settings.values())
     maker = tensor.inputs[0] if tensor.inputs else None
     highest = clip_bounds(maker)[1] if maker is not None else None
-    point = Point(tensor.name, STORAGE, "static", "mse", 99.99, None, float("inf") if highest is None else highest)
+    point = Point(tensor.name, storage, "static", "mse", 99.99, None, float("inf") if highest is None else highest)
     first = next((reader for reader in readers if reader is not None), None)
     if first is None:
         return point
-    scheme = activation_scheme(first) if set(readers) == {first} else STORAGE
+    scheme = encoding.scheme(first) if set(readers) == {first} else storage
     return replace(point, scheme=scheme, ranges=first.ranges, percentile=first.percentile)
 
 
@@ -128,21 +167,18 @@ def _of_input(wanted: Settings) -> Settings:
     return replace(wanted, weight_bits=0, rounding="")
 
 
-def _input_points(sites: Sequence[Site], settings: Mapping[str, Settings], stored: Mapping[str, Point]) -> list[Point]:
+def _input_points(
+    sites: Sequence[Site], settings: Mapping[str, Settings], stored: Mapping[str, Point], encoding: Encoding
+) -> list[Point]:
     """One point per tensor and scheme, shared by all the sites that read the tensor in the same way."""
     shared: dict[tuple[str, Settings], list[str]] = {}
-    for site in sites:
+    for site in (site for site in sites if site.name in settings):
         wanted = settings[site.name]
-        is_static, scheme = wanted.activations in ("static", "auto"), activation_scheme(wanted)
+        is_static, scheme = wanted.activations in ("static", "auto"), encoding.scheme(wanted)
         for tensor in dict.fromkeys(site.inputs if wanted.activations != "float" else ()):
             if not (is_static and tensor in stored and stored[tensor].scheme == scheme):
                 shared.setdefault((tensor, _of_input(wanted)), []).append(site.name)
     return [
-        Point(tensor, activation_scheme(wanted), wanted.activations, wanted.ranges, wanted.percentile, tuple(readers))
+        Point(tensor, encoding.scheme(wanted), wanted.activations, wanted.ranges, wanted.percentile, tuple(readers))
         for (tensor, wanted), readers in shared.items()
     ]
-
-
-def activation_scheme(wanted: Settings) -> Scheme:
-    """The scheme of a site's activations: unsigned codes; symmetric ones have their zero in the middle."""
-    return Scheme(wanted.activation_bits, signed=False, symmetric=wanted.symmetric)

@@ -111,7 +111,7 @@ def test_a_scheme_spans_two_to_the_bits_codes() -> None:
 
 @pytest.mark.parametrize("bits", [1, 9, 0, -4, True, 4.0])
 def test_bits_outside_two_to_eight_are_refused(bits: int) -> None:
-    with pytest.raises(RecipeError, match=f"^bits = {bits} is not supported. Give a whole number from 2 to 8.$"):
+    with pytest.raises(RecipeError, match=f"^bits = {bits} is not supported. Give a whole number from 2 to 8, or 16.$"):
         Scheme(bits)
 
 

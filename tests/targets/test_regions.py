@@ -15,19 +15,21 @@ from onnxcomp.graph.sites import find_sites
 from onnxcomp.numerics.affine import Scheme
 from onnxcomp.pipeline import quantize
 from onnxcomp.runtime import infer_types
-from onnxcomp.targets.base import Plan, Point, Settings
-from onnxcomp.targets.regions import STORAGE, plan_with_regions
+from onnxcomp.targets.base import Encoding, Plan, Point, Settings
+from onnxcomp.targets.ort_x86 import TARGET
 
 W8A8 = Settings(8, 8, "static", "mse", 99.99, False)
 W4A4 = Settings(4, 4, "static", "minmax", 99.0, False)
 NO_BOUND = math.inf
+
+STORAGE = Encoding().storage([W8A8])
 
 
 def plan(model: ModelProto, settings: Settings = W8A8, without: str = "", **rules: Settings) -> Plan:
     """The plan around every layer but `without`, with `settings` but for the sites named in `rules`."""
     graph = prepare(model, infer_types).graph
     sites = tuple(s for s in find_sites(graph) if s.kind == "layer" and s.name != without)
-    return plan_with_regions(graph, sites, {s.name: rules.get(s.name, settings) for s in sites})
+    return TARGET.plan(graph, sites, {s.name: rules.get(s.name, settings) for s in sites})
 
 
 def convs(text: str, opset: int = 21) -> ModelProto:

@@ -1,0 +1,335 @@
+"""The lowering: abstract quantizers become standard operators, in the encoding that a target asks for.
+
+    activation   x -> QuantizeLinear -> Clip of the codes -> DequantizeLinear         (no Clip at 8 bits, or one of the values)
+    weight       int4 initializer -> Cast(int8) -> DequantizeLinear                   (int8 initializer above 4 bits)
+    MatMul, Gemm -> MatMul with float output, bias by Sum
+    Conv         -> int32 bias, or the float one
+    further term -> Sub(x, DequantizeLinear's output) -> Q with a step of its own, once for all who read it
+
+Signed codes are the unsigned ones less 2^(b - 1), so they stand for the same values. Where every zero point must be in the
+middle, a quantizer that a method has made without that gets the step that reaches as far as its longer side did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from onnxcomp.graph.convert import packed_int4
+from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node, Tensor, Variable, insert_before, remove
+from onnxcomp.numerics.affine import Scheme, along, from_range
+from onnxcomp.targets.base import Encoding
+from onnxcomp.targets.regions import is_operand
+from onnxcomp.targets.settle import only_reader, put_behind, settle
+
+TINY = np.float32(1e-12)
+"""Floor of a range measured at run time, so that an all-zero tensor does not divide by zero."""
+OPERANDS = ("Add", "Concat", "Div", "Expand", "LayerNormalization", "Mul", "PRelu", "Sub", "Sum", "Where")
+"""Operators whose constants are codes where every operator reads codes."""
+FLOAT, INT8 = 1, 3
+"""ONNX's numbers of two element types."""
+
+
+def lower(graph: Graph, encoding: Encoding) -> Graph:
+    """Write the abstract quantizers of `graph` as standard operators. Changes `graph` and returns it."""
+    _Lowering(graph, encoding).run()
+    if encoding.fused:
+        settle(graph)
+    return graph
+
+
+@dataclass
+class _Nodes:
+    """New nodes that stand for one: they are called after `name` and their operator, what they make after it too."""
+
+    name: str
+    made: list[Node] = field(default_factory=list)
+
+    def __call__(self, op: str, output: str | Tensor, *inputs: Tensor, dtype: type = np.float32, **attrs: object) -> Tensor:
+        """Add one node that makes `output`, a tensor or the last part of the name of a new one."""
+        if isinstance(output, str):
+            output = Variable(f"{self.name}/{output}", dtype=np.dtype(dtype))
+        self.made.append(Node(op, f"{self.name}/{op}", attrs=attrs, inputs=list(inputs), outputs=[output]))
+        return output
+
+
+@dataclass(frozen=True)
+class _Digit:
+    """A lowered quantizer, for the next one that takes up what it has left."""
+
+    source: Tensor
+    """What it quantizes: the tensor itself, or over the scale of each token."""
+    value: Tensor
+    """Its output."""
+    scale: Tensor
+    token: Tensor | None = None
+    """The scale of each token, which stands behind the products."""
+    next: dict[tuple[float, ...], _Digit] = field(default_factory=dict)
+    """What has been lowered behind it, by step: readers share it."""
+
+
+@dataclass
+class _Lowering:
+    """One graph on its way to standard operators; constants that many nodes read exist once."""
+
+    graph: Graph
+    encoding: Encoding
+    shared: dict[str, Constant] = field(default_factory=dict)
+    digits: dict[str, _Digit] = field(default_factory=dict)
+    """The lowered quantizers by the name of their abstract output."""
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.op in self._biased and self.encoding.bias == "int32":
+                self._integer_bias(node)
+            if node.op in ("Add", "Mul") and not self._is_closed:
+                self._integer_operand(node)
+            if node.op in OPERANDS and self._is_closed:
+                self._integer_constants(node)
+            if node.op == "Gemm" and _weight_codes(node) is not None and not self._is_closed:
+                self._split_gemm(node)
+        results = {id(t) for t in self.graph.outputs}
+        for node in [n for n in self.graph.nodes if n.domain == DOMAIN]:
+            if node.outputs[0].outputs or id(node.outputs[0]) in results:  # else the runtime would compute it all the same
+                insert_before(self.graph, node, self._weight(node) if node.op == "Dequantize" else self._activation(node))
+            remove(self.graph, node)
+        for node in [n for n in self.graph.nodes if n.op == "Sum"]:
+            self._scale_once(node)
+
+    @property
+    def _is_closed(self) -> bool:
+        """Whether every operator reads and makes codes, constants included."""
+        return self.encoding.where == "units"
+
+    @property
+    def _biased(self) -> tuple[str, ...]:
+        return ("Conv", "Gemm") if self._is_closed else ("Conv",)
+
+    def _constant(self, name: str, value: object, dtype: type) -> Constant:
+        if name not in self.shared:
+            self.shared[name] = Constant(name, np.array(value, dtype=dtype))
+        return self.shared[name]
+
+    # --- activations -------------------------------------------------------------------------------------------------
+
+    def _activation(self, node: Node) -> list[Node]:
+        """The quantizer of one tensor, by its granularity.
+
+        static    scale and zero point are the node's own
+        dynamic   a range measured over the tensor: the runtime's own operator at 8 bits, a symmetric scale below
+        token     a range per token: x/s is quantized with scale 1, and the product is multiplied by s behind the MatMul, so
+                  the kernel itself stays the ordinary integer one
+        residual  see `_residual`
+        """
+        x, y, bits, granularity = node.inputs[0], node.outputs[0], node.attrs["bits"], node.attrs["granularity"]
+        new, middle = _Nodes(y.name), self._constant(f"onnxcomp/middle.{self._kind(bits)}", self._zero(bits), self._type(bits))
+        if granularity == "static":
+            new.name = node.name.rpartition("/fakequantize")[0] or y.name  # the edit's own name, which a tensor's may follow
+            scale, zero_point = self._stored(node, 1)
+            digit = self._quantize(new, x, scale, zero_point, bits, y)
+        elif granularity == "residual":
+            digit = self._residual(new, node, middle)
+        elif granularity == "token":
+            scale, one = self._measured_scale(new, node), self._constant("onnxcomp/one", 1.0, np.float32)
+            unit, levels = new("Div", "unit", x, scale), Variable(f"{y.name}/levels", dtype=np.dtype(np.float32))
+            new.name = levels.name
+            digit = self._quantize(new, unit, one, middle, bits, levels, scale)
+        elif bits != 8 or node.attrs["ratio"] != 1 or self.encoding.signed:
+            digit = self._quantize(new, x, self._measured_scale(new, node), middle, bits, y)
+        else:
+            codes, zero_point = (Variable(f"{y.name}/{n}", dtype=np.dtype(np.uint8)) for n in ("codes", "zero_point"))
+            scale = Variable(f"{y.name}/scale", dtype=np.dtype(np.float32))
+            new("DynamicQuantizeLinear", codes, x)
+            new.made[0].outputs += [scale, zero_point]
+            digit = _Digit(x, new("DequantizeLinear", y, codes, scale, zero_point), scale)
+        self.digits[y.name] = digit
+        if digit.value is not y:
+            self._read_levels(y, digit)
+        return new.made
+
+    def _quantize(
+        self, new: _Nodes, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, y: str | Tensor, token: Tensor | None = None
+    ) -> _Digit:
+        """Q, DQ, and below 8 bits a Clip of the codes or of the values."""
+        kind, least, clipped = self._kind(bits), self._zero(bits) - 2 ** (bits - 1), x
+        ends = (least, least + 2**bits - 1)
+        if bits < 8 and self.encoding.clip == "values":
+            assert isinstance(scale, Constant), "the bounds of values are known before they are"
+            assert isinstance(zero_point, Constant), "so is their zero"
+            span = {f"{new.name}/{n}": scale.values * (end - int(zero_point.values)) for n, end in zip("ab", ends, strict=True)}
+            clipped = new("Clip", "clipped", x, *(self._constant(name, end, np.float32) for name, end in span.items()))
+        codes = new("QuantizeLinear", "codes", clipped, scale, zero_point, dtype=self._type(bits))
+        if bits < 8 and self.encoding.clip == "codes":
+            names = (f"onnxcomp/min.{kind}" if least else "onnxcomp/zero.u8", f"onnxcomp/max.{kind}")
+            bounds = [self._constant(*pair, self._type(bits)) for pair in zip(names, ends, strict=True)]
+            codes = new("Clip", f"codes.{kind}", codes, *bounds, dtype=self._type(bits))
+        return _Digit(x, new("DequantizeLinear", y, codes, scale, zero_point), scale, token)
+
+    def _kind(self, bits: int) -> str:
+        """Codes in names: `u4`, or `i4` where they are signed."""
+        return f"{'i' if self.encoding.signed else 'u'}{bits}"
+
+    def _type(self, bits: int) -> type:
+        """What holds activation codes of so many bits."""
+        return {8: np.int8, 16: np.int16}[max(8, bits)] if self.encoding.signed else {8: np.uint8, 16: np.uint16}[max(8, bits)]
+
+    def _zero(self, bits: int) -> int:
+        """The code in the middle."""
+        return 0 if self.encoding.signed else 2 ** (bits - 1)
+
+    def _stored(self, node: Node, first: int) -> tuple[Tensor, Tensor]:
+        """The static scale and zero point of an abstract quantizer, inputs from the `first` on, as they are stored."""
+        bits, (scale, zero) = node.attrs["bits"], node.inputs[first : first + 2]
+        half, signed, code = 2 ** (bits - 1), self.encoding.signed, int(zero.values)
+        if self.encoding.symmetric and code != half:
+            reach = np.float32(max(code, 2 * half - 1 - code) / (half - 1))
+            scale, code = self._constant(scale.name, scale.values * reach, np.float32), half
+        return scale, self._constant(zero.name, code - half if signed else code, self._type(bits))
+
+    def _measured_scale(self, new: _Nodes, node: Node) -> Tensor:
+        """Scale = max(ratio * max|x| / qmax, tiny), over the last axis or over everything."""
+        per_token = node.attrs["granularity"] == "token"
+        axes = [self._constant("onnxcomp/last-axis", [-1], np.int64)] if per_token else []
+        factor = Constant(f"{new.name}/factor", np.array(node.attrs["ratio"] / (2 ** (node.attrs["bits"] - 1) - 1), np.float32))
+        largest = new("ReduceMax", "max", new("Abs", "abs", node.inputs[0]), *axes, keepdims=int(per_token))
+        unfloored = new("Mul", "unfloored", largest, factor)
+        return new("Max", "scale", unfloored, self._constant("onnxcomp/tiny", TINY, np.float32))
+
+    def _residual(self, new: _Nodes, node: Node, middle: Constant) -> _Digit:
+        """What the quantizer that makes the second input has left of the first, with a step finer by the factor `finer`, or
+        a static range of its own. Readers with one step share it.
+        """
+        before, bits, finer, ranges = self.digits[node.inputs[1].name], node.attrs["bits"], node.attrs["finer"], node.inputs[2:]
+        ranges = self._stored(node, 2) if ranges else ()
+        key = tuple(float(t.values) for t in ranges) or (finer, float(bits))
+        if key not in before.next:
+            rest = new("Sub", "rest", before.source, before.value)
+            if not ranges and isinstance(before.scale, Constant):
+                ranges = (self._constant(f"{new.name}/scale", before.scale.values * np.float32(finer), np.float32), middle)
+            if not ranges:
+                ranges = new("Mul", "scale", before.scale, Constant(f"{new.name}/finer", np.array(finer, np.float32))), middle
+            before.next[key] = self._quantize(new, rest, ranges[0], ranges[1], bits, "value", before.token)
+        return before.next[key]
+
+    def _read_levels(self, y: Tensor, digit: _Digit) -> None:
+        """Let the products that read `y` read the digit instead, and multiply them by its scale of each token."""
+        for consumer in [n for n in list(y.outputs) if n.domain != DOMAIN]:
+            consumer.inputs[[t is y for t in consumer.inputs].index(True)] = digit.value
+            result = consumer.outputs[0]
+            if digit.token is None or result.name.endswith("/unscaled"):
+                continue
+            assert consumer.op in ("MatMul", "Sum"), "per-token ranges stand in front of a MatMul, or a sum of their terms"
+            put_behind(self.graph, consumer, "Mul", "unscaled", digit.token)
+
+    def _scale_once(self, node: Node) -> None:
+        """Multiply a sum of products by the scale of each token, instead of every product."""
+        makers = [t.inputs[0] for t in node.inputs if t.inputs and len(t.outputs) == 1]
+        scaled = [m for m in makers if m.op == "Mul" and m.inputs[0].name.endswith("/unscaled")]
+        if len(scaled) != len(node.inputs) or len({id(mul.inputs[1]) for mul in scaled}) != 1:
+            return
+        scale, name = scaled[0].inputs[1], scaled[0].name  # the layer's own name, for the product behind the sum now
+        node.inputs = [mul.inputs[0] for mul in scaled]
+        for mul in scaled:
+            remove(self.graph, mul)
+        put_behind(self.graph, node, "Mul", "unscaled", scale, name=name)
+
+    # --- weights and biases --------------------------------------------------------------------------------------------
+
+    def _weight(self, node: Node) -> list[Node]:
+        """Stored codes, then DequantizeLinear per channel; 4 bits and fewer are stored as int4, which ONNX Runtime wants cast.
+        In front of an operator with float activations it gets Cast and Mul, which it folds when it loads the file, so that it
+        runs at float speed; a DequantizeLinear there is computed at every run, or becomes a kernel of lower accuracy.
+        """
+        codes, scale = node.inputs
+        y, axis, new, zero = node.outputs[0], node.attrs["axis"], _Nodes(node.outputs[0].name), np.zeros(scale.shape, np.int8)
+        is_packed = node.attrs["bits"] <= 4 and self.encoding.packed != "int8"
+        stored: Tensor = packed_int4(codes.name, codes.values) if is_packed else codes
+        if self.encoding.fused and any(reader.op == "Sum" or not _is_quantized(reader.inputs[0]) for reader in y.outputs):
+            factor = Constant(scale.name, along(scale.values, axis, len(codes.shape)))
+            new("Mul", y, new("Cast", "codes.f32", stored, to=FLOAT), factor)
+            return new.made
+        is_native = is_packed and self.encoding.packed == "native"
+        zero_point = packed_int4(f"{y.name}/zero_point", zero) if is_native else Constant(f"{y.name}/zero_point", zero)
+        if is_packed and not is_native:
+            stored = new("Cast", "codes.i8", stored, dtype=np.int8, to=INT8)
+        new("DequantizeLinear", y, stored, scale, zero_point, axis=axis)
+        return new.made
+
+    def _integer_bias(self, conv: Node) -> None:
+        """Give a Conv with quantized input and weight an int32 bias of scale s_x * s_w, as its kernel expects."""
+        weight = _weight_codes(conv)
+        if weight is None or len(conv.inputs) < 3 or not isinstance(conv.inputs[2], Constant) or not _is_static(conv.inputs[0]):
+            return
+        bias, input_scale = conv.inputs[2].values.astype(np.float64), np.float64(conv.inputs[0].inputs[0].inputs[1].values)
+        _widen_dead_channels(weight, np.abs(bias) / (input_scale * 2.0**30))
+        step = (input_scale * weight.inputs[1].values.astype(np.float64)).astype(np.float32)
+        stored = {"i32": np.rint(bias / step).astype(np.int32), "scale": step, "zero_point": np.zeros(step.shape, np.int32)}
+        self._read_stored(conv, 2, "int32-bias", stored, axis=0)
+
+    def _integer_operand(self, node: Node) -> None:
+        """Store the constant operand of an integer Add or Mul in 8 bits; its kernel takes no float one."""
+        constants = [i for i, t in enumerate(node.inputs) if is_operand(node, t)]
+        reader = only_reader(node.outputs[0])
+        if reader is not None and reader.op in ("Relu", "Clip"):
+            reader = only_reader(reader.outputs[0]) or reader
+        if len(constants) != 1 or not _is_static(node.inputs[1 - constants[0]]) or reader is None or reader.domain != DOMAIN:
+            return
+        self._store(node, constants[0], node.inputs[constants[0]].values)
+
+    def _integer_constants(self, node: Node) -> None:
+        """Store every float constant that the node reads in 8 bits."""
+        for index, tensor in enumerate(node.inputs):
+            if isinstance(tensor, Constant) and tensor.dtype == np.float32:
+                self._store(node, index, tensor.values)
+
+    def _store(self, node: Node, index: int, values: np.ndarray) -> None:
+        q = from_range(values.min(), values.max(), Scheme(8, self.encoding.signed, self.encoding.symmetric))
+        stored = {"codes": q.quantize(values), "scale": q.scale, "zero_point": q.zero_point}
+        self._read_stored(node, index, f"operand-{index}" if self._is_closed else "operand", stored)
+
+    def _read_stored(self, node: Node, index: int, label: str, stored: Mapping[str, np.ndarray], **attrs: Any) -> None:
+        """Let `node` read DequantizeLinear of the stored codes, scale and zero point in place of its input at `index`."""
+        new = _Nodes(f"{node.name}/{label}")
+        node.inputs[index] = Variable(new.name, dtype=np.dtype(np.float32))
+        constants = [Constant(f"{new.name}.{key}", values) for key, values in stored.items()]
+        new("DequantizeLinear", node.inputs[index], *constants, **attrs)
+        insert_before(self.graph, node, new.made)
+
+    def _split_gemm(self, node: Node) -> None:
+        """Write a plain Gemm as MatMul and Sum."""
+        assert not node.attrs.get("transB", 0), "prepare() has transposed the weight"
+        node.op = "MatMul"
+        node.attrs.clear()
+        if len(node.inputs) == 3:
+            put_behind(self.graph, node, "Sum" if self.encoding.fused else "Add", "product", node.inputs.pop())
+
+
+def _widen_dead_channels(weight: Node, least: np.ndarray) -> None:
+    """Raise a channel's scale to `least` where its weights are so small that its bias would not fit into 32 bits: such
+    weights are below 2^-30 of the bias, so what they lose is nothing beside it.
+    """
+    codes, scale = weight.inputs
+    wide = np.maximum(scale.values, least.astype(np.float32))
+    if np.array_equal(wide, scale.values):
+        return
+    narrower = along(scale.values.astype(np.float64) / wide, weight.attrs["axis"], len(codes.shape))
+    rounded = np.rint(codes.values * narrower).astype(np.int8)
+    weight.inputs[0], weight.inputs[1] = Constant(codes.name, rounded), Constant(scale.name, wide)
+
+
+def _weight_codes(node: Node) -> Node | None:
+    """The abstract Dequantize that makes the node's weight."""
+    makers = node.inputs[1].inputs
+    return makers[0] if len(makers) == 1 and makers[0].op == "Dequantize" and makers[0].domain == DOMAIN else None
+
+
+def _is_static(tensor: Tensor) -> bool:
+    """Whether a static abstract quantizer makes `tensor`."""
+    return len(tensor.inputs) == 1 and tensor.inputs[0].attrs.get("granularity") == "static"
+
+
+def _is_quantized(tensor: Tensor) -> bool:
+    return len(tensor.inputs) == 1 and tensor.inputs[0].op in ("FakeQuantize", "DequantizeLinear")

@@ -1,0 +1,70 @@
+"""A target: one runtime, how it wants a quantized model written down, and the rules by which its files are judged.
+
+A target plans *points* (activation quantizers on named tensors) around the chosen sites, and in the end lowers the abstract
+quantizers of the compressed graph to the operators that its runtime runs fastest. Its rules are the same knowledge read
+backwards: what is wrong with a file, ours or another's, node by node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from onnxcomp.graph.edit import Graph
+from onnxcomp.graph.sites import Site
+from onnxcomp.targets import lowering, regions
+from onnxcomp.targets.base import Encoding, Plan, Rule, Settings
+from onnxcomp.targets.settle import settle
+
+
+@final
+@dataclass(frozen=True)
+class Target:
+    """One runtime's rules."""
+
+    name: str
+    summary: str
+    """What it is for, in a line."""
+    encoding: Encoding
+    needs: tuple[str, ...]
+    """What its files need where they run, one sentence each."""
+    packed_needs: tuple[str, ...] = ()
+    """The same, of files with weights of 4 bits or fewer; in place of `needs` where there are any."""
+    rules: tuple[Rule, ...] = ()
+    """What is wrong with a node: refused, slower, or computed in float."""
+    kernels: str = ""
+    """The runtime here that tells which kernels it executes: `onnxruntime` or `openvino`; none: the rules foretell them."""
+    fixed: bool = False
+    """Every axis has the length that it has in the first sample."""
+    half: bool = False
+    """Files may be float16 beside their codes."""
+    oldest: bool = False
+    """Files are written in the oldest opset that holds them."""
+
+    def describe(self) -> str:
+        """What it takes, in a line."""
+        e = self.encoding
+        kind = f"{'int8' if e.signed else 'uint8'}{' or uint16' if e.wide else ''}{', symmetric' if e.symmetric else ''}"
+        weights = {"cast": "int4 as int8", "native": "int4", "int8": "int8"}[e.packed]
+        measured = ", ".join(["fixed", *e.run_time])
+        more = "; float16" if self.half else "; fixed shapes" if self.fixed else ""
+        return f"activations {kind}, ranges {measured}; narrow weights stored as {weights}; bias {e.bias}{more}"
+
+    def plan(self, graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings]) -> Plan:
+        """Place the quantizers around `sites` in the float `graph`, which is only read."""
+        return regions.plan(graph, sites, settings, self.encoding)
+
+    def requirements(self, plan: Plan) -> tuple[str, ...]:
+        """What the file needs where it runs."""
+        is_packed = any(site.weight is not None and plan.settings[site.name].weight_bits <= 4 for site in plan.sites)
+        return self.packed_needs if is_packed and self.packed_needs else self.needs
+
+    def lower(self, graph: Graph) -> Graph:
+        """Write the abstract quantizers of `graph` as standard operators. Changes `graph` and returns it."""
+        return lowering.lower(graph, self.encoding)
+
+    def settle(self, graph: Graph) -> None:
+        """Bring a lowered `graph` into its last form again, after operators were taken out."""
+        if self.encoding.fused:
+            settle(graph)
