@@ -47,7 +47,8 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> None:
         """Run the command and print its answer."""
         as_json, ctx.meta["debug"] = ctx.params.pop("json"), ctx.params.pop("debug")
-        answer, *shown = super().invoke(ctx)
+        with _on(ctx.params.pop("provider", None)):
+            answer, *shown = super().invoke(ctx)
         from onnxcomp.report import json
         from onnxcomp.report.text import facts
 
@@ -98,6 +99,7 @@ def _shapes(ctx: click.Context, parameter: click.Parameter, values: Sequence[str
     return shapes
 
 
+PROVIDER = click.option("--provider", metavar="NAME", help="ONNX Runtime's execution provider: cpu by default, cuda, tensorrt.")
 PREPROCESS = click.option("--preprocess", callback=_steps, metavar='"KEY=VALUE ..."', help="From pixels to the model's input.")
 
 
@@ -123,6 +125,7 @@ def main() -> None:
 @click.option("--ranges", metavar="mse|percentile|minmax", help="How activation ranges are chosen.")
 @click.option("--activations", metavar="auto|static|dynamic|token|float", help="When activation ranges are measured.")
 @PREPROCESS
+@PROVIDER
 @click.option("--seed", type=int, metavar="N", help="Decides which samples are used; 0 by default.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Write nothing if more of the answers on --data change.")
 @click.option("--labels", type=click.Path(), help="Let --max-drop count right answers instead: .npy, .npz or .csv.")
@@ -175,6 +178,7 @@ def quantize(
 @click.option("--data", type=click.Path(), required=True, help="Samples: .npz, .npy, a folder of either, or of images.")
 @click.option("--labels", type=click.Path(), help="One label per answer: .npy, .npz, or a file,label .csv.")
 @PREPROCESS
+@PROVIDER
 @click.option("--samples", "limit", type=int, metavar="N", help="Compare on N of the samples.")
 def compare(reference: str, other: str, data: str, **options: Any) -> tuple[object, ...]:
     """Compare the outputs of two models on samples.
@@ -195,6 +199,7 @@ def compare(reference: str, other: str, data: str, **options: Any) -> tuple[obje
 @click.option("--data", type=click.Path(), help="Samples to run on; made-up ones by default.")
 @click.option("--shape", callback=_shapes, multiple=True, metavar="NAME=1x3x224x224", help="Shape of a made-up input.")
 @PREPROCESS
+@PROVIDER
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads per model.")
 @click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Rounds of 20 ms per model.")
 @click.option("--profile", "operators", is_flag=True, help="Show the time by type of operator.")
@@ -379,6 +384,18 @@ def _demand(found: Comparison, max_drop: float) -> None:
             f"The quantized model loses {drop:.2f} points of {what} on {found.samples} samples, more than "
             f"--max-drop {max_drop:g}. Nothing was written. Try more bits, or --exclude the worst sites."
         )
+
+
+@contextmanager
+def _on(provider: str | None) -> Iterator[None]:
+    """Let the command run on another execution provider than the CPU's."""
+    if provider is None:
+        yield
+        return
+    from onnxcomp import runtime
+
+    with runtime.provider(provider):
+        yield
 
 
 @contextmanager

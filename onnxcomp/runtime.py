@@ -14,7 +14,9 @@ import re
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native  # pyright: ignore[reportAttributeAccessIssue]
 
-from onnxcomp.errors import ModelError
+from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import files
 from onnxcomp.graph.types import TensorType, element_type
 from onnxcomp.graph.weights import expose_all
@@ -32,6 +34,9 @@ Model = bytes | str | Path
 Feed = Mapping[str, np.ndarray]
 Progress = Callable[[str, int, int], None]
 """Takes a stage, how much of it is done, and of how much."""
+
+_CPU = "CPUExecutionProvider"
+_providers = ContextVar("providers", default=(_CPU,))
 
 _KINDS = [kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception)]
 _FAILURES = (*_KINDS, RuntimeError, ValueError)
@@ -68,7 +73,7 @@ class Session:
         source = model if isinstance(model, bytes) else str(model)
         options = options or _options(threads, optimize=optimize, signed=signed)
         try:
-            self.native = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            self.native = ort.InferenceSession(source, options, providers=list(_providers.get()))
         except _FAILURES as error:
             what = source if isinstance(source, str) else "the model"
             raise ModelError(f"ONNX Runtime cannot load {what}: {_sentence(error)}") from error
@@ -81,6 +86,21 @@ class Session:
         except _FAILURES as error:
             raise ModelError(f"ONNX Runtime cannot run the model: {_sentence(error)}") from error
         return dict(zip([name for name, _ in self.outputs], values, strict=True))
+
+
+@contextmanager
+def provider(name: str) -> Iterator[None]:
+    """Let sessions run on another execution provider: `cuda`, `tensorrt` or any that the installed ONNX Runtime has. What it
+    does not take runs on the CPU. Raises UsageError for a provider that is not there.
+    """
+    known = {full.removesuffix("ExecutionProvider").lower(): full for full in ort.get_available_providers()}
+    if name.lower() not in known:
+        raise UsageError(f"The installed ONNX Runtime has no execution provider '{name}', only: {', '.join(known)}.")
+    token = _providers.set(tuple(dict.fromkeys((known[name.lower()], _CPU))))
+    try:
+        yield
+    finally:
+        _providers.reset(token)
 
 
 def ignore(stage: str, done: int, total: int) -> None:
