@@ -1,6 +1,6 @@
 """Recipes: what to quantize and how, as frozen data that round-trips through TOML.
 
-Keys are strict: an unknown one is an error with the nearest known key. Named recipes are the constants at the end.
+Keys are strict: an unknown one is an error with the nearest known key. The named recipes are the files in `recipes/`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from onnxcomp.errors import RecipeError, UsageError, check_choices, did_you_mean
 from onnxcomp.methods import base as methods
 from onnxcomp.methods.base import Compensation
 from onnxcomp.methods.bias import BiasCompensation
-from onnxcomp.methods.nbc import NonlinearBipolarCompensation
-from onnxcomp.methods.noisyquant import NoisyQuant
-from onnxcomp.methods.xint import XInt
 from onnxcomp.numerics.ranges import METHODS as RANGES
 
 if sys.version_info >= (3, 11):
@@ -231,24 +228,8 @@ def _toml(value: object) -> str:
     return written.replace("\x7f", r"\u007f")
 
 
-def _published(name: str, description: str, *compensate: Compensation) -> Recipe:
-    """A method alone, as its paper has it, on static MSE ranges and weights rounded to nearest."""
-    return Recipe(name, description, activations="static", rounding="nearest", rotation="none", compensate=compensate)
-
-
-NAMED: dict[str, Recipe] = {recipe.name: recipe for recipe in (
-    Recipe("auto", "What fits model and machine: rotation, MSE ranges, GPTQ below 8 bits, bias compensation."),
-    _published("base", "Static MSE ranges alone: nothing is compensated."),
-    _published("bc", "Bias Compensation (arXiv:2404.01892), kept everywhere as the paper does.",
-               BiasCompensation(keep="always", trim=0.0)),
-    _published("nbc", "Nonlinear Bipolar Compensation (arXiv:2605.16423) of every block.",
-               NonlinearBipolarCompensation(keep="always")),
-    _published("noisyquant", "NoisyQuant (arXiv:2211.16056): uniform noise in front of every static quantizer.",
-               NoisyQuant(mode="uniform", keep="always")),
-    Recipe("xint", "FP=xINT (arXiv:2412.06865): two 4-bit terms of weights and of activations, with no data.",
-           bits=Bits(4, 4), activations="token", rotation="none", samples=0,
-           compensate=(XInt(weight_terms=2, activation_terms=2, keep="always"),)),
-    Recipe("best", "Everything there is, each where held-out samples gain enough for its price.",
-           compensate=(NoisyQuant(), XInt(budget=1.1), BiasCompensation(), NonlinearBipolarCompensation())),
-)}  # fmt: skip
-"""The named recipes."""
+NAMED: dict[str, Recipe] = {
+    name: loads((Path(__file__).parent / "recipes" / f"{name}.toml").read_text(encoding="utf-8"), where=name)
+    for name in ("auto", "base", "bc", "nbc", "noisyquant", "xint", "best")
+}
+"""The named recipes, in the order in which they are listed."""
