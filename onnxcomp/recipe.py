@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from onnxcomp.data import Preprocess
 from onnxcomp.errors import RecipeError, UsageError, check_choices, did_you_mean
@@ -173,32 +175,28 @@ def parse_compensate(text: str) -> tuple[Compensation, ...] | None:
 
 def _read(kind: Any, table: Mapping[str, Any]) -> Any:
     """The frozen dataclass whose fields the keys of `table` name; what is no value of a field's type is refused."""
-    types = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(kind)}
+    known, types = [field.name for field in dataclasses.fields(kind)], get_type_hints(kind)
     for key in table:
-        if key not in types:
-            raise RecipeError(f"unknown key '{key}'.{did_you_mean(key, types, 'The keys are')}")
+        if key not in known:
+            raise RecipeError(f"unknown key '{key}'.{did_you_mean(key, known, 'The keys are')}")
     return kind(**{key: _value(types[key], key, value) for key, value in table.items()})
 
 
-def _value(kind: str, key: str, value: Any) -> Any:
-    """The value of the key, which must be of the type that is written `kind`."""
-    match kind:
-        case "tuple[SiteRule, ...]" | "tuple[Compensation, ...]":
-            if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
-                raise RecipeError(f"'{key}' must be a list of tables, written [[{key}]].")
-            return tuple(_numbered(key, number, table) for number, table in enumerate(value, 1))
-        case "Preprocess" if isinstance(value, dict):
-            return Preprocess.from_table(value)
-        case "Bits" if isinstance(value, str):
-            return Bits.parse(value)
-        case "tuple[str, ...]" if isinstance(value, list) and all(isinstance(text, str) for text in value):
-            return tuple(value)
-        case "float" if type(value) is int:
-            return float(value)
-        case _ if type(value).__name__ == kind:
-            return value
-    wanted = {"Preprocess": "the table [preprocess]", "Bits": 'a string such as "w8a8"', "tuple[str, ...]": "a list of strings"}
-    raise RecipeError(f"{key} = {value!r} must be {wanted.get(kind, f'of type {kind}')}.")
+def _value(kind: Any, key: str, value: Any) -> Any:
+    """The value of the key, which must be of the type `kind`."""
+    if key in ("site", "compensate"):
+        if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
+            raise RecipeError(f"'{key}' must be a list of tables, written [[{key}]].")
+        return tuple(_numbered(key, number, table) for number, table in enumerate(value, 1))
+    if key == "bits":
+        return Bits.parse(str(value))
+    if key == "preprocess" and isinstance(value, dict):
+        return Preprocess.from_table(value)
+    try:
+        return TypeAdapter(kind).validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].replace("tuple", "list")
+        raise RecipeError(f"{key} = {value!r} is not understood. {reason}.") from None
 
 
 def _numbered(key: str, number: int, table: Mapping[str, Any]) -> SiteRule | Compensation:

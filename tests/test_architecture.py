@@ -48,6 +48,7 @@ THIRD_PARTY = {
     "onnxruntime": {"runtime"},
     "onnxruntime.transformers": {"graph"},
     "onnxscript": {"export"},
+    "pydantic": {"recipe", "report"},
     "rich": {"cli"},
     "tomli": {"recipe"},
     "torch": {"export"},

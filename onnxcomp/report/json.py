@@ -11,10 +11,10 @@ import base64
 import dataclasses
 import json
 import math
-import types
-import typing
 import zlib
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from onnxcomp.errors import ModelError
 from onnxcomp.report.model import Report
@@ -39,8 +39,8 @@ def from_json(text: str, *, output_bytes: int = 0) -> Report:
     """
     try:
         plain = json.loads(text if text.startswith("{") else zlib.decompress(base64.b64decode(text, validate=True)))
-        return _read(Report, {"output_bytes": output_bytes} | plain)
-    except (KeyError, TypeError, ValueError, zlib.error):
+        return TypeAdapter(Report).validate_python({"output_bytes": output_bytes} | plain)
+    except (TypeError, ValueError, zlib.error):
         raise ModelError("The stored report cannot be read. Another version of onnxcomp wrote it, or it was changed.") from None
 
 
@@ -50,13 +50,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read(kind: Any, value: Any) -> Any:
-    if isinstance(kind, types.UnionType):
-        return None if value is None else _read(typing.get_args(kind)[0], value)
-    if typing.get_origin(kind) is tuple:
-        return tuple(_read(typing.get_args(kind)[0], item) for item in value)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return kind(**{name: _read(hint, value[name]) for name, hint in typing.get_type_hints(kind).items()})
-    return float(value) if kind is float else value
