@@ -6,7 +6,7 @@ and what to do. A bug of ours is an AssertionError, never one of these.
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class OnnxcompError(Exception):
@@ -59,6 +59,17 @@ def check_choices(settings: object, choices: Mapping[str, Collection[str]]) -> N
         value = getattr(settings, key, None)
         if value is not None and value not in known:
             raise RecipeError(f"{key} = '{value}' is unknown. Use one of: {', '.join(known)}.")
+
+
+def convert(kind: Any, key: str, value: Any) -> Any:
+    """The value of the setting `key`, a list being a tuple. Raises RecipeError where it is not of the type `kind`."""
+    from pydantic import TypeAdapter, ValidationError  # not for --help
+
+    try:
+        return TypeAdapter(kind).validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
+    except ValidationError as error:
+        reasons = " or: ".join(dict.fromkeys(one["msg"].replace("tuple", "list") for one in error.errors()))
+        raise RecipeError(f"{key} = {value!r} is not understood. {reasons}.") from None
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:

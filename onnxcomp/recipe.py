@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
-
 from onnxcomp.data import Preprocess
-from onnxcomp.errors import RecipeError, UsageError, check_choices, did_you_mean
+from onnxcomp.errors import RecipeError, UsageError, check_choices, convert, did_you_mean
 from onnxcomp.methods import base as methods
 from onnxcomp.methods.base import Compensation
 from onnxcomp.methods.bias import BiasCompensation
@@ -192,11 +190,7 @@ def _value(kind: Any, key: str, value: Any) -> Any:
         return Bits.parse(str(value))
     if key == "preprocess" and isinstance(value, dict):
         return Preprocess.from_table(value)
-    try:
-        return TypeAdapter(kind).validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].replace("tuple", "list")
-        raise RecipeError(f"{key} = {value!r} is not understood. {reason}.") from None
+    return convert(kind, key, value)
 
 
 def _numbered(key: str, number: int, table: Mapping[str, Any]) -> SiteRule | Compensation:
