@@ -15,13 +15,13 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
 from pydantic import Field, FiniteFloat, PositiveInt
 
-from onnxcomp.errors import DataError, UsageError, convert, did_you_mean
+from onnxcomp.errors import DataError, UsageError, check_types, did_you_mean
 
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -39,8 +39,7 @@ class Preprocess:
     color: Literal["rgb", "bgr", "gray"] = "rgb"
 
     def __post_init__(self) -> None:
-        for key, kind in get_type_hints(type(self), include_extras=True).items():
-            convert(kind, f"preprocess: {key}", getattr(self, key))
+        check_types(self, "preprocess: ")
 
     @classmethod
     def parse(cls, text: str) -> Preprocess:

@@ -13,25 +13,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt
 
 from onnxcomp.data import Preprocess
-from onnxcomp.errors import RecipeError, UsageError, check_choices, convert, did_you_mean
+from onnxcomp.errors import RecipeError, UsageError, check_types, convert, did_you_mean
 from onnxcomp.methods import base as methods
 from onnxcomp.methods.base import Compensation
 from onnxcomp.methods.bias import BiasCompensation
-from onnxcomp.numerics.ranges import METHODS as RANGES
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # the same parser under its older name
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-ACTIVATIONS = ("auto", "static", "dynamic", "token", "float")
+Ranges = Literal["mse", "percentile", "minmax"]
+Activations = Literal["auto", "static", "dynamic", "token", "float"]
 """Activation ranges: static or per token, whichever suits the site; fixed at calibration; per tensor at run time; per token
 at run time; or not quantized."""
-CHOICES = {"ranges": RANGES, "activations": ACTIVATIONS, "rounding": ("auto", "nearest", "gptq"),
-           "rotation": ("auto", "folded", "none")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class SiteRule:
 
     where: str
     bits: Bits | None = None
-    ranges: str | None = None
-    activations: str | None = None
+    ranges: Ranges | None = None
+    activations: Activations | None = None
     symmetric: bool | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self, CHOICES)
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -77,23 +77,23 @@ class Recipe:
     name: str = "auto"
     description: str = ""
     bits: Bits = Bits()
-    ranges: str = "mse"
-    """How static activation ranges are chosen: minmax, percentile or mse."""
-    percentile: float = 99.99
-    activations: str = "auto"
+    ranges: Ranges = "mse"
+    """How static activation ranges are chosen."""
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    activations: Activations = "auto"
     symmetric: bool = False
     """Symmetric activations (zero point in the middle) instead of asymmetric ones."""
-    rounding: str = "auto"
-    """How weights are rounded: nearest, gptq, or auto: gptq below 8 bits where there are data."""
-    rotation: str = "auto"
-    """Mix channels by orthogonal matrices first: auto, folded (only what costs nothing at run time) or none."""
+    rounding: Literal["auto", "nearest", "gptq"] = "auto"
+    """How weights are rounded; auto: gptq below 8 bits where there are data."""
+    rotation: Literal["auto", "folded", "none"] = "auto"
+    """Mix channels by orthogonal matrices first; folded: only what costs nothing at run time."""
     products: bool = False
     """Quantize MatMuls of two activations too."""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    samples: int = 128
+    samples: NonNegativeInt = 128
     """Calibration samples at most; 0 calibrates nothing, even where data are given."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     target: str = "auto"
     preprocess: Preprocess | None = None
     site: tuple[SiteRule, ...] = ()
@@ -106,12 +106,7 @@ class Recipe:
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
-        check_choices(self, CHOICES)
-        if not 50 < self.percentile <= 100:
-            raise RecipeError(f"percentile = {self.percentile} is outside (50, 100].")
-        for name in ("samples", "seed"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"{name} = {getattr(self, name)} is negative.")
+        check_types(self)
 
 
 def find(name_or_path: str | Path) -> Recipe:
@@ -173,15 +168,15 @@ def parse_compensate(text: str) -> tuple[Compensation, ...] | None:
 
 def _read(kind: Any, table: Mapping[str, Any]) -> Any:
     """The frozen dataclass whose fields the keys of `table` name; what is no value of a field's type is refused."""
-    known, types = [field.name for field in dataclasses.fields(kind)], get_type_hints(kind)
+    known = [field.name for field in dataclasses.fields(kind)]
     for key in table:
         if key not in known:
             raise RecipeError(f"unknown key '{key}'.{did_you_mean(key, known, 'The keys are')}")
-    return kind(**{key: _value(types[key], key, value) for key, value in table.items()})
+    return kind(**{key: _value(kind, key, value) for key, value in table.items()})
 
 
 def _value(kind: Any, key: str, value: Any) -> Any:
-    """The value of the key, which must be of the type `kind`."""
+    """The value of the key, which must be of the type of that field of `kind`."""
     if key in ("site", "compensate"):
         if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
             raise RecipeError(f"'{key}' must be a list of tables, written [[{key}]].")
