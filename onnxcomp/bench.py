@@ -6,7 +6,6 @@ a shape is given; what was assumed is said in the notes.
 Limits: made-up numbers time the operators, not branches that depend on values.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -49,7 +48,7 @@ def bench(
     timings = []
     for model, latency in zip(models, latencies, strict=True):
         costs = tuple(Operator(*cost) for cost in runtime.profile(model, feeds[0], threads)) if operators else ()
-        timings.append(Timing(str(model), files.size(model), *dataclasses.astuple(latency), operators=costs))
+        timings.append(Timing(**vars(latency), model=str(model), file_bytes=files.size(model), operators=costs))
     return Benchmark(tuple(timings), threads, tuple(notes))
 
 

@@ -6,7 +6,9 @@ and what to do. A bug of ours is an AssertionError, never one of these.
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
-from typing import ClassVar
+from dataclasses import fields
+from functools import cache
+from typing import Any, ClassVar, get_type_hints
 
 
 class OnnxcompError(Exception):
@@ -59,6 +61,32 @@ def check_choices(settings: object, choices: Mapping[str, Collection[str]]) -> N
         value = getattr(settings, key, None)
         if value is not None and value not in known:
             raise RecipeError(f"{key} = '{value}' is unknown. Use one of: {', '.join(known)}.")
+
+
+def check_types(settings: Any, where: str = "") -> None:
+    """Raise RecipeError where a field of the frozen dataclass `settings` is not of its type."""
+    for key in _types(type(settings)):
+        convert(type(settings), key, getattr(settings, key), where)
+
+
+def convert(owner: type, key: str, value: Any, where: str = "") -> Any:
+    """The value of a field of the dataclass `owner`, a list being a tuple. Raises RecipeError where it is not of its type."""
+    from pydantic import ValidationError  # not for --help
+
+    try:
+        return _types(owner)[key].validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
+    except ValidationError as error:
+        reasons = " or: ".join(dict.fromkeys(one["msg"].replace("tuple", "list") for one in error.errors()))
+        raise RecipeError(f"{where}{key} = {value!r} is not understood. {reasons}.") from None
+
+
+@cache
+def _types(owner: Any) -> dict[str, Any]:
+    """What checks each field."""
+    from pydantic import TypeAdapter
+
+    hints = get_type_hints(owner, include_extras=True)
+    return {field.name: TypeAdapter(hints[field.name]) for field in fields(owner)}
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -15,39 +15,31 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import Field, FiniteFloat, PositiveInt
 
-from onnxcomp.errors import DataError, UsageError, did_you_mean
+from onnxcomp.errors import DataError, UsageError, check_types, did_you_mean
+
+Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
 class Preprocess:
     """What happens to 8-bit pixels on their way into the model; the fields are the keys of `[preprocess]`."""
 
-    resize: int | None = None
-    crop: int | None = None
-    mean: float | tuple[float, ...] = 0.0
-    std: float | tuple[float, ...] = 1.0
-    scale: float = 1 / 255
-    layout: str = "nchw"
-    color: str = "rgb"
+    resize: PositiveInt | None = None
+    crop: PositiveInt | None = None
+    mean: FiniteFloat | Annotated[tuple[FiniteFloat, ...], Field(min_length=3, max_length=3)] = 0.0
+    std: Factor | Annotated[tuple[Factor, ...], Field(min_length=3, max_length=3)] = 1.0
+    scale: Factor = 1 / 255
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    color: Literal["rgb", "bgr", "gray"] = "rgb"
 
     def __post_init__(self) -> None:
-        rules = (
-            ("resize", _is_size(self.resize), "a positive whole number of pixels"),
-            ("crop", _is_size(self.crop), "a positive whole number of pixels"),
-            ("mean", _are_numbers(self.mean), "one number or three"),
-            ("std", _are_numbers(self.std) and np.all(self.std), "one number or three, none of them 0"),
-            ("scale", _is_number(self.scale) and self.scale > 0, "a positive number"),
-            ("layout", self.layout in ("nchw", "nhwc"), "nchw or nhwc"),
-            ("color", self.color in ("rgb", "bgr", "gray"), "rgb, bgr or gray"),
-        )
-        for key, holds, rule in rules:
-            if not holds:
-                raise UsageError(f"preprocess: {key} must be {rule}, found '{_format(getattr(self, key))}'.")
+        check_types(self, "preprocess: ")
 
     @classmethod
     def parse(cls, text: str) -> Preprocess:
@@ -138,18 +130,6 @@ def suggest(shape: tuple[int | str | None, ...] | None) -> str:
         return ""
     layout = "nhwc" if shape[3] in (1, 3) else "nchw"
     return f' Pictures need --preprocess, such as "crop=224 mean=0.5 std=0.5 layout={layout}".'
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
-def _are_numbers(value: object) -> bool:
-    return all(map(_is_number, value)) if isinstance(value, tuple) and len(value) == 3 else _is_number(value)
-
-
-def _is_size(value: object) -> bool:
-    return value is None or (type(value) is int and value > 0)
 
 
 def _parse_value(text: str) -> object:

@@ -1,6 +1,6 @@
 """Recipes: what to quantize and how, as frozen data that round-trips through TOML.
 
-Keys are strict: an unknown one is an error with the nearest known key. Named recipes are the constants at the end.
+Keys are strict: an unknown one is an error with the nearest known key. The named recipes are the files in `recipes/`.
 """
 
 from __future__ import annotations
@@ -13,28 +13,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt
 
 from onnxcomp.data import Preprocess
-from onnxcomp.errors import RecipeError, UsageError, check_choices, did_you_mean
+from onnxcomp.errors import RecipeError, UsageError, check_types, convert, did_you_mean
 from onnxcomp.methods import base as methods
 from onnxcomp.methods.base import Compensation
 from onnxcomp.methods.bias import BiasCompensation
-from onnxcomp.methods.nbc import NonlinearBipolarCompensation
-from onnxcomp.methods.noisyquant import NoisyQuant
-from onnxcomp.methods.xint import XInt
-from onnxcomp.numerics.ranges import METHODS as RANGES
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # the same parser under its older name
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-ACTIVATIONS = ("auto", "static", "dynamic", "token", "float")
+Ranges = Literal["mse", "percentile", "minmax"]
+Activations = Literal["auto", "static", "dynamic", "token", "float"]
 """Activation ranges: static or per token, whichever suits the site; fixed at calibration; per tensor at run time; per token
 at run time; or not quantized."""
-CHOICES = {"ranges": RANGES, "activations": ACTIVATIONS, "rounding": ("auto", "nearest", "gptq"),
-           "rotation": ("auto", "folded", "none")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,12 @@ class SiteRule:
 
     where: str
     bits: Bits | None = None
-    ranges: str | None = None
-    activations: str | None = None
+    ranges: Ranges | None = None
+    activations: Activations | None = None
     symmetric: bool | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self, CHOICES)
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -80,23 +77,23 @@ class Recipe:
     name: str = "auto"
     description: str = ""
     bits: Bits = Bits()
-    ranges: str = "mse"
-    """How static activation ranges are chosen: minmax, percentile or mse."""
-    percentile: float = 99.99
-    activations: str = "auto"
+    ranges: Ranges = "mse"
+    """How static activation ranges are chosen."""
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    activations: Activations = "auto"
     symmetric: bool = False
     """Symmetric activations (zero point in the middle) instead of asymmetric ones."""
-    rounding: str = "auto"
-    """How weights are rounded: nearest, gptq, or auto: gptq below 8 bits where there are data."""
-    rotation: str = "auto"
-    """Mix channels by orthogonal matrices first: auto, folded (only what costs nothing at run time) or none."""
+    rounding: Literal["auto", "nearest", "gptq"] = "auto"
+    """How weights are rounded; auto: gptq below 8 bits where there are data."""
+    rotation: Literal["auto", "folded", "none"] = "auto"
+    """Mix channels by orthogonal matrices first; folded: only what costs nothing at run time."""
     products: bool = False
     """Quantize MatMuls of two activations too."""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    samples: int = 128
+    samples: NonNegativeInt = 128
     """Calibration samples at most; 0 calibrates nothing, even where data are given."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     target: str = "auto"
     half: bool = False
     """Everything but codes in float16, on targets that take it."""
@@ -111,12 +108,7 @@ class Recipe:
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
-        check_choices(self, CHOICES)
-        if not 50 < self.percentile <= 100:
-            raise RecipeError(f"percentile = {self.percentile} is outside (50, 100].")
-        for name in ("samples", "seed"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"{name} = {getattr(self, name)} is negative.")
+        check_types(self)
 
 
 def find(name_or_path: str | Path) -> Recipe:
@@ -178,32 +170,24 @@ def parse_compensate(text: str) -> tuple[Compensation, ...] | None:
 
 def _read(kind: Any, table: Mapping[str, Any]) -> Any:
     """The frozen dataclass whose fields the keys of `table` name; what is no value of a field's type is refused."""
-    types = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(kind)}
+    known = [field.name for field in dataclasses.fields(kind)]
     for key in table:
-        if key not in types:
-            raise RecipeError(f"unknown key '{key}'.{did_you_mean(key, types, 'The keys are')}")
-    return kind(**{key: _value(types[key], key, value) for key, value in table.items()})
+        if key not in known:
+            raise RecipeError(f"unknown key '{key}'.{did_you_mean(key, known, 'The keys are')}")
+    return kind(**{key: _value(kind, key, value) for key, value in table.items()})
 
 
-def _value(kind: str, key: str, value: Any) -> Any:
-    """The value of the key, which must be of the type that is written `kind`."""
-    match kind:
-        case "tuple[SiteRule, ...]" | "tuple[Compensation, ...]":
-            if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
-                raise RecipeError(f"'{key}' must be a list of tables, written [[{key}]].")
-            return tuple(_numbered(key, number, table) for number, table in enumerate(value, 1))
-        case "Preprocess" if isinstance(value, dict):
-            return Preprocess.from_table(value)
-        case "Bits" if isinstance(value, str):
-            return Bits.parse(value)
-        case "tuple[str, ...]" if isinstance(value, list) and all(isinstance(text, str) for text in value):
-            return tuple(value)
-        case "float" if type(value) is int:
-            return float(value)
-        case _ if type(value).__name__ == kind:
-            return value
-    wanted = {"Preprocess": "the table [preprocess]", "Bits": 'a string such as "w8a8"', "tuple[str, ...]": "a list of strings"}
-    raise RecipeError(f"{key} = {value!r} must be {wanted.get(kind, f'of type {kind}')}.")
+def _value(kind: Any, key: str, value: Any) -> Any:
+    """The value of the key, which must be of the type of that field of `kind`."""
+    if key in ("site", "compensate"):
+        if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
+            raise RecipeError(f"'{key}' must be a list of tables, written [[{key}]].")
+        return tuple(_numbered(key, number, table) for number, table in enumerate(value, 1))
+    if key == "bits":
+        return Bits.parse(str(value))
+    if key == "preprocess" and isinstance(value, dict):
+        return Preprocess.from_table(value)
+    return convert(kind, key, value)
 
 
 def _numbered(key: str, number: int, table: Mapping[str, Any]) -> SiteRule | Compensation:
@@ -233,24 +217,8 @@ def _toml(value: object) -> str:
     return written.replace("\x7f", r"\u007f")
 
 
-def _published(name: str, description: str, *compensate: Compensation) -> Recipe:
-    """A method alone, as its paper has it, on static MSE ranges and weights rounded to nearest."""
-    return Recipe(name, description, activations="static", rounding="nearest", rotation="none", compensate=compensate)
-
-
-NAMED: dict[str, Recipe] = {recipe.name: recipe for recipe in (
-    Recipe("auto", "What fits model and machine: rotation, MSE ranges, GPTQ below 8 bits, bias compensation."),
-    _published("base", "Static MSE ranges alone: nothing is compensated."),
-    _published("bc", "Bias Compensation (arXiv:2404.01892), kept everywhere as the paper does.",
-               BiasCompensation(keep="always", trim=0.0)),
-    _published("nbc", "Nonlinear Bipolar Compensation (arXiv:2605.16423) of every block.",
-               NonlinearBipolarCompensation(keep="always")),
-    _published("noisyquant", "NoisyQuant (arXiv:2211.16056): uniform noise in front of every static quantizer.",
-               NoisyQuant(mode="uniform", keep="always")),
-    Recipe("xint", "FP=xINT (arXiv:2412.06865): two 4-bit terms of weights and of activations, with no data.",
-           bits=Bits(4, 4), activations="token", rotation="none", samples=0,
-           compensate=(XInt(weight_terms=2, activation_terms=2, keep="always"),)),
-    Recipe("best", "Everything there is, each where held-out samples gain enough for its price.",
-           compensate=(NoisyQuant(), XInt(budget=1.1), BiasCompensation(), NonlinearBipolarCompensation())),
-)}  # fmt: skip
-"""The named recipes."""
+NAMED: dict[str, Recipe] = {
+    name: loads((Path(__file__).parent / "recipes" / f"{name}.toml").read_text(encoding="utf-8"), where=name)
+    for name in ("auto", "base", "bc", "nbc", "noisyquant", "xint", "best")
+}
+"""The named recipes, in the order in which they are listed."""

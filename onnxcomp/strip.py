@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxcomp import account, runtime, targets
-from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.errors import ModelError
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.files import FOLDS, REPORT, ModelProto
 from onnxcomp.graph.strip import load_folds
 from onnxcomp.graph.strip import strip as strip_graph
-from onnxcomp.methods.base import names
+from onnxcomp.methods.base import find
 from onnxcomp.report.json import from_json
 from onnxcomp.verify import made_up_feed
 
@@ -33,13 +33,12 @@ def strip(
     """The model without what `methods` (names, such as "nbc") put into it, bit for bit as it was before them; written to
     `output` where that is given, once it has run.
 
-    Later layers keep the ranges that were fitted while the method was there. Raises UsageError for an unknown method,
+    Later layers keep the ranges that were fitted while the method was there. Raises RecipeError for an unknown method,
     ModelError for a file that onnxcomp did not write, in which none of the methods was adopted, or in which xint merged its
     terms into one weight or input.
     """
     for method in methods:
-        if method not in names():
-            raise UsageError(f"Unknown method '{method}'. The methods are: {', '.join(names())}.")
+        find(method)
     source = files.load(model)
     files.check_output(output, model, force=force)
     stored = files.metadata(source)

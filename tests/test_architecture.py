@@ -48,6 +48,8 @@ THIRD_PARTY = {
     "onnxruntime": {"runtime"},
     "onnxruntime.transformers": {"graph"},
     "onnxscript": {"export"},
+    "pydantic": {"errors", "preprocess", "recipe", "report"},
+    "pydantic_core": {"report"},
     "rich": {"cli"},
     "tomli": {"recipe"},
     "torch": {"export"},

@@ -166,8 +166,11 @@ def test_compensate_none_and_a_list(net: Path, data: Path, tmp_path: Path) -> No
             ("--bits", "w9a8"),
             "RecipeError: bits = 'w9a8' is not understood. Write wXaY with X and Y from 2 to 8, such as w4a8.",
         ),
-        (("--ranges", "max"), "RecipeError: ranges = 'max' is unknown. Use one of: mse, percentile, minmax."),
-        (("--samples", "-1"), "RecipeError: samples = -1 is negative."),
+        (
+            ("--ranges", "max"),
+            "RecipeError: ranges = 'max' is not understood. Input should be 'mse', 'percentile' or 'minmax'.",
+        ),
+        (("--samples", "-1"), "RecipeError: samples = -1 is not understood. Input should be greater than or equal to 0."),
         (
             ("--preprocess", "crop"),
             "UsageError: preprocess: 'crop' is not key=value. Write it like \"crop=224 mean=0.5 std=0.5\".",

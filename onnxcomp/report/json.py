@@ -1,20 +1,18 @@
 """JSON of a report, or of any other frozen result, and the report back from it.
 
 Keys stand in the order of the fields, so the same values give the same bytes. JSON has no NaN and no infinities: they
-are written as the strings "nan", "inf" and "-inf" and read back as the numbers. A report stored inside a model leaves
-out `output_bytes`, the size of the very file that it lies in.
+are written as the strings "NaN", "Infinity" and "-Infinity" and read back as the numbers. A report stored inside a model
+leaves out `output_bytes`, the size of the very file that it lies in.
 
 Limits: keys that this version does not know are ignored, so that an older version reads a newer report.
 """
 
 import base64
-import dataclasses
 import json
-import math
-import types
-import typing
 import zlib
-from typing import Any
+
+import pydantic_core
+from pydantic import TypeAdapter
 
 from onnxcomp.errors import ModelError
 from onnxcomp.report.model import Report
@@ -22,14 +20,13 @@ from onnxcomp.report.model import Report
 
 def to_json(value: object) -> str:
     """A frozen dataclass, or a list of them, as indented JSON."""
-    return json.dumps(_plain(value), indent=2, allow_nan=False, default=str)
+    return pydantic_core.to_json(value, indent=2, inf_nan_mode="strings", ensure_ascii=True).decode("utf-8")
 
 
 def to_stored(report: Report) -> str:
     """The report as it is stored inside the model: without `output_bytes`, deflated and in base64, a sixth of its size."""
-    plain = _plain(report)
-    del plain["output_bytes"]
-    return base64.b64encode(zlib.compress(json.dumps(plain, allow_nan=False).encode("utf-8"), 9)).decode("ascii")
+    text = pydantic_core.to_json(report, exclude={"output_bytes"}, inf_nan_mode="strings")
+    return base64.b64encode(zlib.compress(text, 9)).decode("ascii")
 
 
 def from_json(text: str, *, output_bytes: int = 0) -> Report:
@@ -39,24 +36,6 @@ def from_json(text: str, *, output_bytes: int = 0) -> Report:
     """
     try:
         plain = json.loads(text if text.startswith("{") else zlib.decompress(base64.b64decode(text, validate=True)))
-        return _read(Report, {"output_bytes": output_bytes} | plain)
-    except (KeyError, TypeError, ValueError, zlib.error):
+        return TypeAdapter(Report).validate_python({"output_bytes": output_bytes} | plain)
+    except (TypeError, ValueError, zlib.error):
         raise ModelError("The stored report cannot be read. Another version of onnxcomp wrote it, or it was changed.") from None
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {name: _plain(item) for name, item in vars(value).items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read(kind: Any, value: Any) -> Any:
-    if isinstance(kind, types.UnionType):
-        return None if value is None else _read(typing.get_args(kind)[0], value)
-    if typing.get_origin(kind) is tuple:
-        return tuple(_read(typing.get_args(kind)[0], item) for item in value)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return kind(**{name: _read(hint, value[name]) for name, hint in typing.get_type_hints(kind).items()})
-    return float(value) if kind is float else value

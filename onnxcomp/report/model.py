@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from onnxcomp.runtime import Latency
 from onnxcomp.targets.audit import Kernel
 from onnxcomp.targets.base import Violation
 
@@ -222,19 +223,11 @@ class Operator:
 
 
 @dataclass(frozen=True)
-class Timing:
-    """The latency of one model. Quantiles are over the rounds; ratios are to the first model, round by round."""
+class Timing(Latency):
+    """The latency of one model; ratios are to the first."""
 
     model: str
     file_bytes: int
-    median_ms: float
-    low_ms: float
-    """10 % quantile."""
-    high_ms: float
-    """90 % quantile."""
-    ratio: float
-    ratio_low: float
-    ratio_high: float
     operators: tuple[Operator, ...]
     """The costliest first; empty where they were not measured."""
 

@@ -51,7 +51,7 @@ def test_equal_reports_give_equal_text() -> None:
 def test_numbers_that_json_lacks_are_strings() -> None:
     proof = json.loads(to_json(dataclasses.replace(REPORT.verification, agreement_db=math.nan)))
 
-    assert (proof["agreement_db"], proof["sqnr_db"], proof["expected_db"]) == ("nan", "-inf", "inf")
+    assert (proof["agreement_db"], proof["sqnr_db"], proof["expected_db"]) == ("NaN", "-Infinity", "Infinity")
 
 
 def test_nan_is_read_back() -> None:

@@ -58,7 +58,7 @@ def test_many_sites_are_cut_unless_all_are_asked_for() -> None:
 
 def test_timings_have_three_figures_and_operators_a_share() -> None:
     operators = (Operator("Conv", 3.0), Operator("Add", 1.0))
-    timing = Timing("m.onnx", 2000, 4.0, 3.456, 1234.4, 1.0, 0.9, 1.1, operators)
+    timing = Timing(4.0, 3.456, 1234.4, 1.0, 0.9, 1.1, "m.onnx", 2000, operators)
 
     lines = text.benchmark(Benchmark((timing,), 1, ())).splitlines()
 
