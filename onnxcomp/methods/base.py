@@ -42,22 +42,15 @@ class Batch(Protocol):
         ...
 
 
-class Statistic(Protocol):
-    """Anything that adds up over samples."""
-
-    def merge(self: S, other: S) -> S:
-        """The statistic of both."""
-        ...
-
-
-S = TypeVar("S", bound=Statistic)
+S = TypeVar("S")
+"""A statistic, which is whatever `+` adds up or joins: an array of sums, a tuple of things to be kept, a class of its own."""
 
 
 class Samples(Protocol):
     """The calibration samples of one site. The only way to look at them is to reduce them to a statistic."""
 
     def reduce(self, fn: Callable[[Batch], S], reads: frozenset[str]) -> S:
-        """Map every batch with `fn` and merge the results in sample order."""
+        """Map every batch with `fn` and add up the results, in sample order."""
         ...
 
 

@@ -77,7 +77,7 @@ class SampleErrors:
         mean, error, energy = (np.array(column) for column in zip(*rows, strict=True))
         return cls(index, mean, error, energy, seen, squares, total)
 
-    def merge(self, other: SampleErrors) -> SampleErrors:
+    def __add__(self, other: SampleErrors) -> SampleErrors:
         """Both, in sample order."""
         joined = (np.concatenate([getattr(self, k), getattr(other, k)]) for k in ("index", "mean", "error", "energy"))
         return SampleErrors(*joined, *(getattr(self, k) + getattr(other, k) for k in ("seen", "squares", "total")))

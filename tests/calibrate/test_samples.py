@@ -165,7 +165,7 @@ class Seen:
     indices: tuple[int, ...]
     values: tuple[float, ...]
 
-    def merge(self, other: Seen) -> Seen:
+    def __add__(self, other: Seen) -> Seen:
         return Seen(self.indices + other.indices, self.values + other.values)
 
 
@@ -173,7 +173,7 @@ def seen(name: str, batch: LiveBatch) -> Seen:
     return Seen(batch.indices, tuple(float(part.sum()) for part in batch.read(name)))
 
 
-def test_reads_are_merged_in_the_order_of_samples():
+def test_reads_are_added_up_in_the_order_of_samples():
     store = Store(feeds(*[(1, 2)] * 5), batchable=True, batch_size=2)
     cut = Cut(store.batches, {"xh": "x"})
 
