@@ -76,9 +76,8 @@ class Cut:
     batches: Sequence[LiveBatch]
     reads: Reads
 
-    def reduce(self, fn: Callable[[LiveBatch], Any], reads: frozenset[str]) -> Any:
+    def reduce(self, fn: Callable[[LiveBatch], Any]) -> Any:
         """Map every batch with `fn` and add up the results, in sample order."""
-        assert reads <= self.reads.keys(), f"{sorted(reads)} are not all available here"
         return functools.reduce(operator.add, (fn(replace(batch, reads=self.reads)) for batch in self.batches))
 
 

@@ -8,8 +8,6 @@
 Every sample contributes a fixed number of evenly spread values to the histogram; min-max looks at all of them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -25,7 +23,6 @@ from onnxcomp.numerics.statistics import Histogram, subsample
 VALUES_PER_SAMPLE = 1 << 14
 ROWS_PER_SAMPLE = 64
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
-XH = frozenset({"xh"})
 Fake = Callable[[Array], Array]
 """What quantizing makes of one sample."""
 
@@ -39,7 +36,7 @@ def fit_static(samples: Samples, scheme: Scheme, ranges: str, percentile: float,
             return tuple(np.array([x.min(), x.max()]) for x in values if x.size)
         return tuple(subsample(x, VALUES_PER_SAMPLE) for x in values)
 
-    seen = samples.reduce(read, XH)
+    seen = samples.reduce(read)
     q = choose(Histogram.of(np.concatenate([np.zeros(0, np.float32), *seen])), scheme, ranges, percentile)
     reach = scheme.qmax - int(q.zero_point)
     if reach * float(q.scale) <= highest:
@@ -94,4 +91,4 @@ def _errors(samples: Samples, fakes: Sequence[Fake], rows_per_sample: int | None
         seen = [r[:: max(1, len(r) // (rows_per_sample or len(r)))] for r in rows]
         return np.array([sum(np.square(f(x) - x).sum(dtype=np.float64) for x in seen) for f in fakes])
 
-    return samples.reduce(read, XH)
+    return samples.reduce(read)

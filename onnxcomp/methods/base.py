@@ -49,7 +49,7 @@ S = TypeVar("S")
 class Samples(Protocol):
     """The calibration samples of one site. The only way to look at them is to reduce them to a statistic."""
 
-    def reduce(self, fn: Callable[[Batch], S], reads: frozenset[str]) -> S:
+    def reduce(self, fn: Callable[[Batch], S]) -> S:
         """Map every batch with `fn` and add up the results, in sample order."""
         ...
 
@@ -93,7 +93,6 @@ class Compensation(ABC):
     """Which sites or blocks: a glob over names, `re:` and a regular expression, or `op:` and an operator type."""
     keep: str = "if-better"
     """`if-better`: adopted where held-out samples improve; `always`: adopted everywhere, as a paper does."""
-    reads: ClassVar[frozenset[str]] = frozenset()
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """The values that options of the method's own may have."""
 

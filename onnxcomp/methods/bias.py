@@ -99,7 +99,6 @@ class BiasCompensation(Compensation):
     """What is fitted: every `layer`, every `block` of the residual stream, or the model's `output`."""
     rank: int = 4
     """Largest rank of a table per token; 0 stores the full table, T C numbers per layer, as the paper does."""
-    reads: ClassVar[frozenset[str]] = frozenset({"f_xh", "g_xh"})
     choices: ClassVar = {"level": ("layer", "block", "output")}
 
     def __post_init__(self) -> None:
@@ -113,7 +112,7 @@ class BiasCompensation(Compensation):
 
     def fit(self, place: Site | Block, samples: Samples) -> Outcome:
         how = {"channel_axis": place.channel_axis, "trim": self.trim, "per_token": self.tokens and place.fixed_tokens}
-        errors = samples.reduce(functools.partial(SampleErrors.of, **how), self.reads)
+        errors = samples.reduce(functools.partial(SampleErrors.of, **how))
         tokens, held_out = errors.total.shape[1], is_held_out(errors.index)
         if self.keep == "always":
             held_out[:] = False

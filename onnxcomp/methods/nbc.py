@@ -79,7 +79,6 @@ class NonlinearBipolarCompensation(Compensation):
     """lambda, in mean squares of U."""
     price: float = 0.012
     """The gain in dB that one percent of the block's time must bring; 0 takes the best at any price."""
-    reads: ClassVar[frozenset[str]] = frozenset({"xh", "f_xh", "g_xh"})
     choices: ClassVar = {"weight": ("auto", "float", "int8", "low-rank")}
 
     @property
@@ -93,7 +92,7 @@ class NonlinearBipolarCompensation(Compensation):
 
     def fit(self, place: Block, samples: Samples) -> Outcome:
         # Kept, not summed: every pair of c looks at them anew, and what both blocks give is computed but once.
-        seen = samples.reduce(lambda batch: tuple(_samples(batch, place)), self.reads)
+        seen = samples.reduce(lambda batch: tuple(_samples(batch, place)))
         if any(len(s.x) != len(s.e) for s in seen):
             return Outcome(None, "its input and output do not line up")
         if not any(s.e.any() for s in seen):

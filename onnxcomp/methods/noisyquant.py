@@ -121,7 +121,6 @@ class NoisyQuant(InputMethod):
     """How many noises `uniform` draws to keep the best."""
     seed: int = 0
     """What the draws follow from, together with the place's name."""
-    reads: ClassVar[frozenset[str]] = frozenset({"xh"})
     choices: ClassVar = {"mode": ("offset", "uniform")}
 
     def __post_init__(self) -> None:
@@ -134,7 +133,7 @@ class NoisyQuant(InputMethod):
             return Outcome(None, "the range is measured at run time: a fixed noise has no fixed step to work on")
         if any(site.padded for site in place.sites):
             return Outcome(None, "a Conv that reads it pads with zeros, from which the noise could not be taken out")
-        seen = samples.reduce(lambda batch: tuple(Rows.of(batch, place.sites[0].channel_axis)), self.reads)
+        seen = samples.reduce(lambda batch: tuple(Rows.of(batch, place.sites[0].channel_axis)))
         fitted, judged = Rows.joined(seen).split()
         channels = fitted.x.shape[1]
         weight = np.concatenate([_effect(w, s, channels) for w, s in zip(place.weights, place.sites, strict=True)], axis=1)

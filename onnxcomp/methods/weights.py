@@ -54,7 +54,7 @@ def fit_gptq(
     q, groups = weight_qparams(w, site.weight_axis, bits), int(attrs.get("group", 1))
     columns, codes = (_columns(a, site, groups).astype(np.float64) for a in (w, q.quantize(w)))
     read = functools.partial(_moments, site=site, w=columns, kernel=w.shape[2:], attrs=attrs, fake=fake)
-    moments, size = samples.reduce(read, frozenset({"xh"})), columns.shape[1]
+    moments, size = samples.reduce(read), columns.shape[1]
     ones = moments[:, :, size:, size, None]
     judge = int(ones[1].any())
     if centred:

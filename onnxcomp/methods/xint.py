@@ -32,7 +32,7 @@ import numpy as np
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.edit import Constant, Graph, Tape
 from onnxcomp.graph.sites import Site
-from onnxcomp.methods.activations import XH, build_run_time
+from onnxcomp.methods.activations import build_run_time
 from onnxcomp.methods.base import Array, Compensation, Fit, Outcome, Samples, is_held_out
 from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, Scheme, along, from_range
 
@@ -111,7 +111,6 @@ class XInt(Compensation):
     """The fewest terms with which a weight, and an input, is reproduced to so many dB; 0 takes all terms."""
     budget: float = 0.0
     """Mean number of weight terms, per number stored, that layers share by residual times size; 0 sets no bound."""
-    reads: ClassVar[frozenset[str]] = frozenset({"xh"})
     choices: ClassVar = {"granularity": ("tensor", "layer", "model")}
 
     def __post_init__(self) -> None:
@@ -306,7 +305,7 @@ def _reach(q: QParams) -> Array:
 
 def _reduce(samples: Samples, fn: Callable[[int, Array], Any]) -> Any:
     """What `fn` makes of the number and the input of each sample, added up."""
-    return samples.reduce(lambda batch: functools.reduce(operator.add, map(fn, batch.indices, batch.read("xh"))), XH)
+    return samples.reduce(lambda batch: functools.reduce(operator.add, map(fn, batch.indices, batch.read("xh"))))
 
 
 def _beyond(q: QParams, x: Array) -> Array:
