@@ -152,11 +152,7 @@ def split(array: Array, samples: int) -> list[Array]:
 
 def _batches(feeds: Iterable[Feed], size: int) -> Iterator[LiveBatch]:
     """Runs of up to `size` feeds of equal shapes, stacked along the leading axis."""
-
-    def shapes(numbered: tuple[int, Feed]) -> list[tuple[str, tuple[int, ...]]]:
-        return [(name, array.shape) for name, array in numbered[1].items()]
-
-    for _, alike in itertools.groupby(enumerate(feeds), shapes):
+    for _, alike in itertools.groupby(enumerate(feeds), lambda pair: [(name, a.shape) for name, a in pair[1].items()]):
         while some := list(itertools.islice(alike, size)):
             parts = [feed for _, feed in some]
             stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

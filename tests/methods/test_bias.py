@@ -272,9 +272,9 @@ def test_a_sample_of_several_rows_counts_every_row():
 
     found = SampleErrors.of(view(errors[None]), -1, 0.0, per_token=True)
 
-    assert found.seen.tolist() == [2, 0]
-    assert found.total[0].tolist() == errors.sum(axis=0).tolist()
-    assert found.squares[0].tolist() == np.square(errors).sum(axis=(0, 2)).tolist()
+    assert found.tokens[..., -1].tolist() == [[2, 2, 2], [0, 0, 0]]
+    assert found.tokens[0, :, :-2].tolist() == errors.sum(axis=0).tolist()
+    assert found.tokens[0, :, -2].tolist() == np.square(errors).sum(axis=(0, 2)).tolist()
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -304,11 +304,12 @@ def test_what_is_kept_per_sample_is_the_same_bit_for_bit_however_samples_are_bat
 
     whole, parts = collected(errors, [12]), collected(errors, sizes)
 
-    for key in ("index", "mean", "error", "energy", "seen"):
+    for key in ("index", "mean", "error", "energy"):
         assert getattr(parts, key).tobytes() == getattr(whole, key).tobytes(), key
     # Sums of at most 9 errors below 8 in float64, in another order: 9 * 9 * 8 * 2^-53 each; squares are below 16 * 64.
-    assert np.abs(parts.total - whole.total).max() <= 648 * 2.0**-53
-    assert np.abs(parts.squares - whole.squares).max() <= 81 * 1024 * 2.0**-53
+    assert np.abs(parts.tokens - whole.tokens)[..., :-2].max() <= 648 * 2.0**-53
+    assert np.abs(parts.tokens - whole.tokens)[..., -2].max() <= 81 * 1024 * 2.0**-53
+    assert np.array_equal(parts.tokens[..., -1], whole.tokens[..., -1])
 
 
 def test_adding_up_is_associative_bit_for_bit_per_sample(rng: np.random.Generator):
