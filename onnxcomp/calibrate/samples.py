@@ -1,7 +1,7 @@
 """The calibration samples on their way through the model: live activations, and the one way to look at them.
 
 The store holds, for every batch of samples, the tensors alive at the current cut as the compressed model computes
-them. `Cut.reduce` maps a function over the batches and merges the results in sample order; `Store.advance` runs one stretch of
+them. `Cut.reduce` maps a function over the batches and adds up the results in sample order; `Store.advance` runs one stretch of
 the compressed model and drops what no later stretch reads. Batches are fixed at the start and independent of how many
 threads or workers run them.
 """
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph, extract
 from onnxcomp.graph.files import ModelProto, to_bytes
 from onnxcomp.graph.sites import Site
-from onnxcomp.methods.base import Array, S
+from onnxcomp.methods.base import Array
 from onnxcomp.numerics.arrays import energies, sqnr_db
 from onnxcomp.runtime import Session
 
@@ -75,11 +76,9 @@ class Cut:
     batches: Sequence[LiveBatch]
     reads: Reads
 
-    def reduce(self, fn: Callable[[LiveBatch], S], reads: frozenset[str]) -> S:
-        """Map every batch with `fn` and merge in sample order."""
-        assert reads <= self.reads.keys(), f"{sorted(reads)} are not all available here"
-        parts = (fn(replace(batch, reads=self.reads)) for batch in self.batches)
-        return functools.reduce(lambda total, part: total.merge(part), parts)
+    def reduce(self, fn: Callable[[LiveBatch], Any]) -> Any:
+        """Map every batch with `fn` and add up the results, in sample order."""
+        return functools.reduce(operator.add, (fn(replace(batch, reads=self.reads)) for batch in self.batches))
 
 
 class Store:
@@ -153,11 +152,7 @@ def split(array: Array, samples: int) -> list[Array]:
 
 def _batches(feeds: Iterable[Feed], size: int) -> Iterator[LiveBatch]:
     """Runs of up to `size` feeds of equal shapes, stacked along the leading axis."""
-
-    def shapes(numbered: tuple[int, Feed]) -> list[tuple[str, tuple[int, ...]]]:
-        return [(name, array.shape) for name, array in numbered[1].items()]
-
-    for _, alike in itertools.groupby(enumerate(feeds), shapes):
+    for _, alike in itertools.groupby(enumerate(feeds), lambda pair: [(name, a.shape) for name, a in pair[1].items()]):
         while some := list(itertools.islice(alike, size)):
             parts = [feed for _, feed in some]
             stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -196,7 +196,7 @@ class Walk:
                 self._decide(site, method, measured[-1])
         if not measured:
             read = functools.partial(SampleErrors.of, channel_axis=site.channel_axis, trim=TRIM)
-            errors = self._site_cut(site).reduce(read, BiasCompensation.reads)
+            errors = self._site_cut(site).reduce(read)
             found = decibel(errors.energy, errors.error)
             measured.append(Outcome(None, "nothing to fit", None, found, found))
         self.results[site.name] = replace(measured[-1], before_db=measured[0].before_db)

@@ -5,8 +5,6 @@ naming law: a float tensor's name always names its best approximation. When an e
 value becomes `h/before-bias` and the new one is `h`; when it replaces `h` for some consumers only, `h` keeps its name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto, NodeProto, checker, helper, numpy_helper, shape_inference
-from onnx.external_data_helper import set_external_data
+from onnx.external_data_helper import ExternalDataInfo, set_external_data
 
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import weights
@@ -75,9 +75,12 @@ def files_of(source: object) -> tuple[Path, ...]:
     if not isinstance(source, str | os.PathLike):
         return ()
     path = Path(source)
-    return path, *sorted(
-        {weights.external_file(tensor, path) for tensor in weights.external_tensors(_read_structure(path).graph)}
-    )
+    outside = weights.external_tensors(_read_structure(path).graph)
+    beside = sorted({path.parent / ExternalDataInfo(tensor).location for tensor in outside})
+    for file in beside:
+        if not file.is_file():
+            raise ModelError(f"{path}: the weight file '{file.name}' is missing. Copy it beside the model.")
+    return path, *beside
 
 
 def size(path: Location) -> int:

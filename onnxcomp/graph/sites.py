@@ -65,18 +65,8 @@ class Site:
 def find_sites(graph: gs.Graph) -> tuple[Site, ...]:
     """Every layer and product of the main graph, in graph order. Control-flow bodies are not entered."""
     fixed = all(t.shape and all(isinstance(n, int) for n in t.shape[1:]) for t in graph.inputs)
-    sites = [site for node in graph.nodes if (site := _layer(node) or _product(node)) is not None]
-    tensors = graph.tensors()
-    tokens = (fixed and site.op == "MatMul" and not _is_batch_second(graph, tensors[site.y]) for site in sites)
-    return tuple(replace(site, fixed_tokens=constant) for site, constant in zip(sites, tokens, strict=True))
-
-
-def _is_batch_second(graph: gs.Graph, tensor: gs.Tensor) -> bool:
-    """Whether the second axis of `tensor` is known to vary with the batch, as in [tokens, batch, channels]."""
-    if tensor.shape is None or len(tensor.shape) < 3 or isinstance(tensor.shape[1], int):
-        return False
-    batches = {t.shape[0] for t in graph.inputs}
-    return tensor.shape[1] in batches or isinstance(tensor.shape[0], int)
+    sites = (site for node in graph.nodes if (site := _layer(node) or _product(node)) is not None)
+    return tuple(replace(site, fixed_tokens=fixed and site.op == "MatMul") for site in sites)
 
 
 def _layer(node: gs.Node) -> Site | None:

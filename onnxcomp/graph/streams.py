@@ -12,8 +12,6 @@ Limits: post-norm networks (the norm's own output is added to the stream), strea
 any operator that is not named here end the search with a reason.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -8,6 +8,8 @@ from typing import Any, BinaryIO, TypeVar
 
 from google.protobuf.message import Message
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx.checker import ValidationError
+from onnx.external_data_helper import load_external_data_for_tensor
 
 from onnxcomp.errors import ModelError
 
@@ -97,37 +99,22 @@ def external_tensors(graph: GraphProto) -> Iterator[TensorProto]:
     return (tensor for tensor in walk_tensors(graph) if tensor.data_location == TensorProto.EXTERNAL)
 
 
-def external_file(tensor: TensorProto, model_path: Path) -> Path:
-    """The file that holds the tensor's values. Raises ModelError if it is missing or not in the model's folder."""
-    location = _entries(tensor).get("location", "")
-    folder = model_path.parent.resolve()
-    file = (folder / location).resolve()
-    if not location or Path(location).is_absolute() or not file.is_relative_to(folder):
-        raise ModelError(
-            f"{model_path}: the weight '{tensor.name}' points to '{location}', outside the model's folder. "
-            "Copy that file beside the model."
-        )
-    if not file.is_file():
-        raise ModelError(f"{model_path}: the weight file '{location}' is missing. Copy it beside the model.")
-    return file
-
-
 def read_external(tensor: TensorProto, model_path: Path) -> None:
-    """Bring the tensor's values into the tensor, in place. Raises ModelError if its file holds too few bytes."""
-    file = external_file(tensor, model_path)
-    entries, needed = _entries(tensor), tensor_bytes(tensor)
-    offset, length = entries.get("offset", "0"), entries.get("length", str(needed))
-    fits = offset.isdecimal() and length.isdecimal() and needed <= min(int(length), file.stat().st_size - int(offset))
-    if not fits:
+    """Bring the tensor's values into the tensor, in place. Raises ModelError where its file is missing, lies outside the
+    model's folder or holds too few bytes.
+    """
+    try:
+        load_external_data_for_tensor(tensor, str(model_path.parent))
+    except (ValidationError, ValueError, OSError) as error:
+        text = f"{model_path}: the weight '{tensor.name}' cannot be read: {str(error).rstrip('.')}."
+        raise ModelError(f"{text} Copy its file beside the model.") from error
+    needed = tensor_bytes(tensor)
+    if len(tensor.raw_data) < needed:
         raise ModelError(
-            f"{model_path}: the weight '{tensor.name}' needs {needed} bytes, but '{entries['location']}' holds fewer. "
+            f"{model_path}: the weight '{tensor.name}' needs {needed} bytes, but its file holds fewer. "
             "The file is cut short or belongs to another model."
         )
-    with reading(file) as stream:
-        stream.seek(int(offset))
-        tensor.raw_data = stream.read(needed)
-    tensor.ClearField("external_data")
-    tensor.ClearField("data_location")
+    tensor.raw_data = tensor.raw_data[:needed]  # all the rest of the file, where no length is given
 
 
 @contextmanager
@@ -145,10 +132,6 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 def reason(error: OSError) -> str:
     """What the system says, as part of a sentence."""
     return (error.strerror or str(error)).lower()
-
-
-def _entries(tensor: TensorProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in tensor.external_data}
 
 
 def _fields_except(message: Message, left_out: str) -> dict[str, Any]:

@@ -8,8 +8,6 @@
 Every sample contributes a fixed number of evenly spread values to the histogram; min-max looks at all of them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -20,12 +18,11 @@ from onnxcomp.graph.edit import Tape
 from onnxcomp.methods.base import Array, Batch, Samples
 from onnxcomp.numerics.affine import QParams, Scheme
 from onnxcomp.numerics.ranges import choose
-from onnxcomp.numerics.statistics import Histogram, Total, subsample
+from onnxcomp.numerics.statistics import Histogram, subsample
 
 VALUES_PER_SAMPLE = 1 << 14
 ROWS_PER_SAMPLE = 64
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
-XH = frozenset({"xh"})
 Fake = Callable[[Array], Array]
 """What quantizing makes of one sample."""
 
@@ -33,13 +30,13 @@ Fake = Callable[[Array], Array]
 def fit_static(samples: Samples, scheme: Scheme, ranges: str, percentile: float, highest: float = np.inf) -> QParams:
     """Scale and zero point of the tensor read as `xh`; the largest code stands for no more than `highest`."""
 
-    def read(batch: Batch) -> Total:
+    def read(batch: Batch) -> tuple[Array, ...]:
         values = batch.read("xh")
         if ranges == "minmax":
-            return Total(tuple(np.array([x.min(), x.max()]) for x in values if x.size))
-        return Total(tuple(subsample(x, VALUES_PER_SAMPLE) for x in values))
+            return tuple(np.array([x.min(), x.max()]) for x in values if x.size)
+        return tuple(subsample(x, VALUES_PER_SAMPLE) for x in values)
 
-    seen = samples.reduce(read, XH).values
+    seen = samples.reduce(read)
     q = choose(Histogram.of(np.concatenate([np.zeros(0, np.float32), *seen])), scheme, ranges, percentile)
     reach = scheme.qmax - int(q.zero_point)
     if reach * float(q.scale) <= highest:
@@ -89,9 +86,9 @@ def build_run_time(op: Tape, x: str, scheme: Scheme, granularity: str, ratio: fl
 def _errors(samples: Samples, fakes: Sequence[Fake], rows_per_sample: int | None = None) -> Array:
     """The squared error of each quantizer on the tensor read as `xh`, all of it or some evenly spread rows."""
 
-    def read(batch: Batch) -> Total:
+    def read(batch: Batch) -> Array:
         rows = [x.reshape(-1, x.shape[-1]) for x in batch.read("xh")]
         seen = [r[:: max(1, len(r) // (rows_per_sample or len(r)))] for r in rows]
-        return Total(np.array([sum(np.square(f(x) - x).sum(dtype=np.float64) for x in seen) for f in fakes]))
+        return np.array([sum(np.square(f(x) - x).sum(dtype=np.float64) for x in seen) for f in fakes])
 
-    return samples.reduce(read, XH).values
+    return samples.reduce(read)

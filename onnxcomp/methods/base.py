@@ -42,22 +42,15 @@ class Batch(Protocol):
         ...
 
 
-class Statistic(Protocol):
-    """Anything that adds up over samples."""
-
-    def merge(self: S, other: S) -> S:
-        """The statistic of both."""
-        ...
-
-
-S = TypeVar("S", bound=Statistic)
+S = TypeVar("S")
+"""A statistic, which is whatever `+` adds up or joins: an array of sums, a tuple of things to be kept, a class of its own."""
 
 
 class Samples(Protocol):
     """The calibration samples of one site. The only way to look at them is to reduce them to a statistic."""
 
-    def reduce(self, fn: Callable[[Batch], S], reads: frozenset[str]) -> S:
-        """Map every batch with `fn` and merge the results in sample order."""
+    def reduce(self, fn: Callable[[Batch], S]) -> S:
+        """Map every batch with `fn` and add up the results, in sample order."""
         ...
 
 
@@ -100,7 +93,6 @@ class Compensation(ABC):
     """Which sites or blocks: a glob over names, `re:` and a regular expression, or `op:` and an operator type."""
     keep: str = "if-better"
     """`if-better`: adopted where held-out samples improve; `always`: adopted everywhere, as a paper does."""
-    reads: ClassVar[frozenset[str]] = frozenset()
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """The values that options of the method's own may have."""
 

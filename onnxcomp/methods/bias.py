@@ -40,17 +40,15 @@ TABLE_GAIN_DB = 0.02
 class SampleErrors:
     """The errors of some samples, over their typical tokens. Per sample: its number, the mean error per channel [N, C],
     the mean squared error and the mean output energy [N], both summed over channels. Per token, apart for fitted and
-    held-out samples and with no token left out: how often it was seen [2], the sum of its squared errors [2, T] and of its
-    errors [2, T, C] (T = 0 where it is not fixed).
+    held-out samples and with no token left out, sums [2, T, C + 2] (T = 0 where it is not fixed): of its errors, of their
+    squares over all channels, and of ones.
     """
 
     index: Array
     mean: Array
     error: Array
     energy: Array
-    seen: Array
-    squares: Array
-    total: Array
+    tokens: Array
 
     @classmethod
     def of(cls, batch: Batch, channel_axis: int, trim: float, *, per_token: bool = False) -> SampleErrors:
@@ -59,8 +57,8 @@ class SampleErrors:
         """
         pairs = list(zip(batch.read("f_xh"), batch.read("g_xh"), strict=True))
         first, index = pairs[0][0], np.array(batch.indices[: len(pairs)])
-        tokens, channels = first.shape[1] if per_token and first.ndim == 3 else 0, first.shape[channel_axis]
-        rows, seen, squares, total = [], np.zeros(2), np.zeros((2, tokens)), np.zeros((2, tokens, channels))
+        length, channels = first.shape[1] if per_token and first.ndim == 3 else 0, first.shape[channel_axis]
+        rows, tokens = [], np.zeros((2, length, channels + 2))
         for number, pair in zip(index, pairs, strict=True):
             f, g = (np.moveaxis(a, channel_axis, -1).reshape(-1, channels) for a in pair)
             e = f - g
@@ -69,18 +67,16 @@ class SampleErrors:
             kept = np.sort(np.argpartition(errors, n - 1)[:n])
             energy = float(np.einsum("tc,tc->", f[kept], f[kept], dtype=np.float64))
             rows.append((e[kept].mean(axis=0, dtype=np.float64), float(errors[kept].mean()), energy / n))
-            if tokens:
-                fold = int(is_held_out(number))
-                seen[fold] += len(e) // tokens
-                squares[fold] += errors.reshape(-1, tokens).sum(axis=0)
-                total[fold] += e.reshape(-1, tokens, channels).sum(axis=0, dtype=np.float64)
+            if length:
+                columns = np.column_stack([e, errors, np.ones(len(e))])
+                tokens[int(is_held_out(number))] += columns.reshape(-1, length, channels + 2).sum(axis=0)
         mean, error, energy = (np.array(column) for column in zip(*rows, strict=True))
-        return cls(index, mean, error, energy, seen, squares, total)
+        return cls(index, mean, error, energy, tokens)
 
-    def merge(self, other: SampleErrors) -> SampleErrors:
+    def __add__(self, other: SampleErrors) -> SampleErrors:
         """Both, in sample order."""
-        joined = (np.concatenate([getattr(self, k), getattr(other, k)]) for k in ("index", "mean", "error", "energy"))
-        return SampleErrors(*joined, *(getattr(self, k) + getattr(other, k) for k in ("seen", "squares", "total")))
+        joined = {k: np.concatenate([getattr(self, k), getattr(other, k)]) for k in ("index", "mean", "error", "energy")}
+        return SampleErrors(**joined, tokens=self.tokens + other.tokens)
 
 
 @final
@@ -99,7 +95,6 @@ class BiasCompensation(Compensation):
     """What is fitted: every `layer`, every `block` of the residual stream, or the model's `output`."""
     rank: int = 4
     """Largest rank of a table per token; 0 stores the full table, T C numbers per layer, as the paper does."""
-    reads: ClassVar[frozenset[str]] = frozenset({"f_xh", "g_xh"})
     choices: ClassVar = {"level": ("layer", "block", "output")}
 
     def __post_init__(self) -> None:
@@ -113,15 +108,16 @@ class BiasCompensation(Compensation):
 
     def fit(self, place: Site | Block, samples: Samples) -> Outcome:
         how = {"channel_axis": place.channel_axis, "trim": self.trim, "per_token": self.tokens and place.fixed_tokens}
-        errors = samples.reduce(functools.partial(SampleErrors.of, **how), self.reads)
-        tokens, held_out = errors.total.shape[1], is_held_out(errors.index)
+        errors = samples.reduce(functools.partial(SampleErrors.of, **how))
+        tokens, held_out = errors.tokens.shape[1], is_held_out(errors.index)
         if self.keep == "always":
             held_out[:] = False
         judged = held_out if held_out.any() else ~held_out
         b, before, energy = self._channels(errors.mean[~held_out]), errors.error[judged], errors.energy[judged]
         before_db = decibel(energy, before)
         if self.keep == "always":
-            table = errors.total.sum(axis=0) / errors.seen.sum() if tokens else b
+            total = errors.tokens.sum(axis=0)
+            table = total[:, :-2] / total[:, -1:] if tokens else b
             if not table.any():
                 return Outcome(None, "there is no error to correct", None, before_db, before_db)
             return Outcome({"b": table.astype(np.float32)}, "kept as the paper does", None, before_db, None)
@@ -151,8 +147,8 @@ class BiasCompensation(Compensation):
         """U [T, r + 1], V [r + 1, C] and the gain in dB on held-out samples: the lowest rank that is as good as any, 0
         where none beats the bias per channel.
         """
-        fitted, held_out = errors.seen
-        table = errors.total[0] / fitted
+        fitted, judge = errors.tokens
+        table, held_out = fitted[:, :-2] / fitted[:, -1:], judge[0, -1]
         centre = table.mean(axis=0)
         left = np.linalg.svd(table - centre, full_matrices=False)[0][:, : self.rank or len(table)]
         left *= np.sign(left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])])  # which sign they have is arbitrary
@@ -161,8 +157,8 @@ class BiasCompensation(Compensation):
         def loss(candidate: Array) -> float:
             """Held-out error over the error without compensation."""
             change = held_out * np.square(candidate).sum() * (len(table) / len(candidate))
-            change -= 2.0 * float((candidate * errors.total[1]).sum())
-            return max(1.0 + change / max(float(errors.squares[1].sum()), 1e-30), 1e-30)
+            change -= 2.0 * float((candidate * judge[:, :-2]).sum())
+            return max(1.0 + change / max(float(judge[:, -2].sum()), 1e-30), 1e-30)
 
         plain = least = min(loss(b[None]), 1.0)
         best = np.zeros((0, 0)), np.zeros((0, 0))

@@ -37,7 +37,6 @@ from onnxcomp.methods.bias import TRIM
 from onnxcomp.numerics.affine import NOT_FINITE, QParams, Scheme, from_range, weight_qparams
 from onnxcomp.numerics.prices import X86
 from onnxcomp.numerics.regression import Regression, rows, times
-from onnxcomp.numerics.statistics import Total
 
 INF = math.inf
 GRID = ((1.0, 1.0), (3.0, 3.0), (10.0, 10.0), (INF, 1.0), (INF, 3.0), (INF, INF))
@@ -80,7 +79,6 @@ class NonlinearBipolarCompensation(Compensation):
     """lambda, in mean squares of U."""
     price: float = 0.012
     """The gain in dB that one percent of the block's time must bring; 0 takes the best at any price."""
-    reads: ClassVar[frozenset[str]] = frozenset({"xh", "f_xh", "g_xh"})
     choices: ClassVar = {"weight": ("auto", "float", "int8", "low-rank")}
 
     @property
@@ -94,7 +92,7 @@ class NonlinearBipolarCompensation(Compensation):
 
     def fit(self, place: Block, samples: Samples) -> Outcome:
         # Kept, not summed: every pair of c looks at them anew, and what both blocks give is computed but once.
-        seen = samples.reduce(lambda batch: Total(tuple(_samples(batch, place))), self.reads).values
+        seen = samples.reduce(lambda batch: tuple(_samples(batch, place)))
         if any(len(s.x) != len(s.e) for s in seen):
             return Outcome(None, "its input and output do not line up")
         if not any(s.e.any() for s in seen):

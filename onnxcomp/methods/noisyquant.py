@@ -23,7 +23,7 @@ Limits  static ranges only; no Conv that pads, for its zeros would have to be N.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
 
@@ -65,23 +65,22 @@ class Rows(NamedTuple):
     x: Array
 
     @staticmethod
-    def of(batch: Batch, channel_axis: int) -> Rows:
-        """Of each sample of `xh` at most ROWS tokens EVENly spread, the first one later from sample to sample; the PEAKS
+    def of(batch: Batch, channel_axis: int) -> Iterator[Rows]:
+        """Of each sample of `xh`: at most ROWS tokens EVENly spread, the first one later from sample to sample; the PEAKS
         tokens of the largest values; and the FIRST.
         """
-        found = []
         for index, x in zip(batch.indices, batch.read("xh"), strict=False):
             rows = np.moveaxis(x, channel_axis, -1).reshape(-1, x.shape[channel_axis])
             stride = -(-len(rows) // ROWS)
             even = np.arange(index % stride, len(rows), stride)
             peaks = np.argsort(-np.abs(rows).max(axis=1), kind="stable")[:PEAKS]
             kind = np.repeat([EVEN, PEAK, FIRST], [len(even), len(peaks), 1])
-            found.append((np.full(len(kind), index), kind, rows[np.concatenate([even, peaks, [0]])]))
-        return Rows(*map(np.concatenate, zip(*found, strict=True)))
+            yield Rows(np.full(len(kind), index), kind, rows[np.concatenate([even, peaks, [0]])])
 
-    def merge(self, other: Rows) -> Rows:
-        """Both, in sample order."""
-        return Rows(*map(np.concatenate, zip(self, other, strict=True)))
+    @staticmethod
+    def joined(parts: Sequence[Rows]) -> Rows:
+        """All parts in order."""
+        return Rows(*map(np.concatenate, zip(*parts, strict=True)))
 
     def split(self) -> list[Rows]:
         """Those that are fitted to and those that are held out; all where there are none."""
@@ -122,7 +121,6 @@ class NoisyQuant(InputMethod):
     """How many noises `uniform` draws to keep the best."""
     seed: int = 0
     """What the draws follow from, together with the place's name."""
-    reads: ClassVar[frozenset[str]] = frozenset({"xh"})
     choices: ClassVar = {"mode": ("offset", "uniform")}
 
     def __post_init__(self) -> None:
@@ -135,7 +133,8 @@ class NoisyQuant(InputMethod):
             return Outcome(None, "the range is measured at run time: a fixed noise has no fixed step to work on")
         if any(site.padded for site in place.sites):
             return Outcome(None, "a Conv that reads it pads with zeros, from which the noise could not be taken out")
-        fitted, judged = samples.reduce(lambda batch: Rows.of(batch, place.sites[0].channel_axis), self.reads).split()
+        seen = samples.reduce(lambda batch: tuple(Rows.of(batch, place.sites[0].channel_axis)))
+        fitted, judged = Rows.joined(seen).split()
         channels = fitted.x.shape[1]
         weight = np.concatenate([_effect(w, s, channels) for w, s in zip(place.weights, place.sites, strict=True)], axis=1)
         plain = Candidate(np.zeros(channels, np.float32), place.q)

@@ -10,8 +10,6 @@ Gate    the rotated model must equal the float one to 90 dB on a sample. Inputs:
 Limits  see `graph.streams`; inputs of MatMul and Gemm behind an activation, in groups of the largest power of two up to 64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 

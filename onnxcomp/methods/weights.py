@@ -17,12 +17,9 @@ Cost    products of the layer's inputs and outputs and one Cholesky factorizatio
 Gate    an output channel keeps its GPTQ codes and scale where they lower its error on held-out samples.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,29 +38,6 @@ SWEEPS = 2
 """Over all codes, in each turn."""
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Sums over a layer's quantized inputs xh and the outputs y that its weight is to give, weighted per token, for fitted
-    and for held-out samples: xh xh' [2, groups, K, K], xh y' [2, groups, K, O], xh [2, groups, K], y [2, groups, O], and the
-    weights [2].
-    """
-
-    xx: Array
-    xy: Array
-    x: Array
-    y: Array
-    total: Array
-
-    def merge(self, other: Moments) -> Moments:
-        """The sum of both."""
-        return Moments(self.xx + other.xx, self.xy + other.xy, self.x + other.x, self.y + other.y, self.total + other.total)
-
-    def centred(self) -> Moments:
-        """Those of inputs and outputs without their means, whose error a bias takes up."""
-        means = (self.x / np.maximum(self.total, 1e-30)[:, None, None])[..., None]
-        return replace(self, xx=self.xx - means * self.x[..., None, :], xy=self.xy - means * self.y[..., None, :])
-
-
 def fit(site: Site, w: Array, bits: int) -> Fit:
     """Codes (int8, the weight's shape) and scale (float32 [C_out]) of the site's weight, rounded to nearest."""
     q = weight_qparams(w, site.weight_axis, bits)
@@ -80,12 +54,15 @@ def fit_gptq(
     q, groups = weight_qparams(w, site.weight_axis, bits), int(attrs.get("group", 1))
     columns, codes = (_columns(a, site, groups).astype(np.float64) for a in (w, q.quantize(w)))
     read = functools.partial(_moments, site=site, w=columns, kernel=w.shape[2:], attrs=attrs, fake=fake)
-    seen = samples.reduce(read, frozenset({"xh"}))
-    seen = seen.centred() if centred else seen
-    judge = int(seen.total[1] > 0)
+    moments, size = samples.reduce(read), columns.shape[1]
+    ones = moments[:, :, size:, size, None]
+    judge = int(ones[1].any())
+    if centred:
+        moments = moments - moments[..., size, None] / np.maximum(ones, 1e-30) * moments[:, :, size:]
+    xx, xy = moments[:, :, :size, :size], moments[:, :, :size, size + 1 :]
     scale = q.scale.astype(np.float64).reshape(groups, 1, -1)
-    found, step = _gptq(columns, seen.xx[0], seen.xy[0], scale, q)
-    better = _loss(found * step, seen.xx[judge], seen.xy[judge]) < _loss(codes * scale, seen.xx[judge], seen.xy[judge])
+    found, step = _gptq(columns, xx[0], xy[0], scale, q)
+    better = _loss(found * step, xx[judge], xy[judge]) < _loss(codes * scale, xx[judge], xy[judge])
     codes, scale = np.where(better, found, codes), np.where(better, step, scale)
     stored = np.moveaxis(codes, 2, 1).reshape(w.shape) if site.op == "Conv" else codes[0]
     return {"codes": stored.astype(np.int8), "scale": scale.ravel().astype(np.float32)}
@@ -153,23 +130,20 @@ def _columns(w: Array, site: Site, groups: int) -> Array:
 
 def _moments(
     batch: Batch, site: Site, w: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any], fake: Callable[[Array], Array]
-) -> Moments:
+) -> Array:
+    """Sums over the layer's quantized inputs xh and the outputs y that its weight is to give, weighted per token, for fitted
+    and for held-out samples: [xh, 1]' [xh, 1, y], float64 [2, groups, K + 1, K + 1 + O].
+    """
     groups, size, outputs = w.shape
-    shapes = (groups, size, size), (groups, size, outputs), (groups, size), (groups, outputs), ()
-    xx, xy, sum_x, sum_y, total = (np.zeros((2, *shape)) for shape in shapes)
+    sums = np.zeros((2, groups, size + 1, size + 1 + outputs))
     for number, sample in zip(batch.indices, batch.read("xh"), strict=False):
-        part = int(is_held_out(number))
         x = _rows(fake(sample), site, groups, kernel, attrs)
         y = (x if site.op == "Conv" else _rows(sample, site, groups, kernel, attrs)) @ w
         energy = np.square(y).sum(axis=(0, 2)) if site.op != "Conv" else np.ones(y.shape[1])
         root = np.sqrt(np.minimum(1.0, energy.mean() / np.maximum(energy, 1e-30)))[:, None]
-        x, y = x * root, y * root
-        xx[part] += np.swapaxes(x, 1, 2) @ x
-        xy[part] += np.swapaxes(x, 1, 2) @ y
-        sum_x[part] += (x * root).sum(axis=1)
-        sum_y[part] += (y * root).sum(axis=1)
-        total[part] += np.square(root).sum()
-    return Moments(xx, xy, sum_x, sum_y, total)
+        rows = np.concatenate([x, np.ones((groups, len(root), 1)), y], axis=2) * root
+        sums[int(is_held_out(number))] += np.swapaxes(rows[..., : size + 1], 1, 2) @ rows
+    return sums
 
 
 def _rows(x: Array, site: Site, groups: int, kernel: tuple[int, ...], attrs: Mapping[str, Any]) -> Array:

@@ -25,17 +25,16 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.edit import Constant, Graph, Tape
 from onnxcomp.graph.sites import Site
-from onnxcomp.methods.activations import XH, build_run_time
-from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, S, Samples, is_held_out
+from onnxcomp.methods.activations import build_run_time
+from onnxcomp.methods.base import Array, Compensation, Fit, Outcome, Samples, is_held_out
 from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, Scheme, along, from_range
-from onnxcomp.numerics.statistics import Total
 
 FLOAT_DB = 140.0
 """From here on what is left is the rounding of float32."""
@@ -112,7 +111,6 @@ class XInt(Compensation):
     """The fewest terms with which a weight, and an input, is reproduced to so many dB; 0 takes all terms."""
     budget: float = 0.0
     """Mean number of weight terms, per number stored, that layers share by residual times size; 0 sets no bound."""
-    reads: ClassVar[frozenset[str]] = frozenset({"xh"})
     choices: ClassVar = {"granularity": ("tensor", "layer", "model")}
 
     def __post_init__(self) -> None:
@@ -171,25 +169,25 @@ class XInt(Compensation):
             left = [(2.0 * _top(bits)) ** (-2 * i) for i in range(1, terms + 1)]
             return later, channels, [left[0], *left]
         if q is not None and self.saturation and place.site.op != "Conv":
-            energy = _reduce(samples, lambda _, x: _beyond(q, x)).values
+            energy = _reduce(samples, lambda _, x: _beyond(q, x))
             channels = np.sort(np.argsort(-energy, kind="stable")[: min(self.saturation, np.count_nonzero(energy))])
 
-        def ends(_: int, x: Array) -> Total:
+        def ends(_: int, x: Array) -> tuple[float, ...]:
             rest = _left(place, later, 1, channels, x)[-1]
-            return Total((rest.min(initial=0.0), rest.max(initial=0.0)))
+            return rest.min(initial=0.0), rest.max(initial=0.0)
 
         while q is not None and len(later) < terms - 1:
-            found = _reduce(samples, ends).values
+            found = _reduce(samples, ends)
             later.append(from_range(min(found), max(found), Scheme(bits)))
 
-        def errors(number: int, x: Array) -> Total:
+        def errors(number: int, x: Array) -> Array:
             """Of fitted and of held-out inputs: their energy, and that of what is left of them."""
             parts = [x, *_left(place, [], 1, channels[:0], x), *_left(place, later, terms, channels, x)]
             rows = np.zeros((2, len(parts)))
             rows[int(is_held_out(number))] = [np.square(e, dtype=np.float64).sum() for e in parts]
-            return Total(rows)
+            return rows
 
-        fitted, held_out = _reduce(samples, errors).values
+        fitted, held_out = _reduce(samples, errors)
         energy, *left = held_out if held_out[0] > 0 else fitted
         return later, channels, [e / max(energy, 1e-30) for e in left]
 
@@ -305,20 +303,15 @@ def _reach(q: QParams) -> Array:
     return (np.array([q.scheme.qmin, q.scheme.qmax]) - float(q.zero_point)) * float(q.scale)
 
 
-def _reduce(samples: Samples, fn: Callable[[int, Array], S]) -> S:
-    """What `fn` makes of the number and the input of each sample, merged."""
-
-    def of(batch: Batch) -> S:
-        parts = (fn(number, x) for number, x in zip(batch.indices, batch.read("xh"), strict=False))
-        return functools.reduce(lambda a, b: a.merge(b), parts)
-
-    return samples.reduce(of, XH)
+def _reduce(samples: Samples, fn: Callable[[int, Array], Any]) -> Any:
+    """What `fn` makes of the number and the input of each sample, added up."""
+    return samples.reduce(lambda batch: functools.reduce(operator.add, map(fn, batch.indices, batch.read("xh"))))
 
 
-def _beyond(q: QParams, x: Array) -> Total:
+def _beyond(q: QParams, x: Array) -> Array:
     """The energy of every channel of x [.., C] beyond the quantizer's range."""
     over = x.astype(np.float64) - np.clip(x, *_reach(q))
-    return Total(np.square(over).reshape(-1, x.shape[-1]).sum(axis=0))
+    return np.square(over).reshape(-1, x.shape[-1]).sum(axis=0)
 
 
 def _left(place: Terms, later: Sequence[QParams], terms: int, channels: Array, x: Array) -> list[Array]:

@@ -1,1 +1,1 @@
-"""Arithmetic on numpy arrays, free of graphs and runtimes: affine codes, mergeable statistics, ranges."""
+"""Arithmetic on numpy arrays, free of graphs and runtimes: affine codes, histograms, ranges."""

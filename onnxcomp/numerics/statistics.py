@@ -1,14 +1,12 @@
-"""What samples add up to, and how their values are distributed.
+"""How the values of samples are distributed.
 
-A `Total` is merged over samples. A `Histogram` is made of all values at once, taken as float32; NaN and infinity raise
-DataError.
+A `Histogram` is made of all values at once, taken as float32; NaN and infinity raise DataError.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +18,6 @@ BINS = 1 << 15
 """The most bins of a histogram, at least 2, so that values on both sides of zero never share one."""
 _FINEST = -126  # 2^126 is the largest power of two whose inverse is a normal float32
 _WIDEST_INDEX = 24  # bits of a bin number: bins are not finer than the float32 spacing of the largest value
-
-
-@dataclass(frozen=True, eq=False)
-class Total:
-    """Whatever `+` adds up or joins: an array of sums, a tuple of things to be kept."""
-
-    values: Any
-
-    def merge(self, other: Total) -> Total:
-        return Total(self.values + other.values)
 
 
 @dataclass(frozen=True, eq=False)

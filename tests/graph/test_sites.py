@@ -165,22 +165,6 @@ def test_tokens_are_fixed_where_every_axis_of_the_inputs_but_the_first_is(shape:
     assert only(graph("[fc] y = MatMul(x, w)", shape, prepared=True)).fixed_tokens is fixed
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "t = Transpose<perm = [1, 0, 2]>(x)",  # [7, N, 4]
-        "r = Reshape(x, open) t = Transpose<perm = [1, 0, 2]>(r)",  # [7, ?, 4]
-        "r = Transpose<perm = [1, 0, 2]>(x) t = Compress<axis = 0>(r, kept)",  # [?, N, 4]
-    ],
-)
-def test_tokens_are_not_fixed_where_the_batch_is_known_to_be_the_second_axis(body: str):
-    constants = {"open": np.array([-1, 7, 4]), "kept": np.arange(7) < 5}
-
-    found = only(graph(f"{body} [fc] h = MatMul(t, w) y = Neg(h)", "N,7,4", prepared=True, **constants))
-
-    assert found.fixed_tokens is False
-
-
 def test_a_conv_and_a_gemm_have_no_tokens():
     assert only(graph("[c] y = Conv(x, k)", "N,4,5", k=np.ones((6, 4, 1), F))).fixed_tokens is False
     assert only(graph("[fc] y = Gemm(x, w, b)")).fixed_tokens is False

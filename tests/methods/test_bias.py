@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 
 import numpy as np
 import pytest
@@ -271,9 +272,9 @@ def test_a_sample_of_several_rows_counts_every_row():
 
     found = SampleErrors.of(view(errors[None]), -1, 0.0, per_token=True)
 
-    assert found.seen.tolist() == [2, 0]
-    assert found.total[0].tolist() == errors.sum(axis=0).tolist()
-    assert found.squares[0].tolist() == np.square(errors).sum(axis=(0, 2)).tolist()
+    assert found.tokens[..., -1].tolist() == [[2, 2, 2], [0, 0, 0]]
+    assert found.tokens[0, :, :-2].tolist() == errors.sum(axis=0).tolist()
+    assert found.tokens[0, :, -2].tolist() == np.square(errors).sum(axis=(0, 2)).tolist()
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -292,7 +293,7 @@ def collected(errors: Array, sizes: list[int], trim: float = 0.05) -> SampleErro
         SampleErrors.of(view(errors[end - size : end], end - size), -1, trim, per_token=True)
         for size, end in zip(sizes, ends, strict=True)
     ]
-    return functools.reduce(SampleErrors.merge, parts)
+    return functools.reduce(operator.add, parts)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 12, [5, 5, 2], [3, 9]])
@@ -303,18 +304,19 @@ def test_what_is_kept_per_sample_is_the_same_bit_for_bit_however_samples_are_bat
 
     whole, parts = collected(errors, [12]), collected(errors, sizes)
 
-    for key in ("index", "mean", "error", "energy", "seen"):
+    for key in ("index", "mean", "error", "energy"):
         assert getattr(parts, key).tobytes() == getattr(whole, key).tobytes(), key
     # Sums of at most 9 errors below 8 in float64, in another order: 9 * 9 * 8 * 2^-53 each; squares are below 16 * 64.
-    assert np.abs(parts.total - whole.total).max() <= 648 * 2.0**-53
-    assert np.abs(parts.squares - whole.squares).max() <= 81 * 1024 * 2.0**-53
+    assert np.abs(parts.tokens - whole.tokens)[..., :-2].max() <= 648 * 2.0**-53
+    assert np.abs(parts.tokens - whole.tokens)[..., -2].max() <= 81 * 1024 * 2.0**-53
+    assert np.array_equal(parts.tokens[..., -1], whole.tokens[..., -1])
 
 
-def test_merging_is_associative_bit_for_bit_per_sample(rng: np.random.Generator):
+def test_adding_up_is_associative_bit_for_bit_per_sample(rng: np.random.Generator):
     errors = rng.normal(size=(3, 1, 4, 5))
     a, b, c = (SampleErrors.of(view(errors[i : i + 1], i), -1, 0.0) for i in range(3))
 
-    left, right = a.merge(b).merge(c), a.merge(b.merge(c))
+    left, right = (a + b) + c, a + (b + c)
 
     assert left.mean.tobytes() == right.mean.tobytes()
     assert left.index.tolist() == [0, 1, 2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import zlib
 
@@ -258,7 +257,7 @@ def test_evenly_spread_tokens_those_of_large_values_and_the_first_are_looked_at(
     x[0, :, 0] = np.arange(100) / 100
     x[0, [40, 41, 42], 1] = [-9, 8, 7]
 
-    rows = Rows.of(view(x, first=3), -1)
+    (rows,) = Rows.of(view(x, first=3), -1)
 
     at = np.rint(100 * rows.x[:, 0]).astype(int)
     assert at[rows.kind == EVEN].tolist() == list(range(3, 100, 7))  # 100 / 16, rounded up
@@ -270,7 +269,7 @@ def test_evenly_spread_tokens_those_of_large_values_and_the_first_are_looked_at(
 def test_channels_of_a_conv_lie_behind_the_batch():
     x = np.arange(2 * 3 * 2 * 2.0).reshape(2, 3, 2, 2)
 
-    rows = Rows.of(view(x), 1)
+    rows = Rows.joined([*Rows.of(view(x), 1)])
 
     assert rows.x[rows.kind == FIRST].tolist() == [[0, 4, 8], [12, 16, 20]]
 
@@ -279,9 +278,9 @@ def test_channels_of_a_conv_lie_behind_the_batch():
 def test_rows_are_the_same_however_samples_are_batched(rng: np.random.Generator, sizes: list[int]):
     x = rng.normal(size=(12, 40, 3))
     ends = np.cumsum(sizes)
-    parts = [Rows.of(view(x[end - size : end], end - size), -1) for size, end in zip(sizes, ends, strict=True)]
+    parts = [row for size, end in zip(sizes, ends, strict=True) for row in Rows.of(view(x[end - size : end], end - size), -1)]
 
-    found, whole = functools.reduce(Rows.merge, parts), Rows.of(view(x), -1)
+    found, whole = Rows.joined(parts), Rows.joined([*Rows.of(view(x), -1)])
 
     for key in ("sample", "kind", "x"):
         assert getattr(found, key).tobytes() == getattr(whole, key).tobytes()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from onnxcomp.errors import DataError
 from onnxcomp.numerics import statistics
-from onnxcomp.numerics.statistics import Histogram, Total, subsample
+from onnxcomp.numerics.statistics import Histogram, subsample
 
 NOT_FINITE = "^" + re.escape(
     "The values to quantize hold NaN or infinity, so they have no range. Check the samples and the model."
@@ -92,11 +92,6 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
     x = np.array([1.0, bad, 2.0])
     with pytest.raises(DataError, match=NOT_FINITE):
         Histogram.of(x)
-
-
-def test_totals_of_arrays_add_up_and_those_of_tuples_are_joined() -> None:
-    assert Total(np.array([1.0, 2.0])).merge(Total(np.array([0.5, 0.0]))).values.tolist() == [1.5, 2.0]
-    assert Total((1, 2)).merge(Total((3,))).values == (1, 2, 3)
 
 
 @pytest.mark.parametrize("shape", [(197, 192), (64, 56, 56), (768,), (16, 16), (1000, 3), (1,), (5, 0)])
