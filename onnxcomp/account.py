@@ -22,6 +22,7 @@ from onnxcomp.report.json import to_stored
 from onnxcomp.report.model import Decision, Report, SiteReport, Verification
 from onnxcomp.targets.audit import Kernel
 from onnxcomp.targets.base import Plan
+from onnxcomp.targets.lowering import stored_bits
 
 NOTHING = Outcome(None, "nothing was measured")
 
@@ -89,7 +90,7 @@ def _site_report(site: Site, walk: Walk, kernel: Kernel) -> SiteReport:
     if settings is not None and site.weight is not None:
         bits = f"w{settings.weight_bits}{'' if activations == 'float' else bits}"
         shape = walk.reference.tensors()[site.weight].shape
-        codes = (math.prod(shape) + 1) // 2 * (1 if settings.weight_bits <= 4 else 2)
+        codes = math.ceil(math.prod(shape) * stored_bits(settings.weight_bits, math.prod(shape), walk.target.encoding) / 8)
         stored = codes + 5 * shape[site.weight_axis]  # a float scale and an int8 zero point per channel
     return SiteReport(
         site.name, site.op, site.kind, bits, activations, result.before_db, result.after_db,

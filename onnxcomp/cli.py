@@ -225,7 +225,7 @@ def bench(models: tuple[str, ...], data: str | None, shape: dict[str, tuple[int,
 @click.option("--target", default="auto", metavar="NAME", help="The runtime to judge for; this machine's by default.")
 @click.option("--strict", is_flag=True, help="Exit with 6 where a rule is broken.")
 def lint(model: str, target: str, strict: bool) -> tuple[object, ...]:
-    """Judge any ONNX file by a target's rules: what is refused, float or slow, and what to do.
+    """Judge any ONNX file by the rules of a target.
 
     onnxcomp lint model.onnx --target tensorrt
     onnxcomp lint vit.w8a8.onnx --strict

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +21,7 @@ from onnxcomp.errors import RecipeError, UsageError, check_types, convert, did_y
 from onnxcomp.methods import base as methods
 from onnxcomp.methods.base import Compensation
 from onnxcomp.methods.bias import BiasCompensation
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # the same parser under its older name
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+from onnxcomp.toml import tomllib
 
 Ranges = Literal["mse", "percentile", "minmax"]
 Activations = Literal["auto", "static", "dynamic", "token", "float"]

@@ -10,7 +10,9 @@ from equality import parse, run
 from onnx import ModelProto, NodeProto
 
 from onnxcomp.graph.convert import to_graph, to_model
-from onnxcomp.targets.ort_x86 import TARGET
+from onnxcomp.targets import find
+
+TARGET = find("ort-x86")
 
 Array = np.ndarray
 EYE = np.eye(4, dtype=np.int8)

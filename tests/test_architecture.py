@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "onnxcomp"
 
 LAYERS = (
-    ("errors",),
+    ("errors", "toml"),
     ("numerics", "preprocess"),
     ("data", "graph"),
     ("runtime",),
@@ -51,7 +51,7 @@ THIRD_PARTY = {
     "pydantic": {"errors", "preprocess", "recipe", "report"},
     "pydantic_core": {"report"},
     "rich": {"cli"},
-    "tomli": {"recipe"},
+    "tomli": {"toml"},
     "torch": {"export"},
 }
 """Packages and the parts of the library that may import them."""

@@ -115,7 +115,7 @@ def test_a_rule_overrides_what_it_says_and_the_last_one_wins():
 
 
 def activations(model: ModelProto, recipe: Recipe, *, with_data: bool = True) -> dict[str, str]:
-    choice = pick(model, recipe, find(recipe.target), with_data=with_data)
+    choice = pick(model, recipe, with_data=with_data)
     return {site.name: choice.settings[site.name].activations for site in choice.sites}
 
 

@@ -28,6 +28,7 @@ FULL = Recipe(
     samples=7,
     seed=11,
     target="ort-x86",
+    half=True,
     preprocess=Preprocess(256, 224, mean=(0.485, 0.456, 0.406), std=0.25, scale=1.0, layout="nhwc", color="bgr"),
     site=(SiteRule("/head/*", bits=Bits(4, 8)), SiteRule("*", ranges="minmax", activations="dynamic", symmetric=False)),
     compensate=(BiasCompensation(where="op:Conv", keep="always", significance=1e-7), BiasCompensation()),

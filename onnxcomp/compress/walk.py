@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnxcomp.calibrate.samples import Cut, Run, Store, split
+from onnxcomp.calibrate.samples import Cut, LiveBatch, Run, Store, split
 from onnxcomp.compress.quantizers import Quantizers
 from onnxcomp.errors import UsageError
 from onnxcomp.graph.blocks import Block
@@ -30,6 +30,8 @@ from onnxcomp.methods import weights, xint
 from onnxcomp.methods.base import Array, Compensation, InputMethod, Outcome, add_bias
 from onnxcomp.methods.bias import TRIM, BiasCompensation, SampleErrors, decibel
 from onnxcomp.methods.xint import XInt
+from onnxcomp.numerics.affine import QParams, Scheme
+from onnxcomp.numerics.saturation import may_saturate, reach
 from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
 from onnxcomp.runtime import Progress, Session, measure
@@ -135,6 +137,10 @@ class Walk:
             tape = Tape(f"{site.weight}/quantized" if everyone else f"{site.name}/weight")
             w, series = tensors[site.weight].values, not self._series.keys().isdisjoint(same)
             fitted = xint.first_term(w, site.weight_axis, bits)._asdict() if series else self._round(site, w, bits)
+            if self._saturates(site, fitted["codes"]):
+                bits, reason = 7, "sums of two products of 8-bit weights may leave 16 bits, so these have 7"
+                fitted = self._round(site, w, bits)
+                self.decisions.append(Decision(site.name, "7-bit weights", True, reason, None, 0))
             apply(self.compressed, "quantize", tape, weights.build(tape, site, fitted, bits), None if everyone else same)
         self._expand(site)
 
@@ -177,6 +183,29 @@ class Walk:
         centred = any(isinstance(m, BiasCompensation) and m.scope == "layer" and matches(m.where, site) for m in self.methods)
         fake = self.quantizers.fake(site)
         return weights.fit_gptq(site, w, bits, cut, self._node(site).attrs, fake, centred=centred)
+
+    def _saturates(self, site: Site, codes: Array) -> bool:
+        """Whether the target's CPU may add products of these codes wrongly, on the samples; see `numerics.saturation`."""
+        cut, quantize = self._cut(site.x), next(n for n in self.compressed.nodes if n.name == site.name).inputs[0].inputs
+        if not self.target.encoding.saturates or not quantize or "granularity" not in quantize[0].attrs:
+            return False
+        how, is_conv = quantize[0], site.op == "Conv"
+        channels, groups = codes.shape[0], 1
+        if is_conv:
+            groups = int(self._node(site).attrs["group"])
+            channels = groups * codes.shape[1]
+        worst = np.full((1, channels), 2 ** how.attrs["bits"] - 1)
+        seen = [(worst[0], reach(worst))]
+        if cut is not None and how.attrs["granularity"] == "static":
+            q = QParams(Scheme(how.attrs["bits"]), *(t.values for t in how.inputs[1:3]))
+
+            def read(batch: LiveBatch) -> list[tuple[Array, Array]]:
+                rows = [np.moveaxis(x, 1 if is_conv else -1, -1).reshape(-1, channels) for x in batch.read("xh")]
+                return [(a.max(axis=0), reach(a)) for a in map(q.quantize, rows)]
+
+            seen = cut.reduce(read)
+        highest, pairs = (np.max(parts, axis=0) for parts in zip(*seen, strict=True))
+        return may_saturate(codes, highest, pairs, groups)
 
     def _weight(self, site: Site) -> Array:
         """The float weight of a layer."""

@@ -22,3 +22,10 @@ def element_type(text: str) -> np.dtype | None:
     """The dtype of a type as a runtime writes it, such as `tensor(float)`; None for what is no tensor."""
     element = dict(TensorProto.DataType.items()).get(text.removeprefix("tensor(").removesuffix(")").upper())
     return None if element is None else helper.tensor_dtype_to_np_dtype(element)
+
+
+def type_name(dtype: object) -> str:
+    """A tensor's element type, which is numpy's or the number of one of ONNX's that numpy lacks, as a word: `int4`."""
+    if dtype is None:
+        return ""
+    return TensorProto.DataType.Name(dtype).lower() if isinstance(dtype, int) else np.dtype(dtype).name  # pyright: ignore

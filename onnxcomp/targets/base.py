@@ -103,6 +103,8 @@ class Encoding:
     fused: bool = True
     """What stands around a product is brought into the form that ONNX Runtime keeps integer, and a weight in front of a float
     operator into the form that it folds when it loads the file."""
+    saturates: bool = False
+    """Sums of two 8-bit products may leave the 16 bits of its registers, so weights have 7 bits where that may happen."""
     tables: bool = True
     """Constants may be computed when the file is loaded, such as the table of a bias per token."""
     wide: bool = False

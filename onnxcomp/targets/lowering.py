@@ -2,6 +2,7 @@
 
     activation   x -> QuantizeLinear -> Clip of the codes -> DequantizeLinear         (no Clip at 8 bits, or one of the values)
     weight       int4 initializer -> Cast(int8) -> DequantizeLinear                   (int8 initializer above 4 bits)
+                 below 4 bits digits -> Cast -> GatherND(table, digits) -> Reshape    (4 codes of b bits are b digits of 4 bits)
     MatMul, Gemm -> MatMul with float output, bias by Sum
     Conv         -> int32 bias, or the float one
     further term -> Sub(x, DequantizeLinear's output) -> Q with a step of its own, once for all who read it
@@ -12,6 +13,7 @@ middle, a quantizer that a method has made without that gets the step that reach
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +31,8 @@ TINY = np.float32(1e-12)
 """Floor of a range measured at run time, so that an all-zero tensor does not divide by zero."""
 OPERANDS = ("Add", "Concat", "Div", "Expand", "LayerNormalization", "Mul", "PRelu", "Sub", "Sum", "Where")
 """Operators whose constants are codes where every operator reads codes."""
-FLOAT, INT8 = 1, 3
-"""ONNX's numbers of two element types."""
+FLOAT, INT8, INT64 = 1, 3, 7
+"""ONNX's numbers of element types."""
 
 
 def lower(graph: Graph, encoding: Encoding) -> Graph:
@@ -245,8 +247,11 @@ class _Lowering:
         """
         codes, scale = node.inputs
         y, axis, new, zero = node.outputs[0], node.attrs["axis"], _Nodes(node.outputs[0].name), np.zeros(scale.shape, np.int8)
-        is_packed = node.attrs["bits"] <= 4 and self.encoding.packed != "int8"
-        stored: Tensor = packed_int4(codes.name, codes.values) if is_packed else codes
+        is_packed, bits = node.attrs["bits"] <= 4 and self.encoding.packed != "int8", node.attrs["bits"]
+        if is_packed and stored_bits(bits, codes.values.size, self.encoding) < 4:
+            stored, is_packed = self._looked_up(new, codes, bits), False
+        else:
+            stored = packed_int4(codes.name, codes.values) if is_packed else codes
         if self.encoding.fused and any(reader.op == "Sum" or not _is_quantized(reader.inputs[0]) for reader in y.outputs):
             factor = Constant(scale.name, along(scale.values, axis, len(codes.shape)))
             new("Mul", y, new("Cast", "codes.f32", stored, to=FLOAT), factor)
@@ -257,6 +262,19 @@ class _Lowering:
             stored = new("Cast", "codes.i8", stored, dtype=np.int8, to=INT8)
         new("DequantizeLinear", y, stored, scale, zero_point, axis=axis)
         return new.made
+
+    def _looked_up(self, new: _Nodes, codes: Constant, bits: int) -> Tensor:
+        """2- and 3-bit codes, four of which are as many hexadecimal digits: these are stored, and looked up in a table."""
+        places = np.arange(4) * bits
+        numbers = ((codes.values.reshape(-1, 4).astype(np.int64) + 2 ** (bits - 1)) << places).sum(axis=1)
+        digits = packed_int4(codes.name, numbers[:, None] >> 4 * np.arange(bits) & 15, signed=False)
+        every = (np.arange(16)[:, None] << 4 * np.arange(bits)).T
+        sums = functools.reduce(np.add.outer, every)
+        table = (sums[..., None] >> places & (2**bits - 1)) - 2 ** (bits - 1)
+        index = new("Cast", "digits", digits, dtype=np.int64, to=INT64)
+        fours = new("GatherND", "fours", self._constant(f"onnxcomp/codes.i{bits}", table, np.int8), index, dtype=np.int8)
+        shape = Constant(f"{new.name}/shape", np.array(codes.shape, np.int64))
+        return new("Reshape", "codes.i8", fours, shape, dtype=np.int8)
 
     def _integer_bias(self, conv: Node) -> None:
         """Give a Conv with quantized input and weight an int32 bias of scale s_x * s_w, as its kernel expects."""
@@ -305,6 +323,13 @@ class _Lowering:
         node.attrs.clear()
         if len(node.inputs) == 3:
             put_behind(self.graph, node, "Sum" if self.encoding.fused else "Add", "product", node.inputs.pop())
+
+
+def stored_bits(bits: int, size: int, encoding: Encoding) -> int:
+    """The room that each of `size` codes of so many bits takes: 2 and 3 bits are looked up, four codes at a time."""
+    if bits > 4 or encoding.packed == "int8":
+        return 8
+    return bits if size % 4 == 0 and encoding.packed == "cast" else 4
 
 
 def _widen_dead_channels(weight: Node, least: np.ndarray) -> None:

@@ -9,10 +9,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from onnxcomp.graph.edit import Constant, Node, Tensor
+from onnxcomp.graph.types import type_name
 from onnxcomp.targets.base import Facts
 
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 Broken = Iterator[tuple[str, str]]
+LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+CODES = ("int8", "int4", "float8e4m3fn", "float4e2m1")
+"""Types of codes that TensorRT takes."""
+BLOCKS = (64, 128)
 FIX = "Quantize the float model again for this target."
 
 
@@ -21,11 +26,10 @@ def maker(tensor: Tensor) -> str:
     return tensor.inputs[0].op if tensor.inputs else ""
 
 
-def codes_type(node: Node) -> np.dtype | None:
-    """The type of the codes that a QuantizeLinear makes or a DequantizeLinear reads; None where it is not known."""
-    zero_point = node.inputs[2:3] if node.op == "QuantizeLinear" else node.inputs[:1]
-    dtype = zero_point[0].dtype if zero_point else np.uint8
-    return None if dtype is None or isinstance(dtype, int) else np.dtype(dtype)
+def codes_type(node: Node) -> str:
+    """The type of the codes that a QuantizeLinear makes or a DequantizeLinear reads; empty where it is not known."""
+    telling = node.inputs[2:3] if node.op == "QuantizeLinear" else node.inputs[:1]
+    return type_name(telling[0].dtype) if telling else type_name(node.attrs.get("output_dtype", np.uint8))
 
 
 def is_stored(node: Node) -> bool:
@@ -63,13 +67,108 @@ def measured_range(node: Node, facts: Facts) -> Broken:
 
 def wide_codes(node: Node, facts: Facts) -> Broken:
     """No kernel of ONNX Runtime's CPU, NNAPI and XNNPACK providers computes with codes of 16 bits."""
-    if node.op in QUANTIZERS and codes_type(node) in (np.int16, np.uint16):
+    if node.op in QUANTIZERS and codes_type(node) in ("int16", "uint16"):
         yield "Codes of 16 bits have no integer kernel.", "Use activations of 8 bits."
 
 
 def half_quantized(node: Node, facts: Facts) -> Broken:
     """A product runs on integers only if both of its factors are codes."""
-    makers = [maker(t) for t in node.inputs[:2]] if node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul") else []
+    makers = [maker(t) for t in node.inputs[:2]] if node.op in LAYERS else []
     for tensor, made in zip(node.inputs, makers, strict=False):
         if "DequantizeLinear" in makers and made != "DequantizeLinear":
             yield f"Its input '{tensor.name}' is not quantized, so it is computed in float.", "Quantize both of its factors."
+
+
+def open_unit(node: Node, facts: Facts) -> Broken:
+    """An operator between DequantizeLinear and QuantizeLinear is a unit that runs on codes; any other is float."""
+    if node.op in (*QUANTIZERS, "Input", "Cast", "Shape", "Constant"):
+        return
+    reads = [t for t in node.inputs if t.dtype == np.float32 and maker(t) != "DequantizeLinear"]
+    makes = [t for t in node.outputs if t.dtype == np.float32 and [r.op for r in t.outputs] != ["QuantizeLinear"]]
+    follower = [r.op for t in node.outputs for r in t.outputs]
+    if reads and maker(reads[0]) not in (*LAYERS, "Add"):
+        yield f"Its input '{reads[0].name}' is float, so it does not run on codes.", "Quantize what it reads."
+    if makes and follower not in (["Relu"], ["Clip"]):
+        yield f"Its output '{makes[0].name}' is not quantized once, so it does not run on codes.", "Quantize what it makes."
+
+
+def signed_activation(node: Node, facts: Facts) -> Broken:
+    """NNAPI's Conv takes uint8 activations."""
+    if node.op == "QuantizeLinear" and codes_type(node) == "int8":
+        yield "Its activation codes are int8; NNAPI takes uint8.", "Use unsigned activations."
+
+
+def unsigned_activation(node: Node, facts: Facts) -> Broken:
+    """XNNPACK takes weights with a scale per channel beside int8 activations only."""
+    if node.op == "QuantizeLinear" and codes_type(node) == "uint8":
+        yield "Its activation codes are uint8; with scales per channel XNNPACK takes int8.", "Use signed activations."
+
+
+# --- TensorRT --------------------------------------------------------------------------------------------------------
+
+
+def unsupported_codes(node: Node, facts: Facts) -> Broken:
+    """The importer takes int8, int4, float8 and float4 codes; uint8 is an error, and an int32 bias is too."""
+    kind = codes_type(node) if node.op in QUANTIZERS else ""
+    if kind == "int32":
+        yield "A bias of int32 codes is refused.", "Leave the bias in float."
+    elif kind and kind not in CODES:
+        yield f"Codes of type {kind} are refused, or taken for int8.", "Use symmetric int8."
+
+
+def asymmetric(node: Node, facts: Facts) -> Broken:
+    """Zero points are all zero."""
+    if node.op in QUANTIZERS and any(isinstance(t, Constant) and t.values.any() for t in node.inputs[2:]):
+        yield "Its zero point is not zero; only symmetric quantization is taken.", "Use symmetric int8."
+
+
+def vanishing_scale(node: Node, facts: Facts) -> Broken:
+    """Scales are positive."""
+    if node.op in QUANTIZERS and isinstance(node.inputs[1], Constant) and not (node.inputs[1].values > 0).all():
+        yield "A scale is not above zero.", "Raise the scales of channels without values to the smallest positive one."
+
+
+def activation_channels(node: Node, facts: Facts) -> Broken:
+    """Scales per channel are for weights."""
+    is_weight = node.op == "DequantizeLinear" and is_stored(node)
+    if node.op in QUANTIZERS and not is_weight and isinstance(node.inputs[1], Constant) and node.inputs[1].values.size > 1:
+        if node.op == "QuantizeLinear" and isinstance(node.inputs[0], Constant):
+            return
+        yield "An activation has a scale per channel; only weights may.", "Use one scale for the tensor."
+
+
+def narrow_weights(node: Node, facts: Facts) -> Broken:
+    """int4 codes are read by DequantizeLinear alone; beside quantized activations per channel, and not in a Conv."""
+    if node.op == "Cast" and type_name(node.inputs[0].dtype) == "int4":
+        yield "int4 codes are cast, which has no kernel.", "Let DequantizeLinear read them."
+    if node.op != "DequantizeLinear" or codes_type(node) != "int4":
+        return
+    block, quantized = node.attrs.get("block_size", 0), []
+    for reader in node.outputs[0].outputs:
+        quantized += [reader.op] if maker(reader.inputs[0]) == "DequantizeLinear" else []
+    if block and not quantized and block not in BLOCKS:
+        yield f"int4 weights have blocks of {block}, not of 64 or 128.", "Use blocks of 64 or 128."
+    if "Conv" in quantized or (block and quantized):
+        yield "These int4 weights have no kernel beside quantized activations.", "Store their codes as int8."
+
+
+def quantized_result(node: Node, facts: Facts) -> Broken:
+    """Between a layer and its normalization or activation function no quantizer may stand, or the two are not one kernel."""
+    if node.op != "QuantizeLinear" or maker(node.inputs[0]) not in LAYERS:
+        return
+    readers = [r.op for t in node.outputs for dq in t.outputs for y in dq.outputs for r in y.outputs]
+    if any(op in ("BatchNormalization", "Clip", "LeakyRelu", "Relu", "Sigmoid") for op in readers):
+        yield "It stands between a layer and the function behind it, which are one kernel without it.", "Take it out."
+
+
+def bit_operator(node: Node, facts: Facts) -> Broken:
+    """There are no operators on bits."""
+    if node.op.startswith("Bit"):
+        yield f"{node.op} is not taken.", "Store one code per byte."
+
+
+def float_skip(node: Node, facts: Facts) -> Broken:
+    """A Conv and the Add of a residual branch are one int8 kernel if the branch is quantized, and the Conv's result is not."""
+    convs = [t for t in node.inputs if maker(t) == "Conv" and maker(t.inputs[0].inputs[0]) == "DequantizeLinear"]
+    if node.op == "Add" and convs and not any(maker(t) == "DequantizeLinear" or isinstance(t, Constant) for t in node.inputs):
+        yield "The branch that is added to a quantized Conv is float, so the two are not one kernel.", FIX

@@ -18,7 +18,9 @@ from onnxcomp.methods.base import Fit, Outcome
 from onnxcomp.methods.nbc import NonlinearBipolarCompensation, _deviation, compensation
 from onnxcomp.numerics.affine import NOT_FINITE
 from onnxcomp.recipe import Recipe
-from onnxcomp.targets.ort_x86 import TARGET
+from onnxcomp.targets import find
+
+TARGET = find("ort-x86")
 
 Array = np.ndarray
 NBC = NonlinearBipolarCompensation

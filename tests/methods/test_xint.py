@@ -21,7 +21,9 @@ from onnxcomp.methods.xint import Digits, Terms, XInt, allocate, expand, first_t
 from onnxcomp.numerics.affine import QParams, Scheme
 from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import Bits, Recipe
-from onnxcomp.targets.ort_x86 import TARGET
+from onnxcomp.targets import find
+
+TARGET = find("ort-x86")
 
 Array = np.ndarray
 FLOAT = ""

@@ -24,6 +24,7 @@ REPORT = Report(
     recipe='name = "auto"\n',
     requirements=("onnxruntime 1.19 or newer.",),
     sites=(SiteReport("/a", "Conv", "layer", "w8a8", "static", 20.5, None, "QLinearConv", True, "", 64),),
+    kernels_by="onnxruntime 1.31.1",
     skipped=(Skipped("/b", "MatMul", "product"),),
     decisions=(Decision("/a", "bias", True, "4 of 4 channels", 0.5, 0),),
     verification=Verification("full", "onnxruntime 1.31.1", 3, 200.0, -math.inf, math.inf),

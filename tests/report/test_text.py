@@ -30,6 +30,7 @@ REPORT = Report(
         site("/add", None, op="Add", kind="join", bits="a8", kernel="QLinearAdd"),
         site("/head", None, bits="w8", activations="float", kernel="Gemm", integer=False),
     ),
+    kernels_by="onnxruntime 1.31.1",
     skipped=(
         Skipped("/qk", "MatMul", "a product"),
         Skipped("/av", "MatMul", "a product"),

@@ -15,8 +15,10 @@ from onnxcomp.graph.sites import find_sites
 from onnxcomp.numerics.affine import Scheme
 from onnxcomp.pipeline import quantize
 from onnxcomp.runtime import infer_types
+from onnxcomp.targets import find
 from onnxcomp.targets.base import Encoding, Plan, Point, Settings
-from onnxcomp.targets.ort_x86 import TARGET
+
+TARGET = find("ort-x86")
 
 W8A8 = Settings(8, 8, "static", "mse", 99.99, False)
 W4A4 = Settings(4, 4, "static", "minmax", 99.0, False)
