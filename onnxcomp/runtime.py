@@ -187,6 +187,8 @@ def _options(threads: int, *, optimize: bool = True, signed: bool = True) -> ort
     options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
     options.add_session_config_entry("session.qdqisint8allowed", str(int(signed)))
+    if signed:  # a weight in front of float is dequantized as it is written, where activations would get 8 bits here
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # Errors are raised as well, and the warnings are about files that we write on purpose.
     options.log_severity_level = _FATAL
     return options
