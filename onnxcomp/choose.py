@@ -38,6 +38,8 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     float activations, and no method is fitted. Raises RecipeError for a pattern that matches nothing, and for what the
     target does not take.
     """
+    if recipe.half and not target.half:
+        raise RecipeError(f"{target.name} takes no float16 beside codes. Leave --half out, or use --target tensorrt.")
     every = find_sites(graph)
     names = [node.name for node in graph.nodes]
     for rule in recipe.site:

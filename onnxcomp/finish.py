@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxcomp import runtime
-from onnxcomp.errors import ModelError, RecipeError
+from onnxcomp.errors import ModelError
 from onnxcomp.graph import files
 from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.files import ModelProto
@@ -18,11 +18,7 @@ from onnxcomp.targets.target import Target
 
 
 def finish(model: ModelProto, target: Target, recipe: Recipe, feeds: Sequence[Feed]) -> ModelProto:
-    """The lowered model in float16, or in an older opset that computes the same on `feeds`. Raises RecipeError where the
-    target does not take float16.
-    """
-    if recipe.half and not target.half:
-        raise RecipeError(f"{target.name} takes no float16 beside codes. Leave --half out, or use --target tensorrt.")
+    """The lowered model in float16, or in an older opset that computes the same on `feeds`."""
     if recipe.half:
         return to_half(model)
     if not target.oldest:

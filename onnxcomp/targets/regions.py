@@ -25,7 +25,7 @@ def plan(graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], 
     static = {s.name: s for s in sites if settings[s.name].activations in ("static", "auto")}
     tensors, results = graph.tensors(), {t.name for t in graph.outputs}
     find = {"regions": _find_region, "units": _find_units, "inputs": _find_skips}[encoding.where]
-    stored, joins = find(graph, static, results)
+    stored, joins = find(graph, static, results) if static else ({}, [])
     if encoding.where == "inputs":
         settings = dict(settings) | {site.name: _of_skip(site, tensors, static, settings) for site in joins}
     points: dict[str, Point] = {}
