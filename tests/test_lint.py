@@ -99,7 +99,10 @@ def test_strict_leaves_with_0_where_nothing_is_broken(tmp_path: Path):
 
     found = run("lint", clean, "--target", "portable", "--strict")
 
-    assert (found.exit_code, found.stdout) == (0, f"{clean} for portable: 0 broken rules, 0 of 0 quantized layers on integers\n")
+    assert (found.exit_code, found.stdout) == (
+        0,
+        f"{clean} for portable: 0 broken rules, 0 of 0 quantized layers on integers\n",
+    )
 
 
 def test_a_file_that_onnx_runtime_cannot_load_is_judged_by_the_types_in_it(tmp_path: Path):
@@ -189,9 +192,7 @@ def test_weights_of_16_bits_are_no_bits():
     with pytest.raises(RecipeError) as caught:
         Bits.parse("w16a8")
 
-    assert str(caught.value) == (
-        "bits = 'w16a8' is not understood. Write wXaY, X and Y from 2 to 8 (or Y 16), such as w4a8."
-    )
+    assert str(caught.value) == ("bits = 'w16a8' is not understood. Write wXaY, X and Y from 2 to 8 (or Y 16), such as w4a8.")
 
 
 @pytest.mark.parametrize("target", ["portable", "qnn"])
@@ -218,7 +219,9 @@ def test_half_is_a_key_of_a_recipe_and_an_option(tmp_path: Path):
     assert recipes.loads(recipes.dumps(recipe)) == recipe
     path = tmp_path / "fast.toml"
     path.write_text(recipes.dumps(replace(recipe, half=False)), encoding="utf-8")
-    found = run("quantize", tmp_path / "m.onnx", "--data", tmp_path / "data.npz", "--recipe", path, "--half", "-o", tmp_path / "q")
+    found = run(
+        "quantize", tmp_path / "m.onnx", "--data", tmp_path / "data.npz", "--recipe", path, "--half", "-o", tmp_path / "q"
+    )
 
     assert found.exit_code == 0, found.stderr
     assert onnx.TensorProto.FLOAT16 in kinds(onnx.load(tmp_path / "q"))

@@ -106,6 +106,14 @@ def test_the_values_of_a_bin_count_as_spread_evenly_over_it(scheme: Scheme, monk
         assert abs(np.sqrt(predicted_error(h, q)) - np.sqrt(error_of(spread, q))) <= h.width / 1000
 
 
+def test_at_sixteen_bits_mse_takes_the_extremes_for_its_steps_are_finer_than_the_bins() -> None:
+    h = Histogram.of(values_of("outliers"))
+
+    found, extremes = choose(h, Scheme(16)), choose(h, Scheme(16), "minmax")
+
+    assert (found.scale, found.zero_point) == (extremes.scale, extremes.zero_point)
+
+
 def test_mse_clips_a_lone_outlier_a_hundred_times_further_out() -> None:
     x = np.random.default_rng(1).normal(size=300_000).astype(np.float32)
     alone = choose(Histogram.of(x), Scheme(4))

@@ -19,8 +19,8 @@ HALF = np.float32(0.5)
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_weights_of_four_bits_and_fewer_are_stored_as_int4_behind_a_cast(rng: np.random.Generator, bits: int):
+@pytest.mark.parametrize("bits", range(4, 9))
+def test_weights_of_four_bits_are_stored_as_int4_behind_a_cast(rng: np.random.Generator, bits: int):
     codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), size=(4, 4)).astype(np.int8)
     scale = np.array([0.5, 1, 2, 4], np.float32)
     x = rng.integers(-8, 8, size=(5, 4)).astype(np.float32) / 2

@@ -85,6 +85,9 @@ PROBES = (
           X + "[site] h = Relu(a)" + q("h", "y")),
     Probe("open-unit", "qnn", X + "[site] y = Relu(a)", "Its output 'y' is not quantized once, so it does not run on codes.",
           "Quantize what it makes.", X + W + "[site] h = MatMul(a, w) t = Relu(h)" + q("t", "y")),
+    Probe("open-unit", "qnn", "[site] h = Clip(x, low, high)" + q("h", "y"),
+          "Its input 'x' is float, so it does not run on codes.", "Quantize what it reads.",
+          X + "h = Concat<axis = 0>(a, a) [site] t = Clip(h, low, high)" + q("t", "y")),
     Probe("signed-activation", "nnapi", "[site] y = QuantizeLinear(x, s, zs)",
           "Its activation codes are int8; NNAPI takes uint8.", "Use unsigned activations.", "[site] y = QuantizeLinear(x, s)"),
     Probe("unsigned-activation", "xnnpack", "[site] y = QuantizeLinear(x, s)",
@@ -138,7 +141,7 @@ def constants() -> dict[str, np.ndarray]:
     kernel = rng.integers(-7, 8, (4, 4, 3, 3)).astype(np.int8)
     int4 = ml_dtypes.int4
     scalars = {
-        "s": np.float32(2**-5), "r": np.float32(1 / 127), "z": np.uint8(0), "zs": np.int8(0), "z3": np.int8(3),
+        "s": np.float32(2**-5), "r": np.float32(1 / 127), "low": np.float32(0), "high": np.float32(6), "z": np.uint8(0), "zs": np.int8(0), "z3": np.int8(3),
         "z16": np.uint16(0), "zs16": np.int16(0),
     }  # fmt: skip
     arrays = {

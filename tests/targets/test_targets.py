@@ -237,6 +237,17 @@ def test_a_target_without_float16_refuses_it(target: str):
     assert str(caught.value) == f"{target} takes no float16 beside codes. Leave --half out, or use --target tensorrt."
 
 
+@pytest.mark.parametrize("target", ["portable", "tensorrt"])
+def test_a_float_bias_of_a_channel_without_weights_survives_the_runtime_that_makes_it_an_integer(target: str):
+    """ONNX Runtime stores it in steps of the input's scale times the weight's, which is next to nothing."""
+    tiny = TINY["outputs"]
+
+    model = quantize(tiny.model, tiny.samples, Recipe(target=target)).model
+
+    plain, reference = (outputs(m, tiny.samples) for m in (model, tiny.model))
+    assert_same_function(outputs(model, tiny.samples, optimize=True), plain, reference)
+
+
 # --- signed and unsigned codes ---------------------------------------------------------------------------------------
 
 
