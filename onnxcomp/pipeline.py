@@ -102,7 +102,7 @@ def quantize(
     progress("verifying", 0, 1)
     with tempfile.TemporaryDirectory() as folder, files.PendingFile(finished, Path(folder) / "model.onnx") as proof:
         verification = verify(proof.path, reference, feeds, expected)
-        kernels, by, said = find_kernels(proof.path, target, lowered, account.audit_sites(lowered, plan))
+        kernels, by, said = find_kernels(proof.path, target, lowered, account.audit_sites(lowered, plan), feeds, reference)
     if target.fixed:
         fix(finished, single)
     notes += said

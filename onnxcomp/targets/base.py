@@ -86,7 +86,8 @@ class Encoding:
 
     where: str = "regions"
     """Which tensors get quantizers: `regions` (the inputs of layers, and results that stay integers from one kernel to the
-    next), `inputs` (those of layers, and the skipped branch of a residual Add) or `units` (all that operators read or make).
+    next), `layers` (the inputs of layers), `inputs` (these and the skipped branch of a residual Add) or `units` (all that
+    operators read or make).
     """
     signed: bool = False
     """Activation codes are int8, not uint8."""
