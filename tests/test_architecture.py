@@ -48,7 +48,7 @@ THIRD_PARTY = {
     "onnxruntime": {"runtime"},
     "onnxruntime.transformers": {"graph"},
     "onnxscript": {"export"},
-    "pydantic": {"errors", "preprocess", "recipe", "report"},
+    "pydantic": {"errors", "methods", "preprocess", "recipe", "report"},
     "pydantic_core": {"report"},
     "rich": {"cli"},
     "tomli": {"recipe"},
