@@ -50,7 +50,7 @@ THIRD_PARTY = {
     "openvino": {"targets"},
     "onnxruntime.transformers": {"graph"},
     "onnxscript": {"export"},
-    "pydantic": {"errors", "preprocess", "recipe", "report"},
+    "pydantic": {"errors", "methods", "preprocess", "recipe", "report"},
     "pydantic_core": {"report"},
     "rich": {"cli"},
     "tomli": {"toml"},
