@@ -14,7 +14,7 @@ from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.finish import fix_axes, to_half, to_oldest_opset
 from onnxcomp.recipe import Recipe
 from onnxcomp.runtime import Feed
-from onnxcomp.targets import openvino
+from onnxcomp.targets import openvino, tensorrt
 from onnxcomp.targets.audit import Kernel, audit, foretell
 from onnxcomp.targets.target import Target
 from onnxcomp.verify import demand
@@ -60,16 +60,21 @@ def find_kernels(
     VerificationError if it does not.
     """
     foretold = foretell(lowered, target, sites)
+    kernels: Mapping[str, tuple[str, bool]] = {}
     if target.kernels == "onnxruntime":
-        found, by = audit(path, sites), f"onnxruntime {runtime.version()}"
+        by = f"onnxruntime {runtime.version()}"
     elif target.kernels == "openvino" and openvino.is_installed():
         compiled, plain, by = openvino.compile_model(path), runtime.Session(path, optimize=False), openvino.version()
         runs = [[run(feed) for feed in feeds] for run in (functools.partial(openvino.run, compiled), plain.run, reference.run)]
         demand(*runs, f"of {by} and of ONNX Runtime differ by more than the quantization error")
         kernels = openvino.kernels(compiled, lowered)
-        found = tuple(Kernel(k.site, *kernels.get(k.site, (k.op, k.integer)), k.reason) for k in foretold)
+    elif target.kernels == "tensorrt" and tensorrt.installed() is not None:
+        shapes = {name: [1, *array.shape[1:]] for name, array in feeds[0].items()}
+        kernels, by = tensorrt.kernels(path, lowered, shapes), tensorrt.version()
     else:
         return foretold, f"the rules of {target.name}, which did not run here", []
+    named = (Kernel(k.site, *kernels.get(k.site, (k.op, k.integer)), k.reason) for k in foretold)
+    found = tuple(named) if kernels else audit(path, sites)
     wrong = [a.site for a, b in zip(found, foretold, strict=True) if a.integer != b.integer]
     notes = [f"The rules of {target.name} foretold other kernels at {', '.join(wrong)}."] if wrong else []
     return found, by, notes
