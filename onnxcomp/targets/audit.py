@@ -78,7 +78,7 @@ def foretell(graph: Graph, target: Target, sites: Collection[str]) -> tuple[Kern
     for broken in check(graph, target):
         found.setdefault(broken.node, broken.reason)
     for name in sites:
-        if not any(maker(t) == "DequantizeLinear" for t in nodes[name].inputs):
+        if nodes[name].op != "MatMulInteger" and not any(maker(t) == "DequantizeLinear" for t in nodes[name].inputs):
             found.setdefault(name, "It reads no codes.")
     return tuple(Kernel(name, nodes[name].op, name not in found, found.get(name, "")) for name in sites)
 

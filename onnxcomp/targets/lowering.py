@@ -41,7 +41,7 @@ def lower(graph: Graph, encoding: Encoding) -> Graph:
     """Write the abstract quantizers of `graph` as standard operators. Changes `graph` and returns it."""
     _Lowering(graph, encoding).run()
     if encoding.fused:
-        settle(graph)
+        settle(graph, biased=encoding.biased)
     return graph
 
 
@@ -84,6 +84,8 @@ class _Lowering:
     shared: dict[str, Constant] = field(default_factory=dict)
     digits: dict[str, _Digit] = field(default_factory=dict)
     """The lowered quantizers by the name of their abstract output."""
+    filled: dict[str, list[int]] = field(default_factory=dict)
+    """How codes are filled up, by the name of the quantizer's output."""
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -95,6 +97,8 @@ class _Lowering:
                 self._integer_constants(node)
             if node.op == "Gemm" and _weight_codes(node) is not None and not self._is_closed:
                 self._split_gemm(node)
+            if node.op == "Conv" and self.encoding.channels > 1:
+                self._fill_channels(node)
         results = {id(t) for t in self.graph.outputs}
         for node in [n for n in self.graph.nodes if n.domain == DOMAIN]:
             if node.outputs[0].outputs or id(node.outputs[0]) in results:  # else the runtime would compute it all the same
@@ -170,6 +174,9 @@ class _Lowering:
             names = (f"onnxcomp/min.{kind}" if least else "onnxcomp/zero.u8", f"onnxcomp/max.{kind}")
             bounds = [self._constant(*pair, self._type(bits)) for pair in zip(names, ends, strict=True)]
             codes = new("Clip", f"codes.{kind}", codes, *bounds, dtype=self._type(bits))
+        if isinstance(y, Variable) and y.name in self.filled:
+            pads = Constant(f"{new.name}/pads", np.array(self.filled[y.name], np.int64))
+            codes = new("Pad", "codes.filled", codes, pads, zero_point, dtype=self._type(bits))
         return _Digit(x, new("DequantizeLinear", y, codes, scale, zero_point), scale, token)
 
     def _kind(self, bits: int) -> str:
@@ -278,6 +285,23 @@ class _Lowering:
         assert total is not None
         new.name, shape = name, "onnxcomp/shape." + "x".join(map(str, codes.shape))
         return new("Reshape", "codes.i8", total, self._constant(shape, codes.shape, np.int64), dtype=np.int8)
+
+    def _fill_channels(self, conv: Node) -> None:
+        """Fill the channels of a Conv's static input up with its zero, and those of its weight with 0."""
+        weight, x = _weight_codes(conv), conv.inputs[0]
+        if weight is None or not _is_static(x) or len(x.outputs) != 1 or len(weight.outputs[0].outputs) != 1:
+            return
+        codes = weight.inputs[0].values
+        lacking = -codes.shape[1] % self.encoding.channels
+        if not lacking or conv.attrs.get("group", 1) != 1 or codes.shape[1] != 3:
+            return
+        widths = [(0, lacking if axis == 1 else 0) for axis in range(codes.ndim)]
+        weight.inputs[0] = Constant(weight.inputs[0].name, np.pad(codes, widths))
+        self.filled[x.name], x.shape, weight.outputs[0].shape = (
+            [low for pair in zip(*widths, strict=True) for low in pair],
+            None,
+            None,
+        )
 
     def _integer_bias(self, conv: Node) -> None:
         """Give a Conv with quantized input and weight an int32 bias of scale s_x * s_w, as its kernel expects."""

@@ -1,7 +1,13 @@
 """What ONNX Runtime needs around quantizers and products, so that it keeps them integer kernels.
 
 Every rule was read from the runtime's optimized models, and the tests probe it: `Sum` is never fused into a float Gemm,
-`Add` is as soon as shapes are known; a ReLU in front of a quantizer disappears where the zero point is the smallest code.
+`Add` is as soon as shapes are known; a ReLU in front of a quantizer disappears where the zero point is the smallest code; an
+`Add` in front of LayerNormalization becomes a kernel that takes several times what the two take.
+
+    DQ(a), DQ(w) -> MatMul -> Sum(b)   =   MatMulInteger(a, w) -> Cast -> Mul(s_a s_w) -> Add(b)
+
+The right side is the one that becomes a single kernel with its bias. The product of scales must not be folded into a constant
+before that, so it is multiplied with a one that the runtime does not see through.
 """
 
 from __future__ import annotations
@@ -12,10 +18,13 @@ from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, insert_
 from onnxcomp.graph.tidy import is_load_time
 from onnxcomp.targets.regions import clip_bounds
 
+FLOAT = 1
+"""ONNX's number of float32."""
 
-def settle(graph: Graph) -> None:
-    """Bring what stands around the quantizers and products of a lowered `graph` into the form that keeps them integer kernels.
-    Doing it twice changes nothing: it is done again where operators were taken out.
+
+def settle(graph: Graph, *, biased: bool) -> None:
+    """Bring what stands around the quantizers and products of a lowered `graph` into the form that keeps them integer kernels;
+    `biased`: with their biases. Doing it twice changes nothing: it is done again where operators were taken out.
     """
     for node in list(graph.nodes):
         if node.op == "QuantizeLinear" and all(isinstance(t, Constant) for t in node.inputs[1:]):
@@ -24,6 +33,53 @@ def settle(graph: Graph) -> None:
             _keep_integer(graph, node)
         if node.op in ("Conv", "Gemm") and _would_be_quantized(node):
             put_behind(graph, node, "Sum", "float")
+        if node.op == "LayerNormalization" and [n.op for n in node.inputs[0].inputs] == ["Add"]:
+            node.inputs[0].inputs[0].op = "Sum"
+    for node in [n for n in graph.nodes if n.op == "MatMul"] if biased else ():
+        _take_bias(graph, node)
+
+
+def _take_bias(graph: Graph, node: Node) -> None:
+    """Write a product of static codes, and the bias behind it, so that they become one kernel."""
+    makers, reader = [n for t in node.inputs for n in t.inputs], only_reader(node.outputs[0])
+    if [n.op for n in makers] != ["DequantizeLinear"] * 2 or reader is None or reader.op not in ("Add", "Sum"):
+        return
+    (a, *parameters), (w, scale, _) = makers[0].inputs, makers[1].inputs
+    bias = [t for t in reader.inputs if isinstance(t, Constant) and t.values.shape == scale.shape]
+    # A tensor of the float model's own, which must go on being there, is not called after its quantizer.
+    is_ours = "/quantized" in node.inputs[0].name and "axis" in makers[1].attrs
+    if len(reader.inputs) != 2 or not bias or not is_ours or not all(isinstance(t, Constant) for t in parameters):
+        return
+    scales = Constant(f"{node.name}/scales", parameters[0].values * scale.values)
+    made = {
+        key: Variable(f"{node.name}/{key}", dtype=np.dtype(kind)) for key, kind in (("i32", "i4"), ("f32", "f4"), ("s", "f4"))
+    }
+    product, node.outputs[0], node.op = node.outputs[0], made["i32"], "MatMulInteger"
+    node.inputs = [a, w, parameters[1]]
+    cast = Node("Cast", f"{node.name}/Cast", {"to": FLOAT}, [made["i32"]], [made["f32"]])
+    whole = Node("Mul", f"{node.name}/scales/Mul", inputs=[_one(graph), scales], outputs=[made["s"]])
+    insert_after(
+        graph, node, [cast, whole, Node("Mul", f"{node.name}/Mul", inputs=[made["f32"], made["s"]], outputs=[product])]
+    )
+    reader.op = "Add"
+    for dequantize in [n for n in makers if not n.outputs[0].outputs]:
+        remove(graph, dequantize)
+
+
+def _one(graph: Graph) -> Variable:
+    """A tensor that is 1, and that the runtime does not take for a constant."""
+    tensors = graph.tensors()
+    if "onnxcomp/one.f32" not in tensors:
+        code, scale, zero = (
+            Constant(f"onnxcomp/one.{k}", np.array(v, t)) for k, v, t in zip("csz", (1, 1, 0), "BfB", strict=True)
+        )
+        steps = [Variable(f"onnxcomp/one.{name}", dtype=np.dtype(np.float32)) for name in ("dq", "f32")]
+        graph.nodes[:0] = [
+            Node("DequantizeLinear", "onnxcomp/one/DequantizeLinear", inputs=[code, scale, zero], outputs=steps[:1]),
+            Node("Abs", "onnxcomp/one/Abs", inputs=steps[:1], outputs=steps[1:]),
+        ]
+        return steps[1]
+    return tensors["onnxcomp/one.f32"]
 
 
 def _absorb(graph: Graph, quantize: Node) -> None:

@@ -68,4 +68,4 @@ class Target:
     def settle(self, graph: Graph) -> None:
         """Bring a lowered `graph` into its last form again, after operators were taken out."""
         if self.encoding.fused:
-            settle(graph)
+            settle(graph, biased=self.encoding.biased)
