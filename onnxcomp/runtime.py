@@ -133,7 +133,8 @@ def optimized(model: Model) -> tuple[files.NodeProto, ...]:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
-        options = _options(1)
+        options = _options(1, faithful=False)
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
         options.optimized_model_filepath = str(path)
         # Weights go to a file of their own: in one file, a model of more than 2 GiB could not be written.
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
