@@ -191,6 +191,8 @@ def _options(threads: int, *, optimize: bool = True, faithful: bool = True) -> o
     if faithful:
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         options.add_session_config_entry("optimization.disable_specified_optimizers", "WeightBiasQuantization")
+        # A weight in front of float is dequantized as it is written, where activations would get 8 bits here.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # Errors are raised as well, and the warnings are about files that we write on purpose.
     options.log_severity_level = _FATAL
     return options

@@ -3,6 +3,8 @@
 import sys
 
 if sys.version_info >= (3, 11):
-    import tomllib as tomllib
+    import tomllib
 else:  # the same parser under its older name
-    pass  # pyright: ignore[reportMissingImports]
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+__all__ = ["tomllib"]

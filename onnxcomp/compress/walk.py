@@ -192,7 +192,7 @@ class Walk:
         how, is_conv = quantize[0], site.op == "Conv"
         channels, groups = codes.shape[0], 1
         if is_conv:
-            groups = int(self._node(site).attrs["group"])
+            groups = int(self._node(site).attrs.get("group", 1))
             channels = groups * codes.shape[1]
         worst = np.full((1, channels), 2 ** how.attrs["bits"] - 1)
         seen = [(worst[0], reach(worst))]

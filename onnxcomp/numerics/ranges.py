@@ -7,7 +7,7 @@ For levels v_q = (q - zero_point) scale with thresholds t_q = (v_{q-1} + v_q) / 
 because v(x) is v_max less one scale for every threshold above x. G comes from prefix sums over the bins, with the
 values of a bin spread evenly over it, so a candidate costs 2^bits look-ups, whatever the number of values; clipping is
 included.
-Limit: detail finer than a bin, 2^-14 to 2^-15 of the range of the data, is not seen.
+Limit: detail finer than a bin, 2^-14 to 2^-15 of the range of the data, is not seen. So at 16 bits the extremes are taken.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ def choose(h: Histogram, scheme: Scheme, method: str = "mse", percentile: float 
     """
     if not h.counts.size:
         raise DataError("A tensor to be quantized had no value in any sample, so it has no range. Check the samples.")
-    if method == "mse":
+    if method == "mse" and scheme.bits <= 8:
         return _search(h, scheme)
     lo, hi = h.low, h.high
     if method == "percentile":

@@ -89,7 +89,7 @@ class _Lowering:
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
-            if node.op in self._biased and self.encoding.bias == "int32":
+            if node.op in self._biased:
                 self._integer_bias(node)
             if node.op in ("Add", "Mul") and not self._is_closed:
                 self._integer_operand(node)
@@ -167,8 +167,12 @@ class _Lowering:
         if bits < 8 and self.encoding.clip == "values":
             assert isinstance(scale, Constant), "the bounds of values are known before they are"
             assert isinstance(zero_point, Constant), "so is their zero"
+            if self._is_closed:  # the Clip is a unit like any other
+                wide = _Nodes(f"{new.name}/wide", new.made)
+                codes = wide("QuantizeLinear", "codes", x, scale, zero_point, dtype=self._type(bits))
+                clipped = wide("DequantizeLinear", "value", codes, scale, zero_point)
             span = {f"{new.name}/{n}": scale.values * (end - int(zero_point.values)) for n, end in zip("ab", ends, strict=True)}
-            clipped = new("Clip", "clipped", x, *(self._constant(name, end, np.float32) for name, end in span.items()))
+            clipped = new("Clip", "clipped", clipped, *(self._constant(name, end, np.float32) for name, end in span.items()))
         codes = new("QuantizeLinear", "codes", clipped, scale, zero_point, dtype=self._type(bits))
         if bits < 8 and self.encoding.clip == "codes":
             names = (f"onnxcomp/min.{kind}" if least else "onnxcomp/zero.u8", f"onnxcomp/max.{kind}")
@@ -304,12 +308,16 @@ class _Lowering:
         )
 
     def _integer_bias(self, conv: Node) -> None:
-        """Give a Conv with quantized input and weight an int32 bias of scale s_x * s_w, as its kernel expects."""
+        """Give a Conv with quantized input and weight an int32 bias of scale s_x * s_w, as its kernel expects. Where the bias
+        stays float, ONNX Runtime does that when it loads the file, and must find scales that 32 bits are enough for.
+        """
         weight = _weight_codes(conv)
         if weight is None or len(conv.inputs) < 3 or not isinstance(conv.inputs[2], Constant) or not _is_static(conv.inputs[0]):
             return
         bias, input_scale = conv.inputs[2].values.astype(np.float64), np.float64(conv.inputs[0].inputs[0].inputs[1].values)
         _widen_dead_channels(weight, np.abs(bias) / (input_scale * 2.0**30))
+        if self.encoding.bias == "float":
+            return
         step = (input_scale * weight.inputs[1].values.astype(np.float64)).astype(np.float32)
         stored = {"i32": np.rint(bias / step).astype(np.int32), "scale": step, "zero_point": np.zeros(step.shape, np.int32)}
         self._read_stored(conv, 2, "int32-bias", stored, axis=0)

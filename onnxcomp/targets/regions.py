@@ -70,7 +70,7 @@ def _find_units(graph: Graph, static: Mapping[str, Site], results: set[str]) -> 
             stored |= {output.name: node.inputs[0].name for output in node.outputs}
         else:
             stored |= {tail(t, results).name: None for t in node.outputs if t.dtype == np.float32}
-        joins += [join(node)] if node.op in JOIN_OPS and _activations(node) else []
+        joins += [join(node)] if node.op in JOIN_OPS and any(t.name in stored for t in _activations(node)) else []
     return stored, joins
 
 

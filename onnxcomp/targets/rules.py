@@ -83,10 +83,12 @@ def open_unit(node: Node, facts: Facts) -> Broken:
     """An operator between DequantizeLinear and QuantizeLinear is a unit that runs on codes; any other is float."""
     if node.op in (*QUANTIZERS, "Input", "Cast", "Shape", "Constant"):
         return
-    reads = [t for t in node.inputs if t.dtype == np.float32 and maker(t) != "DequantizeLinear"]
+    read = node.inputs[:1] if node.op == "Clip" else node.inputs  # its bounds are attributes there
+    reads = [t for t in read if t.dtype == np.float32 and maker(t) != "DequantizeLinear"]
     makes = [t for t in node.outputs if t.dtype == np.float32 and [r.op for r in t.outputs] != ["QuantizeLinear"]]
     follower = [r.op for t in node.outputs for r in t.outputs]
-    if reads and maker(reads[0]) not in (*LAYERS, "Add"):
+    made = maker(reads[0]) if reads else ""
+    if reads and not (made in (*LAYERS, "Add") or (made and node.op in ("Relu", "Clip"))):
         yield f"Its input '{reads[0].name}' is float, so it does not run on codes.", "Quantize what it reads."
     if makes and follower not in (["Relu"], ["Clip"]):
         yield f"Its output '{makes[0].name}' is not quantized once, so it does not run on codes.", "Quantize what it makes."
