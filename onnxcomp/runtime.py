@@ -74,7 +74,9 @@ class Session:
         source = model if isinstance(model, bytes) else str(model)
         options = options or _options(threads, optimize=optimize, faithful=faithful)
         try:
-            self.native = ort.InferenceSession(source, options, providers=list(_providers.get()))
+            # Without the fallback a provider that cannot start is an error, not the CPU.
+            exact = [(name, {"use_tf32": "0"} if "CUDA" in name and faithful else {}) for name in _providers.get()]
+            self.native = ort.InferenceSession(source, options, providers=exact, enable_fallback=False)
         except _FAILURES as error:
             what = source if isinstance(source, str) else "the model"
             raise ModelError(f"ONNX Runtime cannot load {what}: {_sentence(error)}") from error
@@ -126,7 +128,7 @@ def infer_types(model: files.ModelProto | Model) -> dict[str, TensorType]:
 
 
 def optimized(model: Model) -> tuple[files.NodeProto, ...]:
-    """The operators that ONNX Runtime executes on the CPU in place of the model's own, in order.
+    """The operators that ONNX Runtime executes on the CPU, whatever the provider, in place of the model's own, in order.
 
     Changes of memory layout are left out: they rename tensors and nodes, and compute the same. Raises ModelError for a
     model that cannot be loaded.
@@ -140,7 +142,8 @@ def optimized(model: Model) -> tuple[files.NodeProto, ...]:
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         options.add_session_config_entry("optimization.disable_specified_optimizers", "NchwcTransformer;NhwcTransformer")
-        Session(model, options=options)
+        with provider("cpu"):
+            Session(model, options=options)
         return files.read_nodes(path)
 
 
