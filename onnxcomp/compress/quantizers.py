@@ -135,7 +135,7 @@ class Quantizers:
             self.decisions.append(Decision(place.name, label, True, outcome.reason, outcome.gain_db, noise.nbytes))
             self.noise.update({site.name: (method, outcome.fit) for site in sites})
             self.added.append((source, label))
-            for key in ("scale", "zero_point") if changed is not q else ():
-                self.folds.append(Fold("", 0, label, f"{prefix}.{key}", getattr(q, key), np.zeros(0)))
+            if changed is not q:
+                self.folds.append(Fold("", 0, label, prefix, q.scale, changed.zero_point.astype(np.int32) - q.zero_point))
             return source, changed, lambda x, q=changed, noise=noise: q.fake(x + noise) - noise
         return point.tensor, q, None if q is None else q.fake

@@ -8,7 +8,7 @@ import base64
 import io
 import json
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,15 +18,18 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph.edit import replace_uses
 from onnxcomp.graph.tidy import Fold
 
+_OF_QUANTIZER = (".scale", ".zero_point", "/a", "/b")
+"""What the constants of a quantizer are called after it."""
+
 
 def dump_folds(folds: Sequence[Fold]) -> str:
-    """The record as text. What was added is stored only where a constant took in more than one thing."""
+    """The record as text. What was added to a bias is stored only where it took in more than one thing."""
     places = [(f.node, f.index) for f in folds]
     arrays = {"folds": np.array(json.dumps([[f.node, f.index, f.method, f.name] for f in folds]))}
     for number, fold in enumerate(folds):
         if fold.before is not None:
             arrays[f"before{number}"] = fold.before
-        if places.count((fold.node, fold.index)) > 1:
+        if not fold.node or places.count((fold.node, fold.index)) > 1:
             arrays[f"added{number}"] = fold.added
     stream = io.BytesIO()
     np.savez(stream, allow_pickle=False, **arrays)
@@ -52,8 +55,8 @@ def strip(graph: gs.Graph, prefixes: Collection[str], folds: Sequence[Fold], met
         _bypass(graph, prefix, tuple(prefixes))
     tensors = graph.tensors()
     for fold in folds:
-        if not fold.node and fold.method in methods and fold.before is not None:
-            tensors[fold.name].values = fold.before
+        if not fold.node and fold.method in methods:
+            _restore(tensors, fold)
     for key in dict.fromkeys((f.node, f.index) for f in folds if f.node and f.method in methods):
         _unfold(graph, [f for f in folds if (f.node, f.index) == key], methods)
     for tensor in graph.tensors().values():
@@ -63,6 +66,16 @@ def strip(graph: gs.Graph, prefixes: Collection[str], folds: Sequence[Fold], met
     first = {(f.node, f.index): f for f in reversed(folds)}
     kept = [f for f in folds if f.method not in methods]
     return [replace(f, name=first[f.node, f.index].name, before=first[f.node, f.index].before) if f.node else f for f in kept]
+
+
+def _restore(tensors: Mapping[str, gs.Tensor], fold: Fold) -> None:
+    """Give the quantizer whose constants are called after the fold the range that it had before, signed or not."""
+    scale, zero, *ends = (tensors[name] for name in (f"{fold.name}{part}" for part in _OF_QUANTIZER) if name in tensors)
+    assert fold.before is not None, "a range has been there before"
+    for end in ends:  # bounds of values are whole steps from zero
+        end.values = ((np.rint(end.values / scale.values) + fold.added) * fold.before).astype(end.values.dtype)
+    zero.values = (zero.values - fold.added).astype(zero.values.dtype)
+    scale.values = fold.before.astype(scale.values.dtype)
 
 
 def _bypass(graph: gs.Graph, prefix: str, leaving: tuple[str, ...]) -> None:
@@ -111,7 +124,7 @@ def _unfold(graph: gs.Graph, folds: Sequence[Fold], methods: Collection[str]) ->
     node, index = _home(graph, first)
     tensor = node.inputs[index]
     if values is not None and isinstance(tensor, gs.Constant):
-        node.inputs[index] = gs.Constant(first.name or tensor.name, values.astype(np.float32))
+        node.inputs[index] = gs.Constant(first.name or tensor.name, values.astype(tensor.dtype))
     elif values is not None:
         codes, step = tensor.inputs[0].inputs[:2]
         tensor.inputs[0].inputs[0] = gs.Constant(codes.name, np.rint(values / step.values).astype(np.int32))

@@ -19,10 +19,10 @@ from onnxcomp.graph.sites import Site
 
 @dataclass(frozen=True)
 class Fold:
-    """One constant that a method changed: input `index` of the node called `node`, or by its own name."""
+    """One constant that a method changed: input `index` of the node called `node`; or the range of a quantizer."""
 
     node: str
-    """Empty where the constant is found by its name, and `before` is put back as it is."""
+    """Empty for a range: `name` is what its constants are called after, `before` its scale, `added` moved its zero point."""
     index: int
     method: str
     """The method whose Add was folded."""
