@@ -65,8 +65,9 @@ def find_kernels(
         by = f"onnxruntime {runtime.version()}"
     elif target.kernels == "openvino" and openvino.is_installed():
         compiled, plain, by = openvino.compile_model(path), runtime.Session(path, optimize=False), openvino.version()
-        runs = [[run(feed) for feed in feeds] for run in (functools.partial(openvino.run, compiled), plain.run, reference.run)]
-        demand(*runs, f"of {by} and of ONNX Runtime differ by more than the quantization error")
+        runners = (functools.partial(openvino.run, compiled), plain.run, reference.run)
+        found, other, want = ([run(feed) for feed in feeds] for run in runners)
+        demand(found, other, want, f"of {by} and of ONNX Runtime differ by more than the quantization error")
         kernels = openvino.kernels(compiled, lowered)
     elif target.kernels == "tensorrt" and tensorrt.installed() is not None:
         shapes = {name: [1, *array.shape[1:]] for name, array in feeds[0].items()}
@@ -74,7 +75,7 @@ def find_kernels(
     else:
         return foretold, f"the rules of {target.name}, which did not run here", []
     named = (Kernel(k.site, *kernels.get(k.site, (k.op, k.integer)), k.reason) for k in foretold)
-    found = tuple(named) if kernels else audit(path, sites)
-    wrong = [a.site for a, b in zip(found, foretold, strict=True) if a.integer != b.integer]
+    told = tuple(named) if kernels else audit(path, sites)
+    wrong = [a.site for a, b in zip(told, foretold, strict=True) if a.integer != b.integer]
     notes = [f"The rules of {target.name} foretold other kernels at {', '.join(wrong)}."] if wrong else []
-    return found, by, notes
+    return told, by, notes

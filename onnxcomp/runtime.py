@@ -36,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 """Takes a stage, how much of it is done, and of how much."""
 
 _CPU = "CPUExecutionProvider"
-_providers = ContextVar("providers", default=(_CPU,))
+_providers: ContextVar[tuple[str, ...]] = ContextVar("providers", default=(_CPU,))
 
 _KINDS = [kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception)]
 _FAILURES = (*_KINDS, RuntimeError, ValueError)

@@ -277,7 +277,7 @@ class _Lowering:
         new("DequantizeLinear", y, stored, scale, zero_point, axis=axis)
         return new.made
 
-    def _looked_up(self, new: _Nodes, codes: Constant, bits: int) -> Tensor:
+    def _looked_up(self, new: _Nodes, codes: Tensor, bits: int) -> Tensor:
         """Codes of a width that has no type, in planes of bits that tables turn into codes; see `numerics.planes`."""
         total, name = None, new.name
         for w, shift in planes(bits):

@@ -46,7 +46,7 @@ class Target:
         """What it takes, in a line."""
         e = self.encoding
         kind = f"{'int8' if e.signed else 'uint8'}{' or uint16' if e.wide else ''}{', symmetric' if e.symmetric else ''}"
-        weights = {"cast": "int4 as int8", "native": "int4", "int8": "int8"}[e.packed]
+        weights = {"cast": "2 to 6 bits each", "native": "int4", "int8": "int8"}[e.packed]
         measured = ", ".join(["fixed", *e.run_time])
         more = "; float16" if self.half else "; fixed shapes" if self.fixed else ""
         return f"activations {kind}, ranges {measured}; narrow weights stored as {weights}; bias {e.bias}{more}"
