@@ -11,11 +11,11 @@ from onnxcomp.choose import Choice
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data
 from onnxcomp.graph import files
-from onnxcomp.graph.edit import Constant, Graph, Node
+from onnxcomp.graph.edit import Graph, Node
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.sites import Site
 from onnxcomp.graph.strip import dump_folds
-from onnxcomp.graph.tidy import Fold
+from onnxcomp.graph.tidy import Fold, is_load_time
 from onnxcomp.methods.base import Outcome
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.json import to_stored
@@ -45,8 +45,8 @@ def audit_sites(lowered: Graph, plan: Plan) -> dict[str, list[str]]:
 
 def _is_computed_with(node: Node, reader: Node) -> bool:
     """Whether the kernel that computes `node` may compute its only reader too: up to the codes, by constants alone."""
-    by_constant = reader.op in ("Sum", "Mul") and any(isinstance(tensor, Constant) for tensor in reader.inputs)
-    return node.op != "QuantizeLinear" and (by_constant or reader.op in ("Relu", "Clip", "QuantizeLinear"))
+    by_constant = reader.op in ("Add", "Sum", "Mul") and any(is_load_time(tensor) for tensor in reader.inputs)
+    return node.op != "QuantizeLinear" and (by_constant or reader.op in ("Cast", "Relu", "Clip", "QuantizeLinear"))
 
 
 def report(

@@ -61,7 +61,9 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
         )
     settings = {site.name: _settings(site, recipe, target, with_data=with_data) for site in chosen}
     chosen = tuple(s for s in chosen if s.kind == "layer" or settings[s.name].activations != "float")
-    chosen = tuple(replace(s, fixed_tokens=s.fixed_tokens and target.encoding.tables) for s in chosen)
+    # A table per token is read at every run; beside codes of 8 bits it repairs too little for that.
+    narrow = {s.name for s in chosen if target.encoding.tables and settings[s.name].activation_bits < 8}
+    chosen = tuple(replace(s, fixed_tokens=s.fixed_tokens and s.name in narrow) for s in chosen)
     convs = "; Conv activations stay float" if any(site.op == "Conv" for site in chosen) else ""
     notes = () if with_data else (f"{NO_DATA}{convs}. Pass --data for static ranges.",)
     return Choice(chosen, settings, _skipped(graph, every, chosen), notes, blocks)

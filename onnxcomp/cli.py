@@ -27,7 +27,6 @@ from onnxcomp.errors import BoundError, OnnxcompError, UsageError
 if TYPE_CHECKING:
     from onnxcomp.preprocess import Preprocess
     from onnxcomp.recipe import Recipe
-    from onnxcomp.report.model import Comparison
 
 INTERRUPTED = 130
 
@@ -47,8 +46,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> None:
         """Run the command and print its answer."""
         as_json, ctx.meta["debug"] = ctx.params.pop("json"), ctx.params.pop("debug")
-        with _on(ctx.params.pop("provider", None)):
-            answer, *shown = super().invoke(ctx)
+        answer, *shown = super().invoke(ctx)
         from onnxcomp.report import json
         from onnxcomp.report.text import facts
 
@@ -89,6 +87,13 @@ def _steps(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     return None if value is None else Preprocess.parse(value)
 
 
+def _provider(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        from onnxcomp import runtime
+
+        ctx.with_resource(runtime.provider(value))
+
+
 def _shapes(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for text in values:
@@ -99,7 +104,10 @@ def _shapes(ctx: click.Context, parameter: click.Parameter, values: Sequence[str
     return shapes
 
 
-PROVIDER = click.option("--provider", metavar="NAME", help="ONNX Runtime's execution provider: cpu by default, cuda, tensorrt.")
+PROVIDER = click.option(
+    "--provider", callback=_provider, expose_value=False, metavar="NAME",
+    help="ONNX Runtime's execution provider: cpu by default, cuda, tensorrt.",
+)  # fmt: skip
 PREPROCESS = click.option("--preprocess", callback=_steps, metavar='"KEY=VALUE ..."', help="From pixels to the model's input.")
 
 
@@ -152,6 +160,7 @@ def quantize(
 
     from onnxcomp import pipeline
     from onnxcomp.comparison import compare as compare_models
+    from onnxcomp.comparison import demand
     from onnxcomp.graph import files
     from onnxcomp.report import text
 
@@ -161,7 +170,7 @@ def quantize(
         result = pipeline.quantize(path, data, recipe, output=written, force=force, split=split, progress=progress)
         if max_drop is not None:
             found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
-            _demand(found, max_drop)
+            demand(found, max_drop)
             files.save(result.model, destination, force=force, source=path)
     shown, following = result.report, ["compare", model, str(destination), "--data", "TEST_DATA"]
     if recipe.preprocess is not None:
@@ -369,33 +378,6 @@ def _recipe(recipe_name: str, compensate: str | None, exclude: tuple[str, ...], 
         # A list means these methods and nothing chosen automatically, so on plain ranges too.
         changes = {"ranges": "mse", "activations": "static"} | changes | {"compensate": methods}
     return dataclasses.replace(recipe, exclude=(*recipe.exclude, *exclude), **changes)
-
-
-def _demand(found: Comparison, max_drop: float) -> None:
-    """Raise BoundError where more is lost than `max_drop` points."""
-    shares = [output.agreement for output in found.outputs if output.agreement is not None]
-    if found.accuracy is None and not shares:
-        raise UsageError("--max-drop needs an output with classes, and the model has none.")
-    drop, what = 100 * (1 - min(shares, default=0)), "top-1 agreement"
-    if found.accuracy is not None:
-        drop, what = found.accuracy.drop_points, "accuracy"
-    if drop > max_drop:
-        raise BoundError(
-            f"The quantized model loses {drop:.2f} points of {what} on {found.samples} samples, more than "
-            f"--max-drop {max_drop:g}. Nothing was written. Try more bits, or --exclude the worst sites."
-        )
-
-
-@contextmanager
-def _on(provider: str | None) -> Iterator[None]:
-    """Let the command run on another execution provider than the CPU's."""
-    if provider is None:
-        yield
-        return
-    from onnxcomp import runtime
-
-    with runtime.provider(provider):
-        yield
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxcomp.data import InputSpec, open_data
-from onnxcomp.errors import DataError, ModelError
+from onnxcomp.errors import BoundError, DataError, ModelError, UsageError
 from onnxcomp.graph import files
 from onnxcomp.numerics.arrays import energies, sqnr_db
 from onnxcomp.preprocess import Preprocess
@@ -135,3 +135,18 @@ def _check_ports(left: Session, right: Session) -> None:
         if kind.dtype != others[name].dtype:
             text = f"Input '{name}' is {kind.dtype} in the one model and {others[name].dtype} in the other."
             raise ModelError(f"{text} Only models that take the same tensors can be compared.")
+
+
+def demand(found: Comparison, max_drop: float) -> None:
+    """Raise BoundError where more is lost than `max_drop` points."""
+    shares = [output.agreement for output in found.outputs if output.agreement is not None]
+    if found.accuracy is None and not shares:
+        raise UsageError("--max-drop needs an output with classes, and the model has none.")
+    drop, what = 100 * (1 - min(shares, default=0)), "top-1 agreement"
+    if found.accuracy is not None:
+        drop, what = found.accuracy.drop_points, "accuracy"
+    if drop > max_drop:
+        raise BoundError(
+            f"The quantized model loses {drop:.2f} points of {what} on {found.samples} samples, more than "
+            f"--max-drop {max_drop:g}. Nothing was written. Try more bits, or --exclude the worst sites."
+        )

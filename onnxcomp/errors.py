@@ -5,7 +5,7 @@ and what to do. A bug of ours is an AssertionError, never one of these.
 """
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
 from functools import cache
 from typing import Any, ClassVar, get_type_hints
@@ -53,14 +53,6 @@ class BoundError(OnnxcompError):
     """The result is slower or less accurate than the bound that was asked for."""
 
     exit_code = 6
-
-
-def check_choices(settings: object, choices: Mapping[str, Collection[str]]) -> None:
-    """Raise RecipeError where a field of `settings` is none of its `choices`; one that is None or not there is left open."""
-    for key, known in choices.items():
-        value = getattr(settings, key, None)
-        if value is not None and value not in known:
-            raise RecipeError(f"{key} = '{value}' is unknown. Use one of: {', '.join(known)}.")
 
 
 def check_types(settings: Any, where: str = "") -> None:

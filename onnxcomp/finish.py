@@ -1,5 +1,6 @@
 """The last form of a file, where its target asks for one, and who says which kernels it gets."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.finish import fix_axes, to_half, to_oldest_opset
 from onnxcomp.recipe import Recipe
 from onnxcomp.runtime import Feed
+from onnxcomp.targets import openvino, tensorrt
 from onnxcomp.targets.audit import Kernel, audit, foretell
 from onnxcomp.targets.target import Target
+from onnxcomp.verify import demand
 
 
 def finish(model: ModelProto, target: Target, recipe: Recipe, feeds: Sequence[Feed]) -> ModelProto:
@@ -44,13 +47,31 @@ def fix(model: ModelProto, feed: Feed) -> None:
 
 
 def find_kernels(
-    path: Path, target: Target, lowered: Graph, sites: Mapping[str, Sequence[str]]
-) -> tuple[tuple[Kernel, ...], str, list[str]]:
-    """What computes each site of the model at `path`; who says so; and where the target's rules foretold otherwise."""
+    path: Path, target: Target, lowered: Graph, sites: Mapping[str, Sequence[str]], feeds: Sequence[Feed],
+    reference: runtime.Session,
+) -> tuple[tuple[Kernel, ...], str, list[str]]:  # fmt: skip
+    """What computes each site of the model at `path`; who says so; and where the target's rules foretold otherwise.
+
+    Where the target's runtime is another one that is installed, it must also compute what ONNX Runtime does: raises
+    VerificationError if it does not.
+    """
     foretold = foretell(lowered, target, sites)
-    if target.kernels != "onnxruntime":
+    kernels: Mapping[str, tuple[str, bool]] = {}
+    if target.kernels == "onnxruntime":
+        by = f"onnxruntime {runtime.version()}"
+    elif target.kernels == "openvino" and openvino.is_installed():
+        compiled, plain, by = openvino.compile_model(path), runtime.Session(path, optimize=False), openvino.version()
+        runners = (functools.partial(openvino.run, compiled), plain.run, reference.run)
+        found, other, want = ([run(feed) for feed in feeds] for run in runners)
+        demand(found, other, want, f"of {by} and of ONNX Runtime differ by more than the quantization error")
+        kernels = openvino.kernels(compiled, lowered)
+    elif target.kernels == "tensorrt" and tensorrt.installed() is not None:
+        shapes = {name: [1, *array.shape[1:]] for name, array in feeds[0].items()}
+        kernels, by = tensorrt.kernels(path, lowered, shapes), tensorrt.version()
+    else:
         return foretold, f"the rules of {target.name}, which did not run here", []
-    found = audit(path, sites)
-    wrong = [a.site for a, b in zip(found, foretold, strict=True) if a.integer != b.integer]
+    named = (Kernel(k.site, *kernels.get(k.site, (k.op, k.integer)), k.reason) for k in foretold)
+    told = tuple(named) if kernels else audit(path, sites)
+    wrong = [a.site for a, b in zip(told, foretold, strict=True) if a.integer != b.integer]
     notes = [f"The rules of {target.name} foretold other kernels at {', '.join(wrong)}."] if wrong else []
-    return found, f"onnxruntime {runtime.version()}", notes
+    return told, by, notes

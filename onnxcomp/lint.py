@@ -29,5 +29,6 @@ def lint(path: str | Path, target: str = "auto") -> Lint:
         set_types(graph, runtime.infer_types(model))
     except ModelError as error:
         notes.append(f"Types and shapes are those in the file. {error}")
-    layers = [n.name for n in graph.nodes if n.op in PRODUCTS and any(maker(t) == "DequantizeLinear" for t in n.inputs)]
+    read = [n for n in graph.nodes if n.op in PRODUCTS and any(maker(t) == "DequantizeLinear" for t in n.inputs)]
+    layers = [*(n.name for n in read), *(n.name for n in graph.nodes if n.op == "MatMulInteger")]
     return Lint(str(path), judge.name, check(graph, judge), foretell(graph, judge, layers), tuple(notes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,9 +101,12 @@ def quantize(
     lowered = target.lower(walk.compressed)
     finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
     progress("verifying", 0, 1)
-    with tempfile.TemporaryDirectory() as folder, files.PendingFile(finished, Path(folder) / "model.onnx") as proof:
+    with ExitStack() as proving:
+        folder = proving.enter_context(tempfile.TemporaryDirectory())
+        proof = proving.enter_context(files.PendingFile(finished, Path(folder) / "model.onnx"))
+        proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
         verification = verify(proof.path, reference, feeds, expected)
-        kernels, by, said = find_kernels(proof.path, target, lowered, account.audit_sites(lowered, plan))
+        kernels, by, said = find_kernels(proof.path, target, lowered, account.audit_sites(lowered, plan), feeds, reference)
     if target.fixed:
         fix(finished, single)
     notes += said

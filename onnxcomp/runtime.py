@@ -36,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 """Takes a stage, how much of it is done, and of how much."""
 
 _CPU = "CPUExecutionProvider"
-_providers = ContextVar("providers", default=(_CPU,))
+_providers: ContextVar[tuple[str, ...]] = ContextVar("providers", default=(_CPU,))
 
 _KINDS = [kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception)]
 _FAILURES = (*_KINDS, RuntimeError, ValueError)
@@ -61,19 +61,22 @@ class Latency:
 class Session:
     """A loaded model, ready to run on the CPU. `inputs` and `outputs` are (name, type) pairs in the model's order.
 
-    `threads` 0 leaves their number to the runtime. `signed`: int8 activations stay int8, as they do on ARM, where the runtime
-    would turn them into uint8 here (which 1.32 cannot load behind a Reshape from opset 21 on). `options` replace all others.
-    Raises ModelError for a model that cannot be loaded.
+    `threads` 0 leaves their number to the runtime. `faithful`: int8 activations stay int8, as they do on ARM, where the runtime
+    would turn them into uint8 here (which 1.32 cannot load behind a Reshape from opset 21 on), and a float bias stays float
+    (which 1.32 quantizes wrongly where scales are float16). `options` replace all others. Raises ModelError for a model that
+    cannot be loaded.
     """
 
     def __init__(
-        self, model: Model, *, optimize: bool = True, threads: int = 0, signed: bool = True,
+        self, model: Model, *, optimize: bool = True, threads: int = 0, faithful: bool = True,
         options: ort.SessionOptions | None = None,
     ) -> None:  # fmt: skip
         source = model if isinstance(model, bytes) else str(model)
-        options = options or _options(threads, optimize=optimize, signed=signed)
+        options = options or _options(threads, optimize=optimize, faithful=faithful)
         try:
-            self.native = ort.InferenceSession(source, options, providers=list(_providers.get()))
+            # Without the fallback a provider that cannot start is an error, not the CPU.
+            exact = [(name, {"use_tf32": "0"} if "CUDA" in name and faithful else {}) for name in _providers.get()]
+            self.native = ort.InferenceSession(source, options, providers=exact, enable_fallback=False)
         except _FAILURES as error:
             what = source if isinstance(source, str) else "the model"
             raise ModelError(f"ONNX Runtime cannot load {what}: {_sentence(error)}") from error
@@ -125,32 +128,34 @@ def infer_types(model: files.ModelProto | Model) -> dict[str, TensorType]:
 
 
 def optimized(model: Model) -> tuple[files.NodeProto, ...]:
-    """The operators that ONNX Runtime executes on the CPU in place of the model's own, in order.
+    """The operators that ONNX Runtime executes on the CPU, whatever the provider, in place of the model's own, in order.
 
     Changes of memory layout are left out: they rename tensors and nodes, and compute the same. Raises ModelError for a
     model that cannot be loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
-        options = _options(1)
+        options = _options(1, faithful=False)
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
         options.optimized_model_filepath = str(path)
         # Weights go to a file of their own: in one file, a model of more than 2 GiB could not be written.
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         options.add_session_config_entry("optimization.disable_specified_optimizers", "NchwcTransformer;NhwcTransformer")
-        Session(model, options=options)
+        with provider("cpu"):
+            Session(model, options=options)
         return files.read_nodes(path)
 
 
 def measure(
-    models: Sequence[Model], feeds: Sequence[Feed], *, threads: int = 1, rounds: int = 20, signed: bool = False
+    models: Sequence[Model], feeds: Sequence[Feed], *, threads: int = 1, rounds: int = 20, faithful: bool = False
 ) -> tuple[Latency, ...]:
     """Latency of one run of each model, all on the same feeds, in the same process and in turn: A B C A B C ...
 
     In every round each model goes through the feeds as often as 20 ms take. Raises ModelError for a model that cannot be
     loaded or run.
     """
-    sessions = [Session(model, threads=threads, signed=signed) for model in models]
+    sessions = [Session(model, threads=threads, faithful=faithful) for model in models]
     fastest = [min(_time(session, feeds, 1) for _ in range(_WARM_PASSES)) * len(feeds) for session in sessions]
     passes = [max(1, round(_ROUND_SECONDS / once)) for once in fastest]
     seconds = np.empty((rounds, len(sessions)))
@@ -179,15 +184,17 @@ def profile(model: Model, feed: Feed, threads: int = 1) -> tuple[tuple[str, floa
     return tuple(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _options(threads: int, *, optimize: bool = True, signed: bool = True) -> ort.SessionOptions:
+def _options(threads: int, *, optimize: bool = True, faithful: bool = True) -> ort.SessionOptions:
     levels = ort.GraphOptimizationLevel
     options = ort.SessionOptions()
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
-    options.add_session_config_entry("session.qdqisint8allowed", str(int(signed)))
-    if signed:  # a weight in front of float is dequantized as it is written, where activations would get 8 bits here
+    if faithful:
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "WeightBiasQuantization")
+        # A weight in front of float is dequantized as it is written, where activations would get 8 bits here.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # Errors are raised as well, and the warnings are about files that we write on purpose.
     options.log_severity_level = _FATAL

@@ -42,9 +42,9 @@ def verify(path: Path, reference: runtime.Session, feeds: Sequence[Feed], expect
                 raise VerificationError(
                     f"Output '{name}' of the quantized model is not finite where the float one's is. Nothing was written."
                 )
-    _demand(on, off, want, "with optimizations on and off differ by more than the quantization error")
+    demand(on, off, want, "with optimizations on and off differ by more than the quantization error")
     if expected is not None:
-        _demand(on, expected, want, "and calibration differ by more than the quantization error")
+        demand(on, expected, want, "and calibration differ by more than the quantization error")
     samples, calibrated = sum(_length(feed) for feed in feeds), None if expected is None else sqnr(on, expected)
     return Verification(checker, f"onnxruntime {runtime.version()}", samples, sqnr(on, off), sqnr(on, want), calibrated)
 
@@ -71,7 +71,8 @@ def _energies(found: Sequence[Feed], want: Sequence[Feed], name: str) -> Array:
     return np.sum([energies(target[name], have[name]) for have, target in zip(found, want, strict=True)], axis=0)
 
 
-def _demand(found: Sequence[Feed], other: Sequence[Feed], want: Sequence[Feed], text: str) -> None:
+def demand(found: Sequence[Feed], other: Sequence[Feed], want: Sequence[Feed], text: str) -> None:
+    """Raise VerificationError where two runs differ by more than `other` does from the float outputs `want`."""
     for name in (name for name, array in want[0].items() if np.issubdtype(array.dtype, np.floating)):
         _, difference = _energies(found, other, name)
         energy, error = _energies(other, want, name)

@@ -1,4 +1,4 @@
-"""Fixtures that every test may use, and what happens to `real` tests where the data are absent."""
+"""Fixtures that every test may use, and which tests are skipped: `real` without data, `versions` unless asked for."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("ONNXCOMP_DATA") or ROOT.parent / "shared" / "data")
 NO_DATA = "needs the real models and data: set ONNXCOMP_DATA to their folder, or put it at ../shared/data beside the checkout"
+NOT_ASKED = "installs other versions of ONNX Runtime: ask for it with -m versions"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the `real` tests, with the reason, where there are no data."""
-    if DATA.is_dir():
-        return
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip, with the reason, the `real` tests where there are no data, and the `versions` tests unless they are asked for."""
+    reasons = {"real": None if DATA.is_dir() else NO_DATA}
+    reasons["versions"] = None if "versions" in config.option.markexpr else NOT_ASKED
     for item in items:
-        if item.get_closest_marker("real") is not None:
-            item.add_marker(pytest.mark.skip(reason=NO_DATA))
+        for marker, reason in reasons.items():
+            if reason is not None and item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,8 @@ LAYERS = (
     ("methods",),
     ("calibrate", "targets"),
     ("recipe", "report"),
-    ("choose", "compress", "verify", "finish", "lint"),
+    ("choose", "compress", "verify", "lint"),
+    ("finish",),
     ("account",),
     ("pipeline", "comparison", "inspect", "bench", "manual", "strip", "export"),
     ("cli",),
@@ -46,9 +47,10 @@ THIRD_PARTY = {
     "onnx_ir": {"export"},
     "onnx_graphsurgeon": {"graph"},
     "onnxruntime": {"runtime"},
+    "openvino": {"targets"},
     "onnxruntime.transformers": {"graph"},
     "onnxscript": {"export"},
-    "pydantic": {"errors", "preprocess", "recipe", "report"},
+    "pydantic": {"errors", "methods", "preprocess", "recipe", "report"},
     "pydantic_core": {"report"},
     "rich": {"cli"},
     "tomli": {"toml"},
@@ -57,7 +59,7 @@ THIRD_PARTY = {
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 6000
+LIBRARY_LINES = 6700
 
 
 @dataclass(frozen=True)

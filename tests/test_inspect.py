@@ -25,6 +25,7 @@ REPORT = Report(
     recipe='name = "auto"\n',
     requirements=(),
     sites=(),
+    kernels_by="onnxruntime 1.31.1",
     skipped=(),
     decisions=(),
     verification=Verification("full", "onnxruntime 1.31.1", 1, 200.0, 30.0, None),

@@ -146,7 +146,7 @@ RANGES = "Input should be 'mse', 'percentile' or 'minmax'."
         ),
         (
             '[[compensate]]\nmethod = "bias"\nkeep = "never"',
-            "r.toml: [[compensate]] #1: keep = 'never' is unknown. Use one of: if-better, always.",
+            "r.toml: [[compensate]] #1: keep = 'never' is not understood. Input should be 'if-better' or 'always'.",
         ),
         ("[[site]]", "r.toml: [[site]] #1: the key 'where' is missing. It names the sites the rule is for."),
         ('[[site]]\nwhere = "*"\nbit = "w8a8"', "r.toml: [[site]] #1: unknown key 'bit'. Did you mean 'bits'?"),

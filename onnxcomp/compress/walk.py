@@ -252,7 +252,7 @@ class Walk:
             parts = [extract(self.compressed, list(live), [name]) for name in (place.y, before)]
         feed = {t.name: split(batch.live[live[t.name]], len(batch.indices))[0] for t in parts[0].inputs}
         models = [to_bytes(to_model(self.target.lower(part), self.like)) for part in parts]
-        times = measure(models, [feed], rounds=PRICE_ROUNDS, signed=True)
+        times = measure(models, [feed], rounds=PRICE_ROUNDS, faithful=True)
         return max(times[0].median_ms - sum(t.median_ms for t in times[1:]), 0.0)
 
     def _write(self, place: Site | Block, label: str, build: Callable[[Tape], Mapping[str, str]], where: str = "") -> int:

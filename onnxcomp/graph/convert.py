@@ -85,15 +85,10 @@ def copy_notes(original: NodeProto, node: NodeProto) -> None:
     copy_fields(original, node, ("doc_string", "metadata_props", "overload"))
 
 
-def packed_int4(name: str, codes: np.ndarray, *, signed: bool = True) -> gs.Constant:
-    """A constant of type INT4, or UINT4, and the shape of `codes` (integers in -8..7, or 0..15), stored two to a byte, low half
-    first.
-    """
-    least = -8 if signed else 0
-    assert least <= codes.min(initial=0) <= codes.max(initial=0) <= least + 15, name
-    return gs.Constant(
-        name, LazyValues(numpy_helper.from_array(codes.astype(ml_dtypes.int4 if signed else ml_dtypes.uint4), name))
-    )
+def packed_int4(name: str, codes: np.ndarray) -> gs.Constant:
+    """A constant of type INT4 and the shape of `codes` (integers in -8..7), stored two to a byte, low half first."""
+    assert -8 <= codes.min(initial=0) <= codes.max(initial=0) <= 7, name
+    return gs.Constant(name, LazyValues(numpy_helper.from_array(codes.astype(ml_dtypes.int4), name)))
 
 
 def _restore(body: GraphProto, like: GraphProto) -> None:

@@ -139,7 +139,7 @@ def _home(graph: gs.Graph, fold: Fold) -> tuple[gs.Node, int]:
     method may have put a table beside it.
     """
     node, index = next(n for n in graph.nodes if n.name == fold.node), fold.index
-    if len(node.inputs) <= index:
+    if node.op.startswith("MatMul"):
         index = 1
         while node.op not in ("Add", "Sum"):
             node = node.outputs[0].outputs[0]

@@ -12,11 +12,11 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from onnxcomp.errors import RecipeError, check_choices
+from onnxcomp.errors import RecipeError, check_types
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Tape
 from onnxcomp.graph.sites import Site
@@ -91,10 +91,8 @@ class Compensation(ABC):
 
     where: str = "*"
     """Which sites or blocks: a glob over names, `re:` and a regular expression, or `op:` and an operator type."""
-    keep: str = "if-better"
+    keep: Literal["if-better", "always"] = "if-better"
     """`if-better`: adopted where held-out samples improve; `always`: adopted everywhere, as a paper does."""
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """The values that options of the method's own may have."""
 
     @property
     def scope(self) -> str:
@@ -102,7 +100,7 @@ class Compensation(ABC):
         return "layer"
 
     def __post_init__(self) -> None:
-        check_choices(self, {"keep": ("if-better", "always"), **self.choices})
+        check_types(self)
 
     @abstractmethod
     def fit(self, place: Any, samples: Samples) -> Outcome:

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Annotated, Literal, final
 
 import numpy as np
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
-from onnxcomp.errors import RecipeError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Tape
 from onnxcomp.graph.sites import Site
@@ -84,23 +84,17 @@ class SampleErrors:
 class BiasCompensation(Compensation):
     """Bias Compensation: local target, per channel or per token, folded, gated."""
 
-    significance: float = 2.0
+    significance: NonNegativeFloat = 2.0
     """A channel's b is kept where |b| exceeds this many standard errors; 0 keeps every channel."""
-    trim: float = TRIM
+    trim: Annotated[float, Field(ge=0, lt=1)] = TRIM
     """Share of each sample's tokens, those of the largest error, that the bias per channel does not look at: a few
     outliers (attention sinks, clipped activations) would otherwise move all the others. 0 is the paper's plain mean."""
     tokens: bool = True
     """Allow one bias per token where their number is fixed."""
-    level: str = "layer"
+    level: Literal["layer", "block", "output"] = "layer"
     """What is fitted: every `layer`, every `block` of the residual stream, or the model's `output`."""
-    rank: int = 4
+    rank: NonNegativeInt = 4
     """Largest rank of a table per token; 0 stores the full table, T C numbers per layer, as the paper does."""
-    choices: ClassVar = {"level": ("layer", "block", "output")}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.significance < 0 or self.rank < 0 or not 0 <= self.trim < 1:
-            raise RecipeError("significance and rank must not be negative, and trim must lie in [0, 1).")
 
     @property
     def scope(self) -> str:

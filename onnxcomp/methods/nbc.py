@@ -24,11 +24,12 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import numpy as np
+from pydantic import NonNegativeFloat, PositiveFloat
 
-from onnxcomp.errors import DataError, RecipeError
+from onnxcomp.errors import DataError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Tape
 from onnxcomp.methods.activations import build_shared
@@ -69,26 +70,20 @@ class Rows(NamedTuple):
 class NonlinearBipolarCompensation(Compensation):
     """Nonlinear Bipolar Compensation: local target, searched, priced, gated."""
 
-    alpha: float = 0.0
+    alpha: NonNegativeFloat = 0.0
     """c, in standard deviations, of x and of the error; inf is a linear branch. 0 tries 1, 3 and 10 on both, 1 and 3 on the
     error alone, and inf."""
-    weight: str = "auto"
+    weight: Literal["auto", "float", "int8", "low-rank"] = "auto"
     """How W is stored: `float`; `int8`, with an integer MatMul (behind a CNN's block only stored so); `low-rank`, as two
     float factors; or `auto`, whichever gains most for its time."""
-    ridge: float = 1e-3
+    ridge: PositiveFloat = 1e-3
     """lambda, in mean squares of U."""
-    price: float = 0.012
+    price: NonNegativeFloat = 0.012
     """The gain in dB that one percent of the block's time must bring; 0 takes the best at any price."""
-    choices: ClassVar = {"weight": ("auto", "float", "int8", "low-rank")}
 
     @property
     def scope(self) -> str:
         return "block"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.alpha >= 0 and self.ridge > 0 and self.price >= 0):
-            raise RecipeError("alpha and price must not be negative, and ridge must be positive.")
 
     def fit(self, place: Block, samples: Samples) -> Outcome:
         # Kept, not summed: every pair of c looks at them anew, and what both blocks give is computed but once.

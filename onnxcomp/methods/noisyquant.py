@@ -25,11 +25,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
 
-from onnxcomp.errors import RecipeError
 from onnxcomp.graph.edit import Tape
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Batch, Fit, Input, InputMethod, Outcome, Samples, is_held_out, per_channel
@@ -115,18 +115,12 @@ class Candidate(NamedTuple):
 class NoisyQuant(InputMethod):
     """A fixed noise or a searched offset in front of each static quantizer, taken out again behind it."""
 
-    mode: str = "offset"
+    mode: Literal["offset", "uniform"] = "offset"
     """`offset`: centred and searched, with a range of its own; `uniform`: drawn from U(-n, n), as published."""
-    draws: int = 8
+    draws: PositiveInt = 8
     """How many noises `uniform` draws to keep the best."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """What the draws follow from, together with the place's name."""
-    choices: ClassVar = {"mode": ("offset", "uniform")}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.draws < 1 or self.seed < 0:
-            raise RecipeError("draws must be positive, and seed must not be negative.")
 
     def fit(self, place: Input, samples: Samples) -> Outcome:
         if place.q is None:

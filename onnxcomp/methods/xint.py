@@ -25,9 +25,10 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, final
+from typing import Annotated, Any, Literal, NamedTuple, final
 
 import numpy as np
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.edit import Constant, Graph, Tape
@@ -93,32 +94,33 @@ class Terms:
         return max(0.5 / _top(self.activation_bits), 1.0 / self.ratio - 1.0 if term == 2 else 0.0)
 
 
+Count = Annotated[int, Field(ge=1, le=8)]
+"""How many terms there may be."""
+
+
 @final
 @dataclass(frozen=True)
 class XInt(Compensation):
     """FP=xINT: weights in k terms, activations in t, data-free by default."""
 
-    weight_terms: int = 2
+    weight_terms: Count = 2
     """Terms of a weight, k; with a tolerance or a budget at most so many."""
-    activation_terms: int = 1
+    activation_terms: Count = 1
     """Terms of an activation, t; with a tolerance at most so many."""
-    granularity: str = "layer"
+    granularity: Literal["tensor", "layer", "model"] = "layer"
     """`layer`: one low-bit product per pair of terms. `tensor`: terms are added up first and one product is computed.
     `model`: as `layer`, with k and t the same everywhere, so that every weight term is a low-bit model of its own."""
-    saturation: int = 0
+    saturation: NonNegativeInt = 0
     """Input channels, at most, whose values beyond a static range go through a small float product."""
-    tolerance: float = 0.0
+    tolerance: NonNegativeFloat = 0.0
     """The fewest terms with which a weight, and an input, is reproduced to so many dB; 0 takes all terms."""
-    budget: float = 0.0
+    budget: NonNegativeFloat = 0.0
     """Mean number of weight terms, per number stored, that layers share by residual times size; 0 sets no bound."""
-    choices: ClassVar = {"granularity": ("tensor", "layer", "model")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (1 <= self.weight_terms <= 8 and 1 <= self.activation_terms <= 8):
-            raise RecipeError("weight_terms and activation_terms must lie in 1..8.")
-        if self.saturation < 0 or self.tolerance < 0 or not (self.budget == 0 or self.budget >= 1):
-            raise RecipeError("saturation and tolerance must not be negative, and budget must be 0 or at least 1.")
+        if 0 < self.budget < 1:
+            raise RecipeError("budget must be 0 or at least 1.")
         if (self.tolerance > 0) + (self.budget > 0) + (self.granularity == "model") > 1:
             raise RecipeError("tolerance, budget and granularity = 'model' each decide the number of terms. Give one of them.")
         if self.granularity == "tensor" and self.saturation:

@@ -230,6 +230,8 @@ class Timing(Latency):
     file_bytes: int
     operators: tuple[Operator, ...]
     """The costliest first; empty where they were not measured."""
+    floor_ms: float | None = None
+    """What no way of writing it down could save: its integer kernels, and the float work that the first model does too."""
 
 
 @dataclass(frozen=True)

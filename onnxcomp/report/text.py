@@ -78,6 +78,9 @@ def benchmark(value: model.Benchmark) -> str:
         costs = [[o.op, figures(o.milliseconds), f"{o.milliseconds / total:.1%}"] for o in t.operators]
         if costs:
             parts.append(f"{t.model}\n{table(['Operator', 'ms', 'Share'], costs, right=('ms', 'Share'))}")
+        if t.floor_ms:
+            floor = f"{figures(t.floor_ms)} ms, its integer kernels and the float work of {value.models[0].model}"
+            parts[-1] += f"\nFloor: {floor}; all its operators take {total / t.floor_ms:.3f} of that."
     return "\n\n".join(parts)
 
 

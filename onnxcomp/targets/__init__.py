@@ -33,7 +33,7 @@ def find(name: str) -> Target:
     table = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
     encoding, table = Encoding(**_frozen(table.pop("encoding", {}))), _frozen(table)
     judged = [getattr(rules, rule.replace("-", "_")) for rule in table.pop("rules")]
-    return Target(name, encoding=encoding, rules=(*(RULES if "kernels" in table else ()), *judged), **table)
+    return Target(name, encoding=encoding, rules=(*(RULES if table.get("kernels") == "onnxruntime" else ()), *judged), **table)
 
 
 def _without_vnni() -> str:

@@ -20,7 +20,6 @@ from onnxcomp.graph.files import NodeProto
 from onnxcomp.graph.offsets import MOVES
 from onnxcomp.targets.base import Facts, Violation
 from onnxcomp.targets.fallback import STORED, explain
-from onnxcomp.targets.rules import maker
 from onnxcomp.targets.target import Target
 
 INTEGER_KERNELS = frozenset({
@@ -73,14 +72,20 @@ def check(graph: Graph, target: Target) -> tuple[Violation, ...]:
 
 
 def foretell(graph: Graph, target: Target, sites: Collection[str]) -> tuple[Kernel, ...]:
-    """What the rules say of each site of a lowered graph: on integers where it reads codes and breaks none of them."""
-    nodes, found = {node.name: node for node in graph.nodes}, {}
-    for broken in check(graph, target):
-        found.setdefault(broken.node, broken.reason)
+    """What the rules say of each site of a lowered graph: on integers where it reads codes, and neither it nor what makes them
+    breaks a rule.
+    """
+    nodes, broken = {node.name: node for node in graph.nodes}, {v.node: v.reason for v in reversed(check(graph, target))}
+    found = []
     for name in sites:
-        if not any(maker(t) == "DequantizeLinear" for t in nodes[name].inputs):
-            found.setdefault(name, "It reads no codes.")
-    return tuple(Kernel(name, nodes[name].op, name not in found, found.get(name, "")) for name in sites)
+        node = nodes[name]
+        makers = [n for t in node.inputs for n in t.inputs if n.op == "DequantizeLinear"]
+        behind = [node, *makers, *(n for m in makers for n in m.inputs[0].inputs if n.op in ("QuantizeLinear", "Cast"))]
+        reason = next((broken[n.name] for n in behind if n.name in broken), "")
+        if not makers and node.op != "MatMulInteger":
+            reason = reason or "It reads no codes."
+        found.append(Kernel(name, node.op, not reason, reason))
+    return tuple(found)
 
 
 def _find_kernel(site: str, outputs: Sequence[str], producers: _Found, by_name: _Found, lowered: Callable[[], Graph]) -> Kernel:

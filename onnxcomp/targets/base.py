@@ -86,7 +86,8 @@ class Encoding:
 
     where: str = "regions"
     """Which tensors get quantizers: `regions` (the inputs of layers, and results that stay integers from one kernel to the
-    next), `inputs` (those of layers, and the skipped branch of a residual Add) or `units` (all that operators read or make).
+    next), `layers` (the inputs of layers), `inputs` (these and the skipped branch of a residual Add) or `units` (all that
+    operators read or make).
     """
     signed: bool = False
     """Activation codes are int8, not uint8."""
@@ -103,6 +104,10 @@ class Encoding:
     fused: bool = True
     """What stands around a product is brought into the form that ONNX Runtime keeps integer, and a weight in front of a float
     operator into the form that it folds when it loads the file."""
+    biased: bool = False
+    """The bias of a MatMul goes into its integer kernel."""
+    channels: int = 1
+    """The channels of an input, which is read by one Conv alone, are filled up to a multiple of this: its kernel is faster."""
     saturates: bool = False
     """Sums of two 8-bit products may leave the 16 bits of its registers, so weights have 7 bits where that may happen."""
     tables: bool = True

@@ -2,7 +2,7 @@
 
     activation   x -> QuantizeLinear -> Clip of the codes -> DequantizeLinear         (no Clip at 8 bits, or one of the values)
     weight       int4 initializer -> Cast(int8) -> DequantizeLinear                   (int8 initializer above 4 bits)
-                 below 4 bits digits -> Cast -> GatherND(table, digits) -> Reshape    (4 codes of b bits are b digits of 4 bits)
+                 2, 3, 5, 6 bits: bytes -> Cast -> Gather(table) (-> Add) -> Reshape  (computed when the file is loaded)
     MatMul, Gemm -> MatMul with float output, bias by Sum
     Conv         -> int32 bias, or the float one
     further term -> Sub(x, DequantizeLinear's output) -> Q with a step of its own, once for all who read it
@@ -13,7 +13,6 @@ middle, a quantizer that a method has made without that gets the step that reach
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,15 +22,18 @@ import numpy as np
 from onnxcomp.graph.convert import packed_int4
 from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node, Tensor, Variable, insert_before, remove
 from onnxcomp.numerics.affine import Scheme, along, from_range
+from onnxcomp.numerics.planes import pack, planes, table
 from onnxcomp.targets.base import Encoding
 from onnxcomp.targets.regions import is_operand
 from onnxcomp.targets.settle import only_reader, put_behind, settle
 
 TINY = np.float32(1e-12)
 """Floor of a range measured at run time, so that an all-zero tensor does not divide by zero."""
+TABLE_BYTES = 1000
+"""What the nodes and a part of the tables take that make codes of packed ones."""
 OPERANDS = ("Add", "Concat", "Div", "Expand", "LayerNormalization", "Mul", "PRelu", "Sub", "Sum", "Where")
 """Operators whose constants are codes where every operator reads codes."""
-FLOAT, INT8, INT64 = 1, 3, 7
+FLOAT, INT8, INT32 = 1, 3, 6
 """ONNX's numbers of element types."""
 
 
@@ -39,7 +41,7 @@ def lower(graph: Graph, encoding: Encoding) -> Graph:
     """Write the abstract quantizers of `graph` as standard operators. Changes `graph` and returns it."""
     _Lowering(graph, encoding).run()
     if encoding.fused:
-        settle(graph)
+        settle(graph, biased=encoding.biased)
     return graph
 
 
@@ -82,6 +84,8 @@ class _Lowering:
     shared: dict[str, Constant] = field(default_factory=dict)
     digits: dict[str, _Digit] = field(default_factory=dict)
     """The lowered quantizers by the name of their abstract output."""
+    filled: dict[str, list[int]] = field(default_factory=dict)
+    """How codes are filled up, by the name of the quantizer's output."""
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -93,6 +97,8 @@ class _Lowering:
                 self._integer_constants(node)
             if node.op == "Gemm" and _weight_codes(node) is not None and not self._is_closed:
                 self._split_gemm(node)
+            if node.op == "Conv" and self.encoding.channels > 1:
+                self._fill_channels(node)
         results = {id(t) for t in self.graph.outputs}
         for node in [n for n in self.graph.nodes if n.domain == DOMAIN]:
             if node.outputs[0].outputs or id(node.outputs[0]) in results:  # else the runtime would compute it all the same
@@ -172,6 +178,9 @@ class _Lowering:
             names = (f"onnxcomp/min.{kind}" if least else "onnxcomp/zero.u8", f"onnxcomp/max.{kind}")
             bounds = [self._constant(*pair, self._type(bits)) for pair in zip(names, ends, strict=True)]
             codes = new("Clip", f"codes.{kind}", codes, *bounds, dtype=self._type(bits))
+        if isinstance(y, Variable) and y.name in self.filled:
+            pads = Constant(f"{new.name}/pads", np.array(self.filled[y.name], np.int64))
+            codes = new("Pad", "codes.filled", codes, pads, zero_point, dtype=self._type(bits))
         return _Digit(x, new("DequantizeLinear", y, codes, scale, zero_point), scale, token)
 
     def _kind(self, bits: int) -> str:
@@ -251,34 +260,52 @@ class _Lowering:
         """
         codes, scale = node.inputs
         y, axis, new, zero = node.outputs[0], node.attrs["axis"], _Nodes(node.outputs[0].name), np.zeros(scale.shape, np.int8)
-        is_packed, bits = node.attrs["bits"] <= 4 and self.encoding.packed != "int8", node.attrs["bits"]
-        if is_packed and stored_bits(bits, codes.values.size, self.encoding) < 4:
-            stored, is_packed = self._looked_up(new, codes, bits), False
-        else:
-            stored = packed_int4(codes.name, codes.values) if is_packed else codes
-        if self.encoding.fused and any(reader.op == "Sum" or not _is_quantized(reader.inputs[0]) for reader in y.outputs):
+        bits, width = node.attrs["bits"], stored_bits(node.attrs["bits"], codes.values.size, self.encoding)
+        is_native = width == 4 and self.encoding.packed == "native"
+        stored = codes if width != 4 else packed_int4(codes.name, codes.values)
+        if width not in (4, 8):
+            stored = self._looked_up(new, codes, bits)
+        if (self.encoding.fused or self.encoding.tables) and any(
+            reader.op == "Sum" or not _is_quantized(reader.inputs[0]) for reader in y.outputs
+        ):
             factor = Constant(scale.name, along(scale.values, axis, len(codes.shape)))
             new("Mul", y, new("Cast", "codes.f32", stored, to=FLOAT), factor)
             return new.made
-        is_native = is_packed and self.encoding.packed == "native"
-        zero_point = packed_int4(f"{y.name}/zero_point", zero) if is_native else Constant(f"{y.name}/zero_point", zero)
-        if is_packed and not is_native:
+        if width == 4 and not is_native:
             stored = new("Cast", "codes.i8", stored, dtype=np.int8, to=INT8)
+        zero_point = packed_int4(f"{y.name}/zero_point", zero) if is_native else Constant(f"{y.name}/zero_point", zero)
         new("DequantizeLinear", y, stored, scale, zero_point, axis=axis)
         return new.made
 
-    def _looked_up(self, new: _Nodes, codes: Constant, bits: int) -> Tensor:
-        """2- and 3-bit codes, four of which are as many hexadecimal digits: these are stored, and looked up in a table."""
-        places = np.arange(4) * bits
-        numbers = ((codes.values.reshape(-1, 4).astype(np.int64) + 2 ** (bits - 1)) << places).sum(axis=1)
-        digits = packed_int4(codes.name, numbers[:, None] >> 4 * np.arange(bits) & 15, signed=False)
-        every = (np.arange(16)[:, None] << 4 * np.arange(bits)).T
-        sums = functools.reduce(np.add.outer, every)
-        table = (sums[..., None] >> places & (2**bits - 1)) - 2 ** (bits - 1)
-        index = new("Cast", "digits", digits, dtype=np.int64, to=INT64)
-        fours = new("GatherND", "fours", self._constant(f"onnxcomp/codes.i{bits}", table, np.int8), index, dtype=np.int8)
-        shape = Constant(f"{new.name}/shape", np.array(codes.shape, np.int64))
-        return new("Reshape", "codes.i8", fours, shape, dtype=np.int8)
+    def _looked_up(self, new: _Nodes, codes: Tensor, bits: int) -> Tensor:
+        """Codes of a width that has no type, in planes of bits that tables turn into codes; see `numerics.planes`."""
+        total, name = None, new.name
+        for w, shift in planes(bits):
+            new.name = f"{name}/bits{shift}"
+            stored = Constant(f"{codes.name}.bits{shift}", pack(codes.values, (w, shift)))
+            meaning = self._constant(f"onnxcomp/plane.{bits}.{shift}", table(bits, (w, shift)), np.int8)
+            part = new("Gather", "plane", meaning, new("Cast", "i32", stored, dtype=np.int32, to=INT32), dtype=np.int8)
+            total = part if total is None else new("Add", "total", total, part, dtype=np.int8)
+        assert total is not None
+        new.name, shape = name, "onnxcomp/shape." + "x".join(map(str, codes.shape))
+        return new("Reshape", "codes.i8", total, self._constant(shape, codes.shape, np.int64), dtype=np.int8)
+
+    def _fill_channels(self, conv: Node) -> None:
+        """Fill the channels of a Conv's static input up with its zero, and those of its weight with 0."""
+        weight, x = _weight_codes(conv), conv.inputs[0]
+        if weight is None or not _is_static(x) or len(x.outputs) != 1 or len(weight.outputs[0].outputs) != 1:
+            return
+        codes = weight.inputs[0].values
+        lacking = -codes.shape[1] % self.encoding.channels
+        if not lacking or conv.attrs.get("group", 1) != 1 or codes.shape[1] != 3:
+            return
+        widths = [(0, lacking if axis == 1 else 0) for axis in range(codes.ndim)]
+        weight.inputs[0] = Constant(weight.inputs[0].name, np.pad(codes, widths))
+        self.filled[x.name], x.shape, weight.outputs[0].shape = (
+            [low for pair in zip(*widths, strict=True) for low in pair],
+            None,
+            None,
+        )
 
     def _integer_bias(self, conv: Node) -> None:
         """Give a Conv with quantized input and weight an int32 bias of scale s_x * s_w, as its kernel expects. Where the bias
@@ -334,10 +361,12 @@ class _Lowering:
 
 
 def stored_bits(bits: int, size: int, encoding: Encoding) -> int:
-    """The room that each of `size` codes of so many bits takes: 2 and 3 bits are looked up, four codes at a time."""
-    if bits > 4 or encoding.packed == "int8":
+    """The room that each of `size` codes of so many bits takes: 2, 3, 5 and 6 bits are looked up where that saves bytes."""
+    if encoding.packed == "int8":
         return 8
-    return bits if size % 4 == 0 and encoding.packed == "cast" else 4
+    whole = 4 if bits <= 4 else 8
+    saves = encoding.packed == "cast" and size % 8 == 0 and size * (whole - bits) > 8 * TABLE_BYTES
+    return bits if saves and bits != 7 else whole
 
 
 def _widen_dead_channels(weight: Node, least: np.ndarray) -> None:

@@ -24,7 +24,7 @@ def plan(graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], 
     """Points for `sites`: stored tensors of 8 bits, and the sites' inputs at their own bits; see `Encoding.where`."""
     static = {s.name: s for s in sites if settings[s.name].activations in ("static", "auto")}
     tensors, results = graph.tensors(), {t.name for t in graph.outputs}
-    find = {"regions": _find_region, "units": _find_units, "inputs": _find_skips}[encoding.where]
+    find = {"regions": _find_region, "units": _find_units, "inputs": _find_skips, "layers": lambda *_: ({}, [])}[encoding.where]
     stored, joins = find(graph, static, results) if static else ({}, [])
     if encoding.where == "inputs":
         settings = dict(settings) | {site.name: _of_skip(site, tensors, static, settings) for site in joins}

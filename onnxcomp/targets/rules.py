@@ -88,7 +88,7 @@ def open_unit(node: Node, facts: Facts) -> Broken:
     makes = [t for t in node.outputs if t.dtype == np.float32 and [r.op for r in t.outputs] != ["QuantizeLinear"]]
     follower = [r.op for t in node.outputs for r in t.outputs]
     made = maker(reads[0]) if reads else ""
-    if reads and not (made in (*LAYERS, "Add") or (made and node.op in ("Relu", "Clip"))):
+    if reads and not (made in (*LAYERS, "Add") or (made not in ("", "Input") and node.op in ("Relu", "Clip"))):
         yield f"Its input '{reads[0].name}' is float, so it does not run on codes.", "Quantize what it reads."
     if makes and follower not in (["Relu"], ["Clip"]):
         yield f"Its output '{makes[0].name}' is not quantized once, so it does not run on codes.", "Quantize what it makes."
@@ -104,6 +104,26 @@ def unsigned_activation(node: Node, facts: Facts) -> Broken:
     """XNNPACK takes weights with a scale per channel beside int8 activations only."""
     if node.op == "QuantizeLinear" and codes_type(node) == "uint8":
         yield "Its activation codes are uint8; with scales per channel XNNPACK takes int8.", "Use signed activations."
+
+
+def openvino_codes(node: Node, facts: Facts) -> Broken:
+    """What OpenVINO 2026.4 computes on integers, read from its compiled models."""
+    for index, tensor in enumerate(node.inputs[:2] if node.op in LAYERS else []):
+        if maker(tensor) != "DequantizeLinear":
+            continue
+        dequantize, stored = tensor.inputs[0], is_stored(tensor.inputs[0])
+        offset = any(isinstance(t, Constant) and t.values.astype(np.int32).any() for t in dequantize.inputs[2:])
+        if stored and offset:
+            yield f"Its weight '{tensor.name}' has a zero point, so it is computed in float.", "Use symmetric weights."
+        if stored and (dequantize.attrs.get("block_size") or codes_type(dequantize) not in ("int8", "int32")):
+            yield (
+                f"The codes of '{tensor.name}' have no integer kernel as they are.",
+                "Cast them to int8, one scale per channel.",
+            )
+        if not stored and not all(isinstance(t, Constant) for t in dequantize.inputs[1:]):
+            yield f"The range of '{tensor.name}' is measured at run time, over all of it.", "Fix it, or measure it per token."
+        if not stored and node.op == "Conv" and index == 0 and offset and codes_type(dequantize) == "int8":
+            yield f"The signed codes of '{tensor.name}' have a zero point, so the Conv is float.", "Use unsigned codes."
 
 
 # --- TensorRT --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,13 @@
 """What ONNX Runtime needs around quantizers and products, so that it keeps them integer kernels.
 
 Every rule was read from the runtime's optimized models, and the tests probe it: `Sum` is never fused into a float Gemm,
-`Add` is as soon as shapes are known; a ReLU in front of a quantizer disappears where the zero point is the smallest code.
+`Add` is as soon as shapes are known; a ReLU in front of a quantizer disappears where the zero point is the smallest code; an
+`Add` in front of LayerNormalization becomes a kernel that takes several times what the two take.
+
+    DQ(a), DQ(w) -> MatMul -> Sum(b)   =   MatMulInteger(a, w) -> Cast -> Mul(s_a s_w) -> Add(b)
+
+The right side is the one that becomes a single kernel with its bias. The product of scales must not be folded into a constant
+before that, so one of them is multiplied with a 1 that the runtime does not see through.
 """
 
 from __future__ import annotations
@@ -12,18 +18,76 @@ from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, insert_
 from onnxcomp.graph.tidy import is_load_time
 from onnxcomp.targets.regions import clip_bounds
 
+FLOAT = 1
+"""ONNX's number of float32."""
+ONE = "onnxcomp/unfolded-one"
+"""A tensor that is 1, and that the runtime does not take for a constant."""
+SCALES = "/scales"
+"""What the scales of an integer product are called, behind its node's name."""
 
-def settle(graph: Graph) -> None:
-    """Bring what stands around the quantizers and products of a lowered `graph` into the form that keeps them integer kernels.
-    Doing it twice changes nothing: it is done again where operators were taken out.
+
+def settle(graph: Graph, *, biased: bool) -> None:
+    """Bring what stands around the quantizers and products of a lowered `graph` into the form that keeps them integer kernels;
+    `biased`: with their biases. Doing it twice changes nothing: it is done again where operators were taken out.
     """
     for node in list(graph.nodes):
         if node.op == "QuantizeLinear" and all(isinstance(t, Constant) for t in node.inputs[1:]):
             _absorb(graph, node)
-        if node.op == "MatMul" and is_load_time(node.inputs[1]) and any(t.inputs for t in node.inputs[1:]):
+        is_product = node.op == "MatMul" and is_load_time(node.inputs[1]) and any(t.inputs for t in node.inputs[1:])
+        if is_product and not (biased and _to_integer(graph, node)):
             _keep_integer(graph, node)
         if node.op in ("Conv", "Gemm") and _would_be_quantized(node):
             put_behind(graph, node, "Sum", "float")
+        if node.op == "LayerNormalization" and [n.op for n in node.inputs[0].inputs] == ["Add"]:
+            node.inputs[0].inputs[0].op = "Sum"
+    for scale in [n for n in graph.nodes if n.name.endswith(SCALES)]:
+        reader = first = only_reader(scale.outputs[0].outputs[0].outputs[0])
+        while reader is not None and reader.op in ("Add", "Sum", "Mul") and reader.outputs[0].outputs:
+            if reader.op != "Mul" and any(is_load_time(t) for t in reader.inputs):
+                widths = [t.values.shape for t in reader.inputs if isinstance(t, Constant)]
+                reader.op = "Add" if reader is first and widths == [scale.inputs[1].values.shape] else "Sum"
+                break
+            reader = only_reader(reader.outputs[0])
+
+
+def _to_integer(graph: Graph, node: Node) -> bool:
+    """Write a product of static codes as one of integers, and say whether it was one."""
+    makers = [n for t in node.inputs for n in t.inputs]
+    if [n.op for n in makers] != ["DequantizeLinear"] * 2 or "axis" not in makers[1].attrs:
+        return False
+    (a, *parameters), (w, scale, _) = makers[0].inputs, makers[1].inputs
+    # A tensor of the float model's own must go on being there, which is not called after its quantizer, or a ReLU that the
+    # quantizer may replace; and terms that were merged into one weight must be found again.
+    name, is_ours, _ = node.inputs[0].name.partition("/quantized")
+    source = graph.tensors().get(name)
+    is_function = source is not None and [n.op for n in source.inputs] in (["Relu"], ["Clip"])
+    is_ours = is_ours and not is_function and "/xint" not in makers[1].name
+    if not is_ours or not all(isinstance(t, Constant) for t in parameters):
+        return False
+    made = [Variable(f"{node.name}/{key}", dtype=np.dtype(kind)) for key, kind in (("i32", "i4"), ("f32", "f4"), ("s", "f4"))]
+    product, node.outputs[0], node.op = node.outputs[0], made[0], "MatMulInteger"
+    node.inputs = [a, w, parameters[1]]
+    cast = Node("Cast", f"{node.name}/Cast", {"to": FLOAT}, made[:1], made[1:2])
+    whole = Node("Mul", f"{node.name}{SCALES}", inputs=[_unfolded(graph, parameters[0]), scale], outputs=made[2:])
+    insert_after(graph, node, [cast, whole, Node("Mul", f"{node.name}/rescale", inputs=made[1:], outputs=[product])])
+    for dequantize in [n for n in makers if not n.outputs[0].outputs]:
+        remove(graph, dequantize)
+    return True
+
+
+def _unfolded(graph: Graph, scale: Tensor) -> Tensor:
+    """The scale, as a tensor that the runtime does not take for a constant."""
+    tensors = graph.tensors()
+    if f"{scale.name}/unfolded" in tensors:
+        return tensors[f"{scale.name}/unfolded"]
+    one, made = tensors.get(ONE), Variable(f"{scale.name}/unfolded", dtype=np.dtype(np.float32))
+    if one is None:
+        code, step, zero = (Constant(f"{ONE}.{k}", np.array(v, t)) for k, v, t in zip("csz", (1, 1, 0), "BfB", strict=True))
+        value, one = (Variable(name, dtype=np.dtype(np.float32)) for name in (f"{ONE}/value", ONE))
+        graph.nodes.insert(0, Node("Abs", f"{ONE}/Abs", inputs=[value], outputs=[one]))
+        graph.nodes.insert(0, Node("DequantizeLinear", f"{ONE}/DequantizeLinear", inputs=[code, step, zero], outputs=[value]))
+    insert_after(graph, one.inputs[0], [Node("Mul", f"{scale.name}/unfolded/Mul", inputs=[one, scale], outputs=[made])])
+    return made
 
 
 def _absorb(graph: Graph, quantize: Node) -> None:

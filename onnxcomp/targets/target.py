@@ -30,7 +30,7 @@ class Target:
     needs: tuple[str, ...]
     """What its files need where they run, one sentence each."""
     packed_needs: tuple[str, ...] = ()
-    """The same, of files with weights of 4 bits or fewer; in place of `needs` where there are any."""
+    """The same, of files whose weights are packed; in place of `needs` where there are any."""
     rules: tuple[Rule, ...] = ()
     """What is wrong with a node: refused, slower, or computed in float."""
     kernels: str = ""
@@ -46,7 +46,7 @@ class Target:
         """What it takes, in a line."""
         e = self.encoding
         kind = f"{'int8' if e.signed else 'uint8'}{' or uint16' if e.wide else ''}{', symmetric' if e.symmetric else ''}"
-        weights = {"cast": "int4 as int8", "native": "int4", "int8": "int8"}[e.packed]
+        weights = {"cast": "2 to 6 bits each", "native": "int4", "int8": "int8"}[e.packed]
         measured = ", ".join(["fixed", *e.run_time])
         more = "; float16" if self.half else "; fixed shapes" if self.fixed else ""
         return f"activations {kind}, ranges {measured}; narrow weights stored as {weights}; bias {e.bias}{more}"
@@ -57,7 +57,8 @@ class Target:
 
     def requirements(self, plan: Plan) -> tuple[str, ...]:
         """What the file needs where it runs."""
-        is_packed = any(site.weight is not None and plan.settings[site.name].weight_bits <= 4 for site in plan.sites)
+        widest = 6 if self.encoding.packed == "cast" else 4
+        is_packed = any(s.weight is not None and plan.settings[s.name].weight_bits <= widest for s in plan.sites)
         return self.packed_needs if is_packed and self.packed_needs else self.needs
 
     def lower(self, graph: Graph) -> Graph:
@@ -67,4 +68,4 @@ class Target:
     def settle(self, graph: Graph) -> None:
         """Bring a lowered `graph` into its last form again, after operators were taken out."""
         if self.encoding.fused:
-            settle(graph)
+            settle(graph, biased=self.encoding.biased)

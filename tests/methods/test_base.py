@@ -56,7 +56,7 @@ def test_every_method_refuses_an_unknown_way_to_keep(name: str):
     with pytest.raises(RecipeError) as caught:
         base.find(name)(keep="maybe")
 
-    assert str(caught.value) == "keep = 'maybe' is unknown. Use one of: if-better, always."
+    assert str(caught.value) == "keep = 'maybe' is not understood. Input should be 'if-better' or 'always'."
 
 
 def test_a_method_must_say_how_it_is_fitted_and_built():

@@ -333,19 +333,27 @@ def test_an_error_of_zero_has_a_finite_sqnr():
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"significance": -0.1}, {"rank": -1}, {"trim": -0.1}, {"trim": 1.0}])
-def test_numbers_out_of_range_are_refused(options: dict[str, float]):
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"significance": -0.1}, "significance = -0.1 is not understood. Input should be greater than or equal to 0."),
+        ({"rank": -1}, "rank = -1 is not understood. Input should be greater than or equal to 0."),
+        ({"trim": -0.1}, "trim = -0.1 is not understood. Input should be greater than or equal to 0."),
+        ({"trim": 1.0}, "trim = 1.0 is not understood. Input should be less than 1."),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, float], text: str):
     with pytest.raises(RecipeError) as caught:
         BiasCompensation(**options)  # pyright: ignore[reportArgumentType]
 
-    assert str(caught.value) == "significance and rank must not be negative, and trim must lie in [0, 1)."
+    assert str(caught.value) == text
 
 
 def test_an_unknown_way_to_keep_is_refused():
     with pytest.raises(RecipeError) as caught:
-        BiasCompensation(keep="never")
+        BiasCompensation(keep="never")  # pyright: ignore[reportArgumentType]
 
-    assert str(caught.value) == "keep = 'never' is unknown. Use one of: if-better, always."
+    assert str(caught.value) == "keep = 'never' is not understood. Input should be 'if-better' or 'always'."
 
 
 # --- the graph -------------------------------------------------------------------------------------------------------

@@ -335,12 +335,12 @@ def test_the_forms_of_both_functions_hold_wherever_numbers_go(t: float):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"alpha": -1.0}, "alpha and price must not be negative, and ridge must be positive."),
-        ({"alpha": math.nan}, "alpha and price must not be negative, and ridge must be positive."),
-        ({"price": -0.1}, "alpha and price must not be negative, and ridge must be positive."),
-        ({"ridge": 0.0}, "alpha and price must not be negative, and ridge must be positive."),
-        ({"weight": "int4"}, "weight = 'int4' is unknown. Use one of: auto, float, int8, low-rank."),
-        ({"keep": "never"}, "keep = 'never' is unknown. Use one of: if-better, always."),
+        ({"alpha": -1.0}, "alpha = -1.0 is not understood. Input should be greater than or equal to 0."),
+        ({"alpha": math.nan}, "alpha = nan is not understood. Input should be greater than or equal to 0."),
+        ({"price": -0.1}, "price = -0.1 is not understood. Input should be greater than or equal to 0."),
+        ({"ridge": 0.0}, "ridge = 0.0 is not understood. Input should be greater than 0."),
+        ({"weight": "int4"}, "weight = 'int4' is not understood. Input should be 'auto', 'float', 'int8' or 'low-rank'."),
+        ({"keep": "never"}, "keep = 'never' is not understood. Input should be 'if-better' or 'always'."),
     ],
 )
 def test_an_option_out_of_range_is_refused(options: dict[str, float | str], text: str):

@@ -356,19 +356,25 @@ def test_a_conv_without_padding_is_fitted(groups: int):
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"draws": 0}, {"seed": -1}])
-def test_numbers_out_of_range_are_refused(options: dict[str, int]):
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"draws": 0}, "draws = 0 is not understood. Input should be greater than 0."),
+        ({"seed": -1}, "seed = -1 is not understood. Input should be greater than or equal to 0."),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, int], text: str):
     with pytest.raises(RecipeError) as caught:
         NoisyQuant(**options)  # pyright: ignore[reportArgumentType]
 
-    assert str(caught.value) == "draws must be positive, and seed must not be negative."
+    assert str(caught.value) == text
 
 
 def test_an_unknown_mode_is_refused():
     with pytest.raises(RecipeError) as caught:
-        NoisyQuant(mode="gauss")
+        NoisyQuant(mode="gauss")  # pyright: ignore[reportArgumentType]
 
-    assert str(caught.value) == "mode = 'gauss' is unknown. Use one of: offset, uniform."
+    assert str(caught.value) == "mode = 'gauss' is not understood. Input should be 'offset' or 'uniform'."
 
 
 def test_it_is_fitted_to_what_is_quantized():

@@ -374,8 +374,7 @@ def test_the_model_of_the_first_term_is_the_quantized_layer_itself():
 
 # --- options ---------------------------------------------------------------------------------------------------------
 
-RANGE_OF_TERMS = "weight_terms and activation_terms must lie in 1..8."
-SIGNS = "saturation and tolerance must not be negative, and budget must be 0 or at least 1."
+NEGATIVE = "is not understood. Input should be greater than or equal to 0."
 ONE_RULE = "tolerance, budget and granularity = 'model' each decide the number of terms. Give one of them."
 NO_BRANCH = "saturation is a branch of its own, and granularity = 'tensor' has none. Use 'layer'."
 
@@ -383,11 +382,13 @@ NO_BRANCH = "saturation is a branch of its own, and granularity = 'tensor' has n
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"granularity": "model-wise"}, "granularity = 'model-wise' is unknown. Use one of: tensor, layer, model."),
-        ({"weight_terms": 0}, RANGE_OF_TERMS),
-        ({"activation_terms": 9}, RANGE_OF_TERMS),
-        ({"budget": 0.5}, SIGNS),
-        ({"tolerance": -1.0}, SIGNS),
+        ({"granularity": "all"}, "granularity = 'all' is not understood. Input should be 'tensor', 'layer' or 'model'."),
+        ({"weight_terms": 0}, "weight_terms = 0 is not understood. Input should be greater than or equal to 1."),
+        ({"activation_terms": 9}, "activation_terms = 9 is not understood. Input should be less than or equal to 8."),
+        ({"budget": 0.5}, "budget must be 0 or at least 1."),
+        ({"budget": -1.0}, f"budget = -1.0 {NEGATIVE}"),
+        ({"saturation": -1}, f"saturation = -1 {NEGATIVE}"),
+        ({"tolerance": -1.0}, f"tolerance = -1.0 {NEGATIVE}"),
         ({"granularity": "model", "budget": 2.0}, ONE_RULE),
         ({"tolerance": 20.0, "budget": 2.0}, ONE_RULE),
         ({"granularity": "tensor", "saturation": 1}, NO_BRANCH),

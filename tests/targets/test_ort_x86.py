@@ -249,8 +249,8 @@ def test_the_target_is_found_by_its_name():
     assert find("ort-x86") == TARGET
 
 
-@pytest.mark.parametrize(("bits", "version"), [(4, "1.23"), (5, "1.18"), (8, "1.18")])
-def test_a_file_needs_a_newer_runtime_where_it_stores_int4(bits: int, version: str):
+@pytest.mark.parametrize(("bits", "version"), [(4, "1.23"), (5, "1.23"), (7, "1.18"), (8, "1.18")])
+def test_a_file_needs_a_newer_runtime_where_it_packs_weights(bits: int, version: str):
     site = Site("fc", "MatMul", "layer", ("x",), "y", "y", -1, weight="w")
     plan = Plan((site, replace(site, weight=None, kind="join")), {"fc": replace(W8A8, weight_bits=bits)}, ())
 

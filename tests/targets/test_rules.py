@@ -141,7 +141,8 @@ def constants() -> dict[str, np.ndarray]:
     kernel = rng.integers(-7, 8, (4, 4, 3, 3)).astype(np.int8)
     int4 = ml_dtypes.int4
     scalars = {
-        "s": np.float32(2**-5), "r": np.float32(1 / 127), "low": np.float32(0), "high": np.float32(6), "z": np.uint8(0), "zs": np.int8(0), "z3": np.int8(3),
+        "s": np.float32(2**-5), "r": np.float32(1 / 127), "low": np.float32(0), "high": np.float32(6),
+        "z": np.uint8(0), "zs": np.int8(0), "z3": np.int8(3),
         "z16": np.uint16(0), "zs16": np.int16(0),
     }  # fmt: skip
     arrays = {
