@@ -61,6 +61,26 @@ def test_w8a8_keeps_the_accuracy_on_integer_kernels(name: str, data_dir: Path, t
     assert drop <= DROPS[name]
 
 
+TARGETS = ("ort-x86", "ort-arm", "openvino")
+"""Those whose runtime is here to tell which kernels it executes."""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", DROPS)
+def test_the_rules_foretell_the_kernel_of_every_site(name: str, target: str, data_dir: Path, tmp_path: Path):
+    subject, output = bench.SUBJECTS[name], tmp_path / "out.onnx"
+    source = data_dir / subject.calibration
+    recipe = dataclasses.replace(find("base"), samples=8, preprocess=subject.preprocess, target=target)
+
+    report = quantize(
+        data_dir / subject.file, bench.stories(source) if subject.language else source, recipe, output=output
+    ).report
+
+    assert not [note for note in report.notes if "foretold" in note]
+    assert all(site.integer for site in report.sites)
+    assert report.kernels_by.split()[0] == ("openvino" if target == "openvino" else "onnxruntime")
+
+
 def test_bias_compensation_adds_eight_points_to_a_w4a4_vision_transformer(data_dir: Path, tmp_path: Path):
     base, compensated = tmp_path / "base.onnx", tmp_path / "bias.onnx"
 
