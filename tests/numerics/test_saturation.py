@@ -10,6 +10,7 @@ import pytest
 from tiny import Tiny, build
 
 from onnxcomp.graph.convert import to_graph
+from onnxcomp.graph.edit import Node
 from onnxcomp.numerics.saturation import LIMIT, may_saturate, reach
 from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import Bits, Recipe
@@ -119,15 +120,21 @@ def two_layers() -> Tiny:
     return build("two", text, {"w": w, "w2": w.copy()}, [{"x": a, "z": b} for a, b in zip(x, z, strict=True)])
 
 
+def codes_of(node: Node) -> Array:
+    """The codes of a product's weight, whatever makes them a factor."""
+    tensor = node.inputs[1]
+    while tensor.inputs:
+        tensor = tensor.inputs[0].inputs[0]
+    return tensor.values
+
+
 def stored_codes(target: str, bits: Bits) -> tuple[dict[str, int], list[str]]:
     """The largest weight code in front of each layer, and the layers that the report says got 7 bits."""
     tiny = two_layers()
     recipe = Recipe(target=target, bits=bits, activations="static", compensate=(), rotation="none")
     result = quantize(tiny.model, tiny.samples, recipe)
     nodes = {node.name: node for node in to_graph(result.model).nodes}
-    largest = {
-        name: int(np.abs(nodes[name].inputs[1].inputs[0].inputs[0].values.astype(int)).max()) for name in ("one", "other")
-    }
+    largest = {name: int(np.abs(codes_of(nodes[name]).astype(int)).max()) for name in ("one", "other")}
     said = [d for d in result.report.decisions if d.method == "7-bit weights"]
     reasons = {d.reason for d in said if d.adopted}
     assert reasons <= {"sums of two products of 8-bit weights may leave 16 bits, so these have 7"}
