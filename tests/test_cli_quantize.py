@@ -164,7 +164,7 @@ def test_compensate_none_and_a_list(net: Path, data: Path, tmp_path: Path) -> No
         ),
         (
             ("--bits", "w9a8"),
-            "RecipeError: bits = 'w9a8' is not understood. Write wXaY with X and Y from 2 to 8, such as w4a8.",
+            "RecipeError: bits = 'w9a8' is not understood. Write wXaY, X and Y from 2 to 8 (or Y 16), such as w4a8.",
         ),
         (
             ("--ranges", "max"),
