@@ -135,14 +135,13 @@ def test_a_replaced_output_of_the_graph_keeps_its_name_type_and_shape():
     assert output.inputs[0].inputs[0].name == "y/before-bias"
 
 
-def test_a_replaced_input_of_the_graph_gives_up_its_name_to_what_replaces_it():
-    """Only partial models are edited there; a file's own inputs are quantized for named consumers."""
+def test_a_replaced_input_of_the_graph_keeps_its_name_which_is_the_callers():
     graph = to_graph(diamond())
 
     shift(graph, "x")
 
-    assert wiring(graph)[0] == ("Add", ["x/before-bias", "x/bias.b"], ["x"])
-    assert [t.name for t in graph.inputs] == ["x/before-bias"]
+    assert wiring(graph)[0] == ("Add", ["x", "x/bias.b"], ["x/bias/add"])
+    assert [t.name for t in graph.inputs] == ["x"]
 
 
 def test_a_constant_may_be_replaced_by_what_is_computed():
