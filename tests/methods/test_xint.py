@@ -24,7 +24,6 @@ from onnxcomp.recipe import Bits, Recipe
 from onnxcomp.targets import find
 
 TARGET = find("ort-x86")
-
 Array = np.ndarray
 FLOAT = ""
 FC = Site("fc", "MatMul", "layer", ("x",), "h", "y", -1, weight="w", weight_axis=1, bias="b", bias_node="fc_bias")
