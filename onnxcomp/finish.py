@@ -15,7 +15,7 @@ from onnxcomp.graph.finish import fix_axes, to_half, to_oldest_opset
 from onnxcomp.recipe import Recipe
 from onnxcomp.runtime import Feed
 from onnxcomp.targets import openvino, tensorrt
-from onnxcomp.targets.audit import Kernel, audit, foretell
+from onnxcomp.targets.audit import Kernel, audit, check, foretell
 from onnxcomp.targets.target import Target
 from onnxcomp.verify import demand
 
@@ -50,12 +50,17 @@ def find_kernels(
     path: Path, target: Target, lowered: Graph, sites: Mapping[str, Sequence[str]], feeds: Sequence[Feed],
     reference: runtime.Session,
 ) -> tuple[tuple[Kernel, ...], str, list[str]]:  # fmt: skip
-    """What computes each site of the model at `path`; who says so; and where the target's rules foretold otherwise.
+    """What computes each site of the model at `path`; who says so; and what the target's rules object to, or foretold wrongly.
 
     Where the target's runtime is another one that is installed, it must also compute what ONNX Runtime does: raises
     VerificationError if it does not.
     """
-    foretold = foretell(lowered, target, sites)
+    violations = [v for v in check(lowered, target) if v.op != "Input" or not target.fixed]  # axes are fixed at the end
+    foretold, notes = foretell(lowered, violations, sites), []
+    for rule in dict.fromkeys(v.rule for v in violations):
+        first, *others = (v for v in violations if v.rule == rule)
+        more = f" and {len(others)} more" if others else ""
+        notes.append(f"{target.name} would object to {first.node}{more}: {first.reason}")
     kernels: Mapping[str, tuple[str, bool]] = {}
     if target.kernels == "onnxruntime":
         by = f"onnxruntime {runtime.version()}"
@@ -69,9 +74,9 @@ def find_kernels(
         shapes = {name: [1, *array.shape[1:]] for name, array in feeds[0].items()}
         kernels, by = tensorrt.kernels(path, lowered, shapes), tensorrt.version()
     else:
-        return foretold, f"the rules of {target.name}, which did not run here", []
+        return foretold, f"the rules of {target.name}, which did not run here", notes
     named = (Kernel(k.site, *kernels.get(k.site, (k.op, k.integer)), k.reason) for k in foretold)
     told = tuple(named) if kernels else audit(path, sites)
     wrong = [a.site for a, b in zip(told, foretold, strict=True) if a.integer != b.integer]
-    notes = [f"The rules of {target.name} foretold other kernels at {', '.join(wrong)}."] if wrong else []
+    notes += [f"The rules of {target.name} foretold other kernels at {', '.join(wrong)}."] if wrong else []
     return told, by, notes

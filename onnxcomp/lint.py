@@ -31,4 +31,5 @@ def lint(path: str | Path, target: str = "auto") -> Lint:
         notes.append(f"Types and shapes are those in the file. {error}")
     read = [n for n in graph.nodes if n.op in PRODUCTS and any(maker(t) == "DequantizeLinear" for t in n.inputs)]
     layers = [*(n.name for n in read), *(n.name for n in graph.nodes if n.op == "MatMulInteger")]
-    return Lint(str(path), judge.name, check(graph, judge), foretell(graph, judge, layers), tuple(notes))
+    violations = check(graph, judge)
+    return Lint(str(path), judge.name, violations, foretell(graph, violations, layers), tuple(notes))

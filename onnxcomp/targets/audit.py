@@ -71,11 +71,11 @@ def check(graph: Graph, target: Target) -> tuple[Violation, ...]:
     )
 
 
-def foretell(graph: Graph, target: Target, sites: Collection[str]) -> tuple[Kernel, ...]:
-    """What the rules say of each site of a lowered graph: on integers where it reads codes, and neither it nor what makes them
-    breaks a rule.
+def foretell(graph: Graph, violations: Sequence[Violation], sites: Collection[str]) -> tuple[Kernel, ...]:
+    """What the broken rules say of each site of a lowered graph: it is on integers where it reads codes, and neither it nor
+    what makes them breaks a rule.
     """
-    nodes, broken = {node.name: node for node in graph.nodes}, {v.node: v.reason for v in reversed(check(graph, target))}
+    nodes, broken = {node.name: node for node in graph.nodes}, {v.node: v.reason for v in reversed(violations)}
     found = []
     for name in sites:
         node = nodes[name]
