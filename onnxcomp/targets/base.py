@@ -62,6 +62,7 @@ class Facts:
     outputs: frozenset[str]
     """The names of its outputs."""
     opset: int
+    """The version of its standard operators."""
 
 
 Rule = Callable[[Node, Facts], Iterator[tuple[str, str]]]
@@ -96,7 +97,8 @@ class Encoding:
     clip: str = "codes"
     """What keeps codes of fewer than 8 bits in their range: a Clip of the `codes`, or one of the `values` in front of them."""
     packed: str = "cast"
-    """How weights of 4 bits and fewer are stored: int4 behind a `cast`, int4 read by DequantizeLinear (`native`), or `int8`."""
+    """How narrow weights are stored: 4 bits as int4 behind a `cast`, and 2, 3, 5 and 6 in planes that a table turns into codes;
+    those of 4 bits and fewer as int4 read by DequantizeLinear (`native`); or all as `int8`."""
     bias: str = "int32"
     """The bias of a Conv between quantizers: `int32` with a DequantizeLinear, or `float`."""
     run_time: tuple[str, ...] = ("dynamic", "token")

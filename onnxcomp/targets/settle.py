@@ -56,8 +56,8 @@ def _to_integer(graph: Graph, node: Node) -> bool:
     if [n.op for n in makers] != ["DequantizeLinear"] * 2 or "axis" not in makers[1].attrs:
         return False
     (a, *parameters), (w, scale, _) = makers[0].inputs, makers[1].inputs
-    # A tensor of the float model's own must go on being there, which is not called after its quantizer, or a ReLU that the
-    # quantizer may replace; and terms that were merged into one weight must be found again.
+    # Kept with DequantizeLinear: a tensor that bears a name of the float model, one behind a ReLU that the quantizer may absorb
+    # (its name moves there), and a weight that terms were merged into, which must be found again.
     name, is_ours, _ = node.inputs[0].name.partition("/quantized")
     source = graph.tensors().get(name)
     is_function = source is not None and [n.op for n in source.inputs] in (["Relu"], ["Clip"])

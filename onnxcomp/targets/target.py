@@ -34,7 +34,8 @@ class Target:
     rules: tuple[Rule, ...] = ()
     """What is wrong with a node: refused, slower, or computed in float."""
     kernels: str = ""
-    """The runtime here that tells which kernels it executes: `onnxruntime` or `openvino`; none: the rules foretell them."""
+    """The runtime that tells which kernels it executes, `onnxruntime`, `openvino` or `tensorrt`; where it is not installed, or
+    there is none, the rules foretell them."""
     fixed: bool = False
     """Every axis has the length that it has in the first sample."""
     half: bool = False
