@@ -11,9 +11,9 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_graph
 from onnxcomp.graph.prepare import set_types, tidy_nodes
+from onnxcomp.graph.sites import LAYER_OPS
 from onnxcomp.report.model import Lint
 from onnxcomp.targets.audit import check, foretell
-from onnxcomp.targets.fallback import PRODUCTS
 from onnxcomp.targets.rules import maker
 
 
@@ -29,7 +29,7 @@ def lint(path: str | Path, target: str = "auto") -> Lint:
         set_types(graph, runtime.infer_types(model))
     except ModelError as error:
         notes.append(f"Types and shapes are those in the file. {error}")
-    read = [n for n in graph.nodes if n.op in PRODUCTS and any(maker(t) == "DequantizeLinear" for t in n.inputs)]
+    read = [n for n in graph.nodes if n.op in LAYER_OPS and any(maker(t) == "DequantizeLinear" for t in n.inputs)]
     layers = [*(n.name for n in read), *(n.name for n in graph.nodes if n.op == "MatMulInteger")]
     violations = check(graph, judge)
     return Lint(str(path), judge.name, violations, foretell(graph, violations, layers), tuple(notes))

@@ -137,7 +137,7 @@ class Walk:
             tape = Tape(f"{site.weight}/quantized" if everyone else f"{site.name}/weight")
             w, series = tensors[site.weight].values, not self._series.keys().isdisjoint(same)
             fitted = xint.first_term(w, site.weight_axis, bits)._asdict() if series else self._round(site, w, bits)
-            if self._saturates(site, fitted["codes"]):
+            if self.target.encoding.saturates and bits == 8 and self._saturates(site, fitted["codes"]):
                 bits, reason = 7, "sums of two products of 8-bit weights may leave 16 bits, so these have 7"
                 fitted = self._round(site, w, bits)
                 self.decisions.append(Decision(site.name, "7-bit weights", True, reason, None, 0))
@@ -185,9 +185,9 @@ class Walk:
         return weights.fit_gptq(site, w, bits, cut, self._node(site).attrs, fake, centred=centred)
 
     def _saturates(self, site: Site, codes: Array) -> bool:
-        """Whether the target's CPU may add products of these codes wrongly, on the samples; see `numerics.saturation`."""
+        """Whether products of these 8-bit codes may be added wrongly, on the samples; see `numerics.saturation`."""
         cut, quantize = self._cut(site.x), next(n for n in self.compressed.nodes if n.name == site.name).inputs[0].inputs
-        if not self.target.encoding.saturates or not quantize or "granularity" not in quantize[0].attrs:
+        if not quantize or "granularity" not in quantize[0].attrs:
             return False
         how, is_conv = quantize[0], site.op == "Conv"
         channels, groups = codes.shape[0], 1

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from onnx import ModelProto, checker, helper, shape_inference
 
+from onnxcomp.graph.convert import STANDARD
 from onnxcomp.graph.opset import standard_opset
 
 OLDEST = 13
@@ -46,7 +47,7 @@ def to_oldest_opset(model: ModelProto, computes_the_same: Callable[[ModelProto],
         older = ModelProto()
         older.CopyFrom(model)
         for entry in older.opset_import:
-            entry.version = version if entry.domain in ("", "ai.onnx") else entry.version
+            entry.version = version if entry.domain in STANDARD else entry.version
         older.ir_version = helper.find_min_ir_version_for(list(older.opset_import), ignore_unknown=True)
         try:
             checker.check_model(older, full_check=True)

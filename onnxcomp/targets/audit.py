@@ -61,7 +61,7 @@ def audit(model: bytes | Path, sites: Mapping[str, Sequence[str]]) -> tuple[Kern
 
 def check(graph: Graph, target: Target) -> tuple[Violation, ...]:
     """Every rule of the target that a node of the graph, of any model, breaks, in graph order, inputs first."""
-    facts = Facts(frozenset(t.name for t in graph.outputs), graph.opset)
+    facts = Facts(frozenset(t.name for t in graph.outputs))
     nodes = [*(Node("Input", t.name, outputs=[t]) for t in graph.inputs), *graph.nodes]
     return tuple(
         Violation(node.name, node.op, rule.__name__.replace("_", "-"), *broken)

@@ -61,8 +61,6 @@ class Facts:
 
     outputs: frozenset[str]
     """The names of its outputs."""
-    opset: int
-    """The version of its standard operators."""
 
 
 Rule = Callable[[Node, Facts], Iterator[tuple[str, str]]]

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from onnxcomp.graph.edit import Constant, Node, Tensor
+from onnxcomp.graph.sites import LAYER_OPS
 from onnxcomp.targets.base import Facts, Rule
 from onnxcomp.targets.regions import clip_bounds
 from onnxcomp.targets.rules import is_stored, maker
@@ -21,7 +22,6 @@ STORED = frozenset({
     "Conv", "Add", "Mul", "Concat", "Where", "Sigmoid", "LeakyRelu", "Softmax", "AveragePool", "GlobalAveragePool",
 })  # fmt: skip
 """Operators with an integer kernel that needs a QuantizeLinear behind it."""
-PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
 def explain(node: Node, outputs: Collection[str], version: str) -> str:
@@ -29,7 +29,7 @@ def explain(node: Node, outputs: Collection[str], version: str) -> str:
 
     One sentence: the first rule that does not hold, or that ONNX Runtime `version` did not fuse the operator.
     """
-    reasons = (reason for rule in _RULES for reason, _ in rule(node, Facts(frozenset(outputs), 0)))
+    reasons = (reason for rule in _RULES for reason, _ in rule(node, Facts(frozenset(outputs))))
     return next(reasons, f"ONNX Runtime {version} did not fuse it.")
 
 
@@ -104,7 +104,7 @@ def _where_meant(rule: Rule) -> Rule:
     def ask(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
         read = [t.inputs[0] for t in node.inputs if maker(t) == "DequantizeLinear"]
         joins = node.op in STORED and any(reader.op == "QuantizeLinear" for reader in tail(node).outputs)
-        if (node.op in PRODUCTS or joins) and not all(is_stored(dequantize) for dequantize in read):
+        if (node.op in LAYER_OPS or joins) and not all(is_stored(dequantize) for dequantize in read):
             yield from rule(node, facts)
 
     return ask

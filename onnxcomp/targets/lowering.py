@@ -25,7 +25,7 @@ from onnxcomp.numerics.affine import Scheme, along, from_range
 from onnxcomp.numerics.planes import pack, planes, table
 from onnxcomp.targets.base import Encoding
 from onnxcomp.targets.regions import is_operand
-from onnxcomp.targets.settle import only_reader, put_behind, settle
+from onnxcomp.targets.settle import only_reader, put_behind
 
 TINY = np.float32(1e-12)
 """Floor of a range measured at run time, so that an all-zero tensor does not divide by zero."""
@@ -37,12 +37,9 @@ FLOAT, INT8, INT32 = 1, 3, 6
 """ONNX's numbers of element types."""
 
 
-def lower(graph: Graph, encoding: Encoding) -> Graph:
-    """Write the abstract quantizers of `graph` as standard operators. Changes `graph` and returns it."""
+def lower(graph: Graph, encoding: Encoding) -> None:
+    """Write the abstract quantizers of `graph` as standard operators, in place."""
     _Lowering(graph, encoding).run()
-    if encoding.fused:
-        settle(graph, biased=encoding.biased)
-    return graph
 
 
 @dataclass
@@ -301,11 +298,8 @@ class _Lowering:
             return
         widths = [(0, lacking if axis == 1 else 0) for axis in range(codes.ndim)]
         weight.inputs[0] = Constant(weight.inputs[0].name, np.pad(codes, widths))
-        self.filled[x.name], x.shape, weight.outputs[0].shape = (
-            [low for pair in zip(*widths, strict=True) for low in pair],
-            None,
-            None,
-        )
+        self.filled[x.name] = [width for pair in zip(*widths, strict=True) for width in pair]
+        x.shape = weight.outputs[0].shape = None
 
     def _integer_bias(self, conv: Node) -> None:
         """Give a Conv with quantized input and weight an int32 bias of scale s_x * s_w, as its kernel expects. Where the bias

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from onnxcomp.graph.convert import STANDARD
 from onnxcomp.graph.edit import Constant, Node, Tensor
 from onnxcomp.graph.types import type_name
 from onnxcomp.targets.base import Facts
@@ -49,7 +50,7 @@ def varying_axis(node: Node, facts: Facts) -> Broken:
 
 def foreign_operator(node: Node, facts: Facts) -> Broken:
     """Only operators of the standard domain run everywhere."""
-    if node.domain not in (None, "", "ai.onnx"):
+    if node.domain not in (None, *STANDARD):
         yield f"It is {node.op} of the domain '{node.domain}', which no other runtime has.", FIX
 
 

@@ -64,9 +64,11 @@ class Target:
 
     def lower(self, graph: Graph) -> Graph:
         """Write the abstract quantizers of `graph` as standard operators. Changes `graph` and returns it."""
-        return lowering.lower(graph, self.encoding)
+        lowering.lower(graph, self.encoding)
+        self.settle(graph)
+        return graph
 
     def settle(self, graph: Graph) -> None:
-        """Bring a lowered `graph` into its last form again, after operators were taken out."""
+        """Bring a lowered `graph` into its last form, for the first time or after operators were taken out."""
         if self.encoding.fused:
             settle(graph, biased=self.encoding.biased)
