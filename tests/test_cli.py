@@ -98,7 +98,7 @@ except SystemExit:
 
 
 def test_choices_shown_in_the_help_are_those_of_the_library() -> None:
-    shown = {option.name: option.metavar for option in cli.quantize.params if isinstance(option, click.Option)}
+    shown = {option.name: option.metavar for option in cli.main.commands["quantize"].params if isinstance(option, click.Option)}
 
     assert shown["activations"] == "|".join(get_args(recipe.Activations))
     assert shown["ranges"] == "|".join(get_args(recipe.Ranges)) == "|".join(ranges.METHODS)

@@ -1,0 +1,93 @@
+"""`onnxcomp quantize`."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxcomp.cli.shell import PREPROCESS, PROVIDER, main, progress_bar
+from onnxcomp.errors import UsageError
+
+if TYPE_CHECKING:
+    from onnxcomp.recipe import Recipe
+
+
+@main.command()
+@click.argument("model", type=click.Path())
+@click.option("--data", type=click.Path(), help="Calibration samples: .npz, .npy, a folder of either, or of images.")
+@click.option("-o", "--output", type=click.Path(), help="Where the result goes; by default MODEL's name with the bits.")
+@click.option("--bits", metavar="wXaY", help="Width of weights and activations, 2 to 8 bits each; w8a8 by default.")
+@click.option("--recipe", "recipe_name", default="auto", metavar="NAME|FILE.toml", help="See `onnxcomp recipe list`.")
+@click.option("--compensate", metavar="auto|none|NAME,...", help="Exactly these methods, in this order.")
+@click.option("--target", metavar="NAME", help="The runtime to write for (see `onnxcomp targets`); this machine's by default.")
+@click.option("--half", is_flag=True, default=None, help="Write float16 beside the codes, where the target takes it.")
+@click.option("--samples", type=int, metavar="N", help="Calibrate on at most N samples; 128 by default.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only sites that match: a glob, re: or op:.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave sites that match in float.")
+@click.option("--products", is_flag=True, default=None, help="Quantize MatMuls of two activations too.")
+@click.option("--ranges", metavar="mse|percentile|minmax", help="How activation ranges are chosen.")
+@click.option("--activations", metavar="auto|static|dynamic|token|float", help="When activation ranges are measured.")
+@PREPROCESS
+@PROVIDER
+@click.option("--seed", type=int, metavar="N", help="Decides which samples are used; 0 by default.")
+@click.option("--max-drop", type=float, metavar="POINTS", help="Write nothing if more of the answers on --data change.")
+@click.option("--labels", type=click.Path(), help="Let --max-drop count right answers instead: .npy, .npz or .csv.")
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option("--split", is_flag=True, help="Write a model of each weight term too; for xint of granularity 'model'.")
+@click.option("--all", "all_sites", is_flag=True, help="Show every site.")
+def quantize(
+    model: str, data: str | None, output: str | None, *, max_drop: float | None, labels: str | None,
+    force: bool, split: bool, all_sites: bool, **options: Any,
+) -> tuple[object, ...]:  # fmt: skip
+    """Quantize MODEL and write the result once it is proven to run.
+
+    onnxcomp quantize vit.onnx --data calib.npz
+    onnxcomp quantize vit.onnx --data images/ --preprocess "crop=224 mean=0.5 std=0.5" --bits w4a8 -o vit4.onnx
+    """
+    if max_drop is not None and data is None:
+        raise UsageError("--max-drop is measured on samples. Pass --data.")
+    if split and max_drop is not None:
+        raise UsageError("--split writes its files at once, and --max-drop decides later. Give one of them.")
+    if labels is not None and max_drop is None:
+        raise UsageError("--labels is for --max-drop. Pass both, or compare the result with `onnxcomp compare`.")
+    recipe, path = _recipe(**options), Path(model)
+    destination = Path(output) if output is not None else path.with_name(f"{path.stem}.{recipe.bits}.onnx")
+
+    from onnxcomp import pipeline
+    from onnxcomp.comparison import compare as compare_models
+    from onnxcomp.comparison import demand
+    from onnxcomp.graph import files
+    from onnxcomp.report import text
+
+    files.check_output(destination, path, force=force)
+    with progress_bar() as progress:
+        written = None if max_drop is not None else destination
+        result = pipeline.quantize(path, data, recipe, output=written, force=force, split=split, progress=progress)
+        if max_drop is not None:
+            found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
+            demand(found, max_drop)
+            files.save(result.model, destination, force=force, source=path)
+    shown, following = result.report, ["compare", model, str(destination), "--data", "TEST_DATA"]
+    if recipe.preprocess is not None:
+        following += ["--preprocess", str(recipe.preprocess)]
+    if data is None:
+        click.echo(shown.notes[0], err=True)
+        shown, following = dataclasses.replace(shown, notes=shown.notes[1:]), ["bench", model, str(destination)]
+    return result.report, text.report(shown, all_sites=all_sites), f"\n{destination}\nNext: onnxcomp {shlex.join(following)}"
+
+
+def _recipe(recipe_name: str, compensate: str | None, exclude: tuple[str, ...], **changes: Any) -> Recipe:
+    """The recipe of that name or file, with what was given on the command line in place of its own values."""
+    from onnxcomp import recipe as recipes
+
+    recipe = recipes.find(recipe_name)
+    changes = {key: value for key, value in changes.items() if value is not None and value != ()}
+    methods = None if compensate is None else recipes.parse_compensate(compensate)
+    if methods is not None:
+        # A list means these methods and nothing chosen automatically, so on plain ranges too.
+        changes = {"ranges": "mse", "activations": "static"} | changes | {"compensate": methods}
+    return dataclasses.replace(recipe, exclude=(*recipe.exclude, *exclude), **changes)
