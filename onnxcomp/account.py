@@ -11,7 +11,7 @@ from onnxcomp.choose import Choice
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data
 from onnxcomp.graph import files
-from onnxcomp.graph.edit import Graph, Node
+from onnxcomp.graph.edit import Graph, Node, tensors_of
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.sites import Site
 from onnxcomp.graph.strip import dump_folds
@@ -89,7 +89,7 @@ def _site_report(site: Site, walk: Walk, kernel: Kernel) -> SiteReport:
     bits, stored = "a8" if settings is None else f"a{settings.activation_bits}", 0
     if settings is not None and site.weight is not None:
         bits = f"w{settings.weight_bits}{'' if activations == 'float' else bits}"
-        shape = walk.reference.tensors()[site.weight].shape
+        shape = tensors_of(walk.reference)[site.weight].shape
         codes = math.ceil(math.prod(shape) * stored_bits(settings.weight_bits, math.prod(shape), walk.target.encoding) / 8)
         stored = codes + 5 * shape[site.weight_axis]  # a float scale and an int8 zero point per channel
     return SiteReport(

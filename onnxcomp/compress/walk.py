@@ -20,7 +20,7 @@ from onnxcomp.compress.quantizers import Quantizers
 from onnxcomp.errors import UsageError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.edit import Graph, Node, Tape, apply, extract
+from onnxcomp.graph.edit import Graph, Node, Tape, apply, extract, tensors_of
 from onnxcomp.graph.files import ModelProto, to_bytes
 from onnxcomp.graph.offsets import fold_offset
 from onnxcomp.graph.schedule import schedule
@@ -128,7 +128,7 @@ class Walk:
     # --- one layer -------------------------------------------------------------------------------------------------
 
     def _quantize_weight(self, site: Site) -> None:
-        settings, tensors = self.plan.settings, self.compressed.tensors()
+        settings, tensors = self.plan.settings, tensors_of(self.compressed)
         bits = settings[site.name].weight_bits
         assert site.weight is not None
         if site.weight in tensors and not tensors[site.weight].inputs:  # else it is shared and already stored as codes
@@ -240,7 +240,7 @@ class Walk:
 
     def _price(self, place: Site | Block, label: str) -> float | None:
         """Milliseconds that the operators of an edit take for one sample; None where it has none, or no sample is there."""
-        tensors = self.compressed.tensors()
+        tensors = tensors_of(self.compressed)
         before = next((name for name in tensors if name.startswith(f"{place.y}/before-{label}")), None)
         if before is None or self.store is None:
             return None
@@ -289,7 +289,7 @@ class Walk:
             self._decide(block, method, outcome)
             if outcome.fit is None:
                 continue
-            before = self.compressed.tensors().keys() & {f"{block.y}/before-{label}"}
+            before = tensors_of(self.compressed).keys() & {f"{block.y}/before-{label}"}
             live = self._entries(block.inputs) | dict.fromkeys(before, block.y)
             self.store.add(block.y, self._run(self.compressed, live, [block.y]))
             if stored is not None:

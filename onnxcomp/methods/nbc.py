@@ -117,7 +117,8 @@ class NonlinearBipolarCompensation(Compensation):
         for c_x, c_e in ((self.alpha, self.alpha),) if self.alpha else GRID:
             factor = alive / np.where(alive, x, 1.0) / (1.0 if c_x == INF else c_x)
             unit = np.maximum(e, max(DEAD * e.max(), TINY)) * (1.0 if c_e == INF else c_e)
-            pairs = ((_bent(s.x * factor, c_x), _bent(s.e / unit, c_e)) for s in fitted)
+            thin = factor.astype(np.float32), (1.0 / unit).astype(np.float32)
+            pairs = ((_bent(s.x * thin[0], c_x), _bent(s.e * thin[1], c_e)) for s in fitted)
             regression = Regression.of(pairs, groups, self.ridge)
             # A linear branch ends behind its bias; any other has W in units of the bound and goes on with clip and L^-1.
             bound = _bent(largest / unit, c_e)

@@ -162,7 +162,8 @@ def _mix_input(graph: Graph, node: Node, r: Array) -> str:
 
 def _mix(x: Array) -> Array:
     """Mix the channels of x in groups."""
-    return rotate(x.reshape(*x.shape[:-1], -1, _width(x.shape[-1]))).reshape(x.shape).astype(np.float32)
+    width = _width(x.shape[-1])
+    return (x.reshape(-1, width) @ rotation(width).astype(np.float32)).reshape(x.shape)
 
 
 def _width(channels: int) -> int:
