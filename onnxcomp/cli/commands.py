@@ -97,17 +97,25 @@ def targets() -> tuple[object, ...]:
 
 @main.command()
 @click.argument("model", type=click.Path())
+@click.option("--report", "page", type=click.Path(), metavar="FILE.html", help="Write the report as a web page too.")
+@click.option("--force", is_flag=True, help="Overwrite FILE.html.")
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
-def inspect(model: str, all_sites: bool) -> tuple[object, ...]:
+def inspect(model: str, page: str | None, force: bool, all_sites: bool) -> tuple[object, ...]:
     """Show a model's sites, or how it was quantized.
 
     onnxcomp inspect vit.onnx --all
-    onnxcomp inspect vit.w8a8.onnx --json
+    onnxcomp inspect vit.w8a8.onnx --report vit.html
     """
+    from onnxcomp.graph import files
     from onnxcomp.inspect import inspect as inspect_file
-    from onnxcomp.report import text
+    from onnxcomp.report import html, text
 
+    files.check_output(page, model, force=force)
     found = inspect_file(model)
+    if page is not None:
+        if found.report is None:
+            raise UsageError(f"{model} has no report, for onnxcomp did not quantize it. Leave --report out.")
+        files.save_text(html.page(found.report), page)
     return found, text.inspection(found, all_sites=all_sites)
 
 

@@ -38,10 +38,11 @@ if TYPE_CHECKING:
 @click.option("--labels", type=click.Path(), help="Let --max-drop count right answers instead: .npy, .npz or .csv.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--split", is_flag=True, help="Write a model of each weight term too; for xint of granularity 'model'.")
+@click.option("--report", "page", type=click.Path(), metavar="FILE.html", help="Write the report as a web page too.")
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
 def quantize(
     model: str, data: str | None, output: str | None, *, max_drop: float | None, labels: str | None,
-    force: bool, split: bool, all_sites: bool, **options: Any,
+    force: bool, split: bool, page: str | None, all_sites: bool, **options: Any,
 ) -> tuple[object, ...]:  # fmt: skip
     """Quantize MODEL and write the result once it is proven to run.
 
@@ -61,9 +62,10 @@ def quantize(
     from onnxcomp.comparison import compare as compare_models
     from onnxcomp.comparison import demand
     from onnxcomp.graph import files
-    from onnxcomp.report import text
+    from onnxcomp.report import html, text
 
     files.check_output(destination, path, force=force)
+    files.check_output(page, path, force=force)
     with progress_bar() as progress:
         written = None if max_drop is not None else destination
         result = pipeline.quantize(path, data, recipe, output=written, force=force, split=split, progress=progress)
@@ -71,6 +73,8 @@ def quantize(
             found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
             demand(found, max_drop)
             files.save(result.model, destination, force=force, source=path)
+    if page is not None:
+        files.save_text(html.page(result.report), page)
     shown, following = result.report, ["compare", model, str(destination), "--data", "TEST_DATA"]
     if recipe.preprocess is not None:
         following += ["--preprocess", str(recipe.preprocess)]
