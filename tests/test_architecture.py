@@ -53,13 +53,14 @@ THIRD_PARTY = {
     "pydantic": {"errors", "methods", "preprocess", "recipe", "report"},
     "pydantic_core": {"report"},
     "rich": {"cli"},
+    "threadpoolctl": {"calibrate"},
     "tomli": {"toml"},
     "torch": {"export"},
 }
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 6700
+LIBRARY_LINES = 7020
 
 
 @dataclass(frozen=True)
