@@ -13,6 +13,7 @@ import numpy as np
 
 from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
+from onnxcomp.calibrate.room import Room, free_memory
 from onnxcomp.calibrate.samples import Store, can_stack, confirm_tokens
 from onnxcomp.choose import choose
 from onnxcomp.compress.walk import Walk
@@ -45,7 +46,7 @@ class Result:
 
 def quantize(
     model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
-    output: str | Path | None = None, force: bool = False, split: bool = False,
+    output: str | Path | None = None, force: bool = False, split: bool = False, memory: int | None = None,
     progress: runtime.Progress = runtime.ignore,
 ) -> Result:  # fmt: skip
     """Quantize `model` as `recipe` says, calibrated on `data`, and write it to `output` once it is proven to run.
@@ -57,9 +58,19 @@ def quantize(
     output  where the file goes; None writes none
     split   make a model of each weight term too, of a recipe with xint of granularity "model" and nothing else; written
             beside `output` as NAME.term1.onnx and so on
+    memory  bytes for the samples' activations; what is more lies in temporary files. None: a quarter of the free memory
 
-    Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError.
+    Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError,
+    StorageError.
     """
+    with Room(free_memory() // 4 if memory is None else memory) as room:
+        return _quantize(model, data, recipe, room, output, force=force, split=split, progress=progress)
+
+
+def _quantize(
+    model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, room: Room,
+    output: str | Path | None, *, force: bool, split: bool, progress: runtime.Progress,
+) -> Result:  # fmt: skip
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
     data = data if recipe.samples else None
     target = targets.find(recipe.target)
@@ -73,10 +84,10 @@ def quantize(
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable = can_stack(reference, samples)
-        store = Store(samples, batchable=stackable)
+        store = Store(samples, stackable, room=room)
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
-    feeds = [single] if store is None else [dict(batch.live) for batch in store.batches[:PROOF_BATCHES]]
+    feeds = [single] if store is None else store.first(lambda batch: dict(batch.live), PROOF_BATCHES)
     graph, notes = prepared.graph, list(prepared.notes)
     if recipe.rotation != "none":
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])

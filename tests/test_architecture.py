@@ -53,6 +53,7 @@ THIRD_PARTY = {
     "pydantic": {"errors", "methods", "preprocess", "recipe", "report"},
     "pydantic_core": {"report"},
     "rich": {"cli"},
+    "threadpoolctl": {"calibrate"},
     "tomli": {"toml"},
     "torch": {"export"},
 }

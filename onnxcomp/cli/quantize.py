@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcomp.cli.shell import PREPROCESS, PROVIDER, main, progress_bar
+from onnxcomp.cli.shell import PREPROCESS, PROVIDER, main, progress_bar, size
 from onnxcomp.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,13 +36,16 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, metavar="N", help="Decides which samples are used; 0 by default.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Write nothing if more of the answers on --data change.")
 @click.option("--labels", type=click.Path(), help="Let --max-drop count right answers instead: .npy, .npz or .csv.")
+@click.option(
+    "--memory", metavar="SIZE", callback=size, help="For the samples' activations, 2GB say; a quarter of what is free."
+)
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--split", is_flag=True, help="Write a model of each weight term too; for xint of granularity 'model'.")
 @click.option("--report", "page", type=click.Path(), metavar="FILE.html", help="Write the report as a web page too.")
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
 def quantize(
     model: str, data: str | None, output: str | None, *, max_drop: float | None, labels: str | None,
-    force: bool, split: bool, page: str | None, all_sites: bool, **options: Any,
+    memory: int | None, force: bool, split: bool, page: str | None, all_sites: bool, **options: Any,
 ) -> tuple[object, ...]:  # fmt: skip
     """Quantize MODEL and write the result once it is proven to run.
 
@@ -68,7 +71,9 @@ def quantize(
     files.check_output(page, path, force=force)
     with progress_bar() as progress:
         written = None if max_drop is not None else destination
-        result = pipeline.quantize(path, data, recipe, output=written, force=force, split=split, progress=progress)
+        result = pipeline.quantize(
+            path, data, recipe, output=written, force=force, split=split, memory=memory, progress=progress
+        )
         if max_drop is not None:
             found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
             demand(found, max_drop)

@@ -1,8 +1,8 @@
 """What every command shares: how an answer is printed, how an error ends, and the options that several take.
 
 The answer goes to stdout, as text or with --json as JSON; progress, warnings and errors go to stderr. Exit codes: 0
-done, 2 usage, 3 model, 4 data, 5 the result failed its proof, 6 it is worse than asked, 130 interrupted. Everything
-heavy is imported inside the commands, so that help is instant.
+done, 2 usage, 3 model, 4 data, 5 the result failed its proof, 6 it is worse than asked, 7 no room left, 130 interrupted.
+Everything heavy is imported inside the commands, so that help is instant.
 """
 
 from __future__ import annotations
@@ -99,6 +99,16 @@ def shapes(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]
             raise UsageError(f"Shape '{text}' is not understood. Write it like pixel_values=1x3x224x224.")
         found[read[1]] = tuple(map(int, read[2].split("x")))
     return found
+
+
+def size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """Read a number of bytes such as 512MB."""
+    if value is None:
+        return None
+    read = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", value, re.ASCII)
+    if read is None:
+        raise UsageError(f"Size '{value}' is not understood. Write it like 512MB or 2GB.")
+    return int(float(read[1]) * 1000 ** " kMGT".index(read[2] or " "))
 
 
 PROVIDER = click.option(

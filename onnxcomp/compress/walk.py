@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnxcomp.calibrate.samples import Cut, LiveBatch, Run, Store, split
+from onnxcomp.calibrate.samples import Cut, LiveBatch, Run, Store, combine, split
 from onnxcomp.compress.quantizers import Quantizers
 from onnxcomp.errors import UsageError
 from onnxcomp.graph.blocks import Block
@@ -32,6 +32,7 @@ from onnxcomp.methods.bias import TRIM, BiasCompensation, SampleErrors, decibel
 from onnxcomp.methods.xint import XInt
 from onnxcomp.numerics.affine import QParams, Scheme
 from onnxcomp.numerics.saturation import may_saturate, reach
+from onnxcomp.numerics.statistics import Highest
 from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
 from onnxcomp.runtime import Progress, Session, measure
@@ -85,7 +86,7 @@ class Walk:
                 self._compensate(layer)
             if self.store is None:
                 continue
-            macs += 0 if layer is None else self._macs(layer)
+            macs += self._macs(layer) if layer is not None and unfinished else 0
             ended = [block for block in unfinished if block.y in step.computed]
             kept = {name for block in unfinished for name in block.inputs}
             kept |= results if following is None else set(following.live_in)
@@ -98,7 +99,7 @@ class Walk:
         for point in self.quantizers.due(None):
             self.quantizers.put(point, self._cut(point.tensor))
         for add, method in self.quantizers.added:
-            fold = fold_offset(self.compressed, add, method, lambda part, feeds: self._session(part).run(feeds))
+            fold = fold_offset(self.compressed, add, method, lambda part, feeds: Session(self._bytes(part)).run(feeds))
             self.quantizers.folds += [] if fold is None else [fold]
         progress("quantizing", len(steps), len(steps))
 
@@ -106,11 +107,14 @@ class Walk:
         """The outputs that the walk arrived at, for the first `count` batches: what the finished file must reproduce."""
         assert self.store is not None
         outputs = {t.name for t in self.reference.outputs}
-        found = [{k: v for k, v in batch.live.items() if k in outputs} for batch in self.store.batches[:count]]
-        for name in sorted(self.quantizers.entries.keys() & outputs):
-            run = self._run(self.compressed, self._entries([name]), [name])
-            found = [live | run.outputs(live) for live in found]
-        return found
+        behind = sorted(self.quantizers.entries.keys() & outputs)
+        runs = [self._run(self.compressed, self._entries([name]), [name]) for name in behind]
+
+        def read(batch: LiveBatch) -> Mapping[str, Array]:
+            live = {name: batch.live[name] for name in outputs & batch.live.keys()}
+            return live | {name: array for run in runs for name, array in run.outputs(live).items()}
+
+        return self.store.first(read, count)
 
     def split(self) -> list[Graph]:
         """The low-bit graphs of the weight terms. Raises UsageError unless a series of granularity `model` is all there is."""
@@ -195,17 +199,16 @@ class Walk:
             groups = int(self._node(site).attrs.get("group", 1))
             channels = groups * codes.shape[1]
         worst = np.full((1, channels), 2 ** how.attrs["bits"] - 1)
-        seen = [(worst[0], reach(worst))]
+        seen = Highest((worst[0], reach(worst)))
         if cut is not None and how.attrs["granularity"] == "static":
             q = QParams(Scheme(how.attrs["bits"]), *(t.values for t in how.inputs[1:3]))
 
-            def read(batch: LiveBatch) -> list[tuple[Array, Array]]:
+            def read(batch: LiveBatch) -> Highest:
                 rows = [np.moveaxis(x, 1 if is_conv else -1, -1).reshape(-1, channels) for x in batch.read("xh")]
-                return [(a.max(axis=0), reach(a)) for a in map(q.quantize, rows)]
+                return combine(Highest((a.max(axis=0), reach(a))) for a in map(q.quantize, rows))
 
             seen = cut.reduce(read)
-        highest, pairs = (np.max(parts, axis=0) for parts in zip(*seen, strict=True))
-        return may_saturate(codes, highest, pairs, groups)
+        return may_saturate(codes, *seen.arrays, groups)
 
     def _weight(self, site: Site) -> Array:
         """The float weight of a layer."""
@@ -244,15 +247,15 @@ class Walk:
         before = next((name for name in tensors if name.startswith(f"{place.y}/before-{label}")), None)
         if before is None or self.store is None:
             return None
-        batch, live = self.store.batches[0], self._entries(place.inputs)
+        live = self._entries(place.inputs)
         if isinstance(place, Block):  # timed alone, for it is small beside the block
             live[before] = place.y
             parts = [extract(self.compressed, list(live), [place.y])]
         else:
             parts = [extract(self.compressed, list(live), [name]) for name in (place.y, before)]
-        feed = {t.name: split(batch.live[live[t.name]], len(batch.indices))[0] for t in parts[0].inputs}
-        models = [to_bytes(to_model(self.target.lower(part), self.like)) for part in parts]
-        times = measure(models, [feed], rounds=PRICE_ROUNDS, faithful=True)
+        read = {t.name: live[t.name] for t in parts[0].inputs}
+        (feed,) = self.store.first(lambda batch: {k: split(batch.live[v], len(batch.indices))[0] for k, v in read.items()})
+        times = measure(list(map(self._bytes, parts)), [feed], rounds=PRICE_ROUNDS, faithful=True)
         return max(times[0].median_ms - sum(t.median_ms for t in times[1:]), 0.0)
 
     def _write(self, place: Site | Block, label: str, build: Callable[[Tape], Mapping[str, str]], where: str = "") -> int:
@@ -283,7 +286,7 @@ class Walk:
         self.store.add(FLOAT_BLOCK, self._float(block))
         for method in methods:
             label = method_name(method)
-            outcome = method.fit(block, Cut(self.store.batches, {"xh": block.x, "f_xh": FLOAT_BLOCK, "g_xh": block.y}))
+            outcome = method.fit(block, self.store.cut({"xh": block.x, "f_xh": FLOAT_BLOCK, "g_xh": block.y}))
             if outcome.fit is not None and stored is not None and block.y not in self.quantizers.entries:
                 self.quantizers.put(stored, self._cut(block.y))  # the integer kernel that makes it goes on storing its result
             self._decide(block, method, outcome)
@@ -293,28 +296,27 @@ class Walk:
             live = self._entries(block.inputs) | dict.fromkeys(before, block.y)
             self.store.add(block.y, self._run(self.compressed, live, [block.y]))
             if stored is not None:
-                self.quantizers.store_again(block, label, stored, Cut(self.store.batches, {"xh": block.y}))
+                self.quantizers.store_again(block, label, stored, self.store.cut({"xh": block.y}))
 
     def _macs(self, site: Site) -> int:
         """Multiplications of a layer for one sample."""
         assert self.store is not None
-        batch, size = self.store.batches[0], self._weight(site).size
-        shape = batch.live[site.x].shape
+        ((shape, samples),), size = self.store.first(lambda b: (b.live[site.x].shape, len(b.indices))), self._weight(site).size
         if site.op != "Conv":
-            return math.prod(shape[:-1]) // len(batch.indices) * size
+            return math.prod(shape[:-1]) // samples * size
         return math.prod(shape[2:]) // math.prod(self._node(site).attrs.get("strides", ())) * size
 
     # --- sessions on parts -------------------------------------------------------------------------------------------
 
     def _cut(self, tensor: str) -> Cut | None:
         """The samples with one live tensor as `xh`; None where there are none."""
-        return None if self.store is None else Cut(self.store.batches, {"xh": tensor})
+        return None if self.store is None else self.store.cut({"xh": tensor})
 
     def _site_cut(self, site: Site) -> Cut:
         """The samples with the site's float and compressed output, both fed with what the compressed model computes."""
         assert self.store is not None
         compressed = self._run(self.compressed, self._entries(site.inputs), [site.y])
-        return Cut(self.store.batches, {"xh": site.x, "f_xh": self._float(site), "g_xh": compressed})
+        return self.store.cut({"xh": site.x, "f_xh": self._float(site), "g_xh": compressed})
 
     def _float(self, place: Site | Block) -> Run:
         return self._run(self.reference, {name: name for name in place.inputs}, [place.y])
@@ -322,11 +324,11 @@ class Walk:
     def _run(self, graph: Graph, live: Mapping[str, str], outputs: Sequence[str]) -> Run:
         """What computes `outputs` in the graph; `live`: the live tensor that each of its inputs is fed with."""
         part = extract(graph, list(live), list(outputs))
-        return Run(self._session(part), {t.name: live[t.name] for t in part.inputs})
+        return Run(self._bytes(part), {t.name: live[t.name] for t in part.inputs})
 
     def _entries(self, names: Sequence[str]) -> dict[str, str]:
         """What holds each live tensor's value in the compressed graph, and the tensor."""
         return {self.quantizers.entries.get(name, name): name for name in names}
 
-    def _session(self, part: Graph) -> Session:
-        return Session(to_bytes(to_model(self.target.lower(part), self.like)))
+    def _bytes(self, part: Graph) -> bytes:
+        return to_bytes(to_model(self.target.lower(part), self.like))
