@@ -17,7 +17,11 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import os
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -68,7 +72,7 @@ class Run:
 
     @functools.cached_property
     def _session(self) -> Session:
-        return Session(self.model)
+        return Session(self.model, threads=1)
 
     def __getstate__(self) -> dict[str, Any]:
         """The model travels, the session that has loaded it stays."""
@@ -102,8 +106,7 @@ class Cut:
 
     def reduce(self, fn: Callable[[LiveBatch], S]) -> S:
         """Map every batch with `fn` and add up the results, in sample order."""
-        with _libraries().limit(limits=1, user_api="blas"):  # threads of a matrix product add up in another order
-            return combine(fn(replace(batch, reads=self.reads)) for batch in self.batches)
+        return combine(_each(fn, (replace(batch, reads=self.reads) for batch in self.batches)))
 
 
 class Store:
@@ -133,9 +136,23 @@ class Store:
         return [fn(batch) for batch in self._batches[:count]]
 
     def _move(self, compute: Callable[[Mapping[str, Array]], Mapping[str, Array]], needed: Collection[str] | None) -> None:
-        for number, batch in enumerate(self._batches):
-            live = self._room.take(compute(batch.live), batch.live, needed)
-            self._batches[number] = replace(batch, live=live)
+        for number, new in enumerate(_each(lambda batch: compute(batch.live), list(self._batches))):
+            batch = self._batches[number]
+            self._batches[number] = replace(batch, live=self._room.take(new, batch.live, needed))
+
+
+def _each(fn: Callable[[LiveBatch], S], batches: Iterable[LiveBatch]) -> Iterator[S]:
+    """`fn` of every batch, in their order; as many at once as there are cores, each on one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    begun = deque[Future[S]]()
+    # threads of a matrix product would add up in another order
+    with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(cores) as pool:
+        for batch in batches:
+            if len(begun) > cores:  # results wait for their turn, and are not small
+                yield begun.popleft().result()
+            begun.append(pool.submit(copy_context().run, fn, batch))
+        while begun:
+            yield begun.popleft().result()
 
 
 @functools.cache
