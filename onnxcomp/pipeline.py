@@ -14,7 +14,7 @@ import numpy as np
 from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
 from onnxcomp.calibrate.room import Room, free_memory
-from onnxcomp.calibrate.samples import Store, can_stack, confirm_tokens
+from onnxcomp.calibrate.samples import Store, can_stack, confirm_tokens, one_thread
 from onnxcomp.choose import choose
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import InputSpec, open_data
@@ -63,7 +63,7 @@ def quantize(
     Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError,
     StorageError.
     """
-    with Room(free_memory() // 4 if memory is None else memory) as room:
+    with one_thread(), Room(free_memory() // 4 if memory is None else memory) as room:
         return _quantize(model, data, recipe, room, output, force=force, split=split, progress=progress)
 
 

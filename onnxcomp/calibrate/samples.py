@@ -21,6 +21,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -145,14 +146,18 @@ def _each(fn: Callable[[LiveBatch], S], batches: Iterable[LiveBatch]) -> Iterato
     """`fn` of every batch, in their order; as many at once as there are cores, each on one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     begun = deque[Future[S]]()
-    # threads of a matrix product would add up in another order
-    with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(cores) as pool:
+    with one_thread(), ThreadPoolExecutor(cores) as pool:
         for batch in batches:
             if len(begun) > cores:  # results wait for their turn, and are not small
                 yield begun.popleft().result()
             begun.append(pool.submit(copy_context().run, fn, batch))
         while begun:
             yield begun.popleft().result()
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """Matrix products on one core each: several would add up in another order, and wait for one another."""
+    return _libraries().limit(limits=1, user_api="blas")
 
 
 @functools.cache
