@@ -60,6 +60,21 @@ class Tape:
         return name
 
 
+@dataclass
+class Nodes:
+    """New nodes that stand for one: they are called after `name` and their operator, what they make after it too."""
+
+    name: str
+    made: list[Node] = field(default_factory=list)
+
+    def __call__(self, op: str, output: str | Tensor, *inputs: Tensor, dtype: type = np.float32, **attrs: object) -> Tensor:
+        """Add one node that makes `output`, a tensor or the last part of the name of a new one."""
+        if isinstance(output, str):
+            output = Variable(f"{self.name}/{output}", dtype=np.dtype(dtype))
+        self.made.append(Node(op, f"{self.name}/{op}", attrs=attrs, inputs=list(inputs), outputs=[output]))
+        return output
+
+
 def apply(graph: Graph, label: str, tape: Tape, replaced: Mapping[str, str], consumers: Collection[str] | None = None) -> None:
     """Write what the tape holds into `graph`, in place, behind the naming law above. The graph stays topologically sorted.
 
