@@ -95,7 +95,10 @@ def _site_report(site: Site, walk: Walk, kernel: Kernel) -> SiteReport:
         ranges = 5.0 * shape[site.weight_axis]
         if block:
             zeros = max(4, width) / 8 if settings.zero_points else 0
-            bits, ranges = f"{bits}b{block}", (4 + zeros) * shape[site.weight_axis] * math.ceil(shape[1 - site.weight_axis] / block)
+            bits, ranges = (
+                f"{bits}b{block}",
+                (4 + zeros) * shape[site.weight_axis] * math.ceil(shape[1 - site.weight_axis] / block),
+            )
         stored = math.ceil(math.prod(shape) * width / 8 + ranges)
     return SiteReport(
         site.name, site.op, site.kind, bits, activations, result.before_db, result.after_db,

@@ -122,7 +122,7 @@ def _block(graph: Graph, site: Site, recipe: Recipe, target: Target, activations
 
     Raises RecipeError for blocks that the target, or what else the recipe asks for, does not take.
     """
-    encoding, shape = target.encoding, () if site.weight is None else graph.tensors()[site.weight].shape
+    encoding, shape = target.encoding, graph.tensors()[site.weight].shape if site.weight is not None else [0, 0]
     if site.kind == "table" and not encoding.embeddings:
         raise RecipeError(f"{target.name} takes no embedding tables of codes. Leave embeddings = true out.")
     if recipe.zero_points and (not recipe.block or encoding.symmetric):

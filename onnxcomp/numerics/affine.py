@@ -7,6 +7,7 @@ For fewer than 8 bits the codes live in the int8 or uint8 that holds them: ORT's
 integer Clip then to [qmin, qmax], and the two in a row are the one above. NaN has no code and must not come here.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -146,7 +147,8 @@ def weight_qparams(w: NDArray[np.floating], axis: int, bits: int, *, symmetric: 
             continue
         ends = np.maximum(part.max(axis=1) / scheme.qmax, part.min(axis=1) / scheme.qmin).astype(np.float64)
         ends = np.maximum(ends, SMALLEST_SCALE)
-        scale[start : start + chunk] = ends * _best_shrink(lambda f, p=part, e=ends: _squared_error(p, e * f, scheme), ends.size)
+        error = functools.partial(_shrunk_error, rows=part, scale=ends, scheme=scheme)
+        scale[start : start + chunk] = ends * _best_shrink(error, len(ends))
     scale = np.maximum(scale, SMALLEST_SCALE).astype(np.float32)
     return QParams(scheme, scale, zero, axis)
 
@@ -176,7 +178,11 @@ def _best_shrink(measure: Callable[[NDArray[np.float64]], NDArray[np.float64]], 
     return best
 
 
-def _squared_error(rows: NDArray[np.float32], scale: NDArray[np.float64], scheme: Scheme) -> NDArray[np.float64]:
+def _shrunk_error(
+    factor: NDArray[np.float64], rows: NDArray[np.float32], scale: NDArray[np.float64], scheme: Scheme
+) -> NDArray[np.float64]:
+    """The squared error of each of rows [c, n] with its scale times its factor."""
+    scale = scale * factor
     steps = rows * (1.0 / scale).astype(np.float32)[:, None]
     codes = np.rint(steps)
     np.clip(codes, scheme.qmin, scheme.qmax, out=codes)

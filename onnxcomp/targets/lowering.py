@@ -265,13 +265,13 @@ class _Lowering:
         """Codes of a width that has no type, in planes of bits that tables turn into codes; see `numerics.planes`. `ids`: of
         these rows alone.
         """
-        total, name, lengths = None, new.name, codes.shape if ids is None else (*[0] * len(ids.shape), codes.shape[1])
+        total, name, lengths = None, new.name, codes.shape if ids is None else (*[0] * len(ids.shape), *codes.shape[1:])
         for w, shift in planes(bits):
             new.name, packed = f"{name}/bits{shift}", pack(codes.values, (w, shift))
             packed = packed if ids is None else packed.reshape(len(codes.values), -1, *packed.shape[1:])
             stored = Constant(f"{codes.name}.bits{shift}", packed)
             if ids is not None:
-                stored = nbits.rows(new, stored, ids)
+                stored = nbits.rows(new, "bytes", stored, ids)
             meaning = self._constant(f"onnxcomp/plane.{bits}.{shift}", table(bits, (w, shift)), np.int8)
             part = new("Gather", "plane", meaning, new("Cast", "i32", stored, dtype=np.int32, to=INT32), dtype=np.int8)
             total = part if total is None else new("Add", "total", total, part, dtype=np.int8)

@@ -2,22 +2,25 @@
 
     weight   int4 or int8 initializer -> DequantizeLinear(axis 0, block_size) -> MatMul -> Sum(bias)
              2, 3, 5, 6 bits: planes that a table turns into int8 codes (-> Cast(int4)), computed when the file is loaded
-    table    Gather(codes, ids) -> DequantizeLinear(Gather(scales, ids), last axis, block_size), a few rows instead of all
+    table    Gather(codes, ids) -> Cast -> Mul(Gather(scales, ids)) -> Reshape: a few rows instead of all
 
-Every product has codes and scales of its own: ONNX Runtime computes in float what two products share. A table's codes of fewer
-than 7 bits are bytes, looked up row by row, for Gather takes no int4.
+Every product has codes and scales of its own: ONNX Runtime computes in float what two products share, and so it does where both
+factors come from DequantizeLinear, so rows of a table do not. A table's codes of fewer than 7 bits are bytes, looked up row by
+row, for Gather takes no int4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from onnxcomp.graph.convert import packed_int4
 from onnxcomp.graph.edit import Constant, Graph, Node, Nodes, Tensor, Variable, insert_after, remove
 from onnxcomp.targets.base import Encoding
 
-INT4 = 22
-"""ONNX's number of the element type."""
+FLOAT, INT4 = 1, 22
+"""ONNX's numbers of element types."""
 TABLE_BYTES = 1000
 """What the nodes and a part of the tables take that make codes of packed ones."""
 LookUp = Callable[..., Tensor]
@@ -57,21 +60,26 @@ def lower(graph: Graph, node: Node, encoding: Encoding, look_up: LookUp) -> list
 
 
 def _lower_table(graph: Graph, node: Node, gather: Node, look_up: LookUp) -> None:
-    """Let the rows of codes that `gather` reads be dequantized, in place of all the table."""
-    (codes, *ranges), ids, y = node.inputs, gather.inputs[1], gather.outputs[0]
-    new, bits = Nodes(f"{gather.name}/rows"), node.attrs["bits"]
-    is_packed = bits < 7 and codes.shape[1] % 8 == 0
-    found = [look_up(new, codes, bits, ids) if is_packed else rows(new, codes, ids)]
-    for number, tensor in enumerate(ranges):
-        new.name = f"{gather.name}/range-{number}"
-        found.append(rows(new, tensor, ids))
-    new.name = f"{gather.name}/rows"
-    new("DequantizeLinear", y, *found, axis=len(y.shape) - 1, block_size=node.attrs["block"])
+    """Let the rows of codes that `gather` reads become numbers, in place of all the table."""
+    (stored, *ranges), ids, y = node.inputs, gather.inputs[1], gather.outputs[0]
+    new, bits, size = Nodes(f"{gather.name}/rows"), node.attrs["bits"], stored.shape[1]
+    codes = Constant(stored.name, stored.values.reshape(len(stored.values), -1, node.attrs["block"]))
+    is_packed = bits < 7 and size % 8 == 0
+    packed = Nodes(f"{new.name}/codes", new.made)
+    found = [look_up(packed, codes, bits, ids) if is_packed else rows(new, "codes", codes, ids)]
+    found += [rows(new, f"range-{n}", Constant(t.name, t.values[..., None]), ids) for n, t in enumerate(ranges)]
+    values, scale, *zeros = found
+    values = new("Cast", "f32", values, to=FLOAT)
+    for zero in zeros:
+        lower_by = Nodes(f"{new.name}/zero", new.made)("Cast", "f32", zero, to=FLOAT)
+        values = new("Sub", "levels", values, lower_by)
+    shape = Constant(f"{new.name}/shape", np.array([*[0] * (len(y.shape) - 1), size]))
+    new("Reshape", y, new("Mul", "blocks", values, scale), shape)
     insert_after(graph, gather, new.made)
     remove(graph, gather)
     new.made[0].name = gather.name  # whoever asks for the site finds the codes
 
 
-def rows(new: Nodes, tensor: Tensor, ids: Tensor) -> Tensor:
+def rows(new: Nodes, label: str, tensor: Tensor, ids: Tensor) -> Tensor:
     """The rows of a constant that `ids` name."""
-    return new("Gather", "rows", tensor, ids, dtype=tensor.dtype)
+    return Nodes(f"{new.name}/{label}", new.made)("Gather", "rows", tensor, ids, dtype=tensor.dtype)
