@@ -105,8 +105,7 @@ def _settings(graph: Graph, site: Site, recipe: Recipe, target: Target, *, with_
         raise RecipeError(f"{target.name} takes no ranges measured at run time ('{activations}'). Calibrate with --data.")
     widths = recipe.bits.weights, recipe.bits.activations or 8
     if widths[1] > 8 and activations != "float" and not target.encoding.wide:
-        text = f"{target.name} takes activations of 2 to 8 bits, not {widths[1]}."
-        raise RecipeError(f"{text} bits = 'w{widths[0]}' leaves them float.")
+        raise RecipeError(f"{target.name} takes activations of 2 to 8 bits, not {widths[1]}.")
     if rounding == "auto":  # at 8 bits rounding to nearest loses nothing that can be measured
         rounding = "gptq" if with_data and recipe.bits.weights < 8 else "nearest"
     block = _block(graph, site, recipe, target, activations)
@@ -134,8 +133,8 @@ def _block(graph: Graph, site: Site, recipe: Recipe, target: Target, activations
         return 0
     bits, taken = recipe.bits.weights, ", ".join(map(str, encoding.blocks))
     if recipe.block not in encoding.blocks or bits > encoding.block_bits:
-        which = f"only blocks of {taken} and {encoding.block_bits} bits or fewer" if taken else "none. Leave block out"
-        raise RecipeError(f"{target.name} takes no weights of {bits} bits in blocks of {recipe.block}, {which}.")
+        which = f", only blocks of {taken} and {encoding.block_bits} bits or fewer" if taken else ". Leave block out"
+        raise RecipeError(f"{target.name} takes no weights of {bits} bits in blocks of {recipe.block}{which}.")
     if activations != "float":
         raise RecipeError(f"{site.name}: weights in blocks stand beside float activations alone. Write bits = 'w{bits}'.")
     if any(method.scope == "terms" and matches(method.where, site) for method in recipe.compensate):

@@ -130,8 +130,9 @@ def _gptq(
             product = h[:, :, mine] @ some
             up, down = ((some * a[:, mine]).sum(axis=1, keepdims=True) for a in (left + product * was, product))
             refit = np.maximum(np.where((up > 0) & (down > 0), up / np.where(down > 0, down, 1.0), was), SMALLEST_SCALE)
-            scale[:, mine] = refit = refit.astype(np.float32).astype(np.float64)
+            refit = refit.astype(np.float32).astype(np.float64)
             left += product * (was - refit)
+            scale[:, mine] = refit
         _descend(codes, left, h, scale, (low, high))
     back = np.argsort(order, axis=1, kind="stable")
     return np.take_along_axis(codes, back, 1), np.take_along_axis(scale, back, 1)
