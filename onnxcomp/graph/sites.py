@@ -76,7 +76,7 @@ def find_tables(graph: gs.Graph) -> tuple[Site, ...]:
         for node in graph.nodes
         if is_op(node, "Gather") and is_weight(node.inputs[0]) and isinstance(node.inputs[1], gs.Variable)
         for y in node.outputs
-        if node.attrs.get("axis", 0) == 0 and len(node.inputs[0].shape) == 2 and y.shape
+        if node.attrs.get("axis", 0) == 0 and len(node.inputs[0].shape) == 2 and None not in (y.shape, node.inputs[1].shape)
     )
 
 

@@ -73,7 +73,7 @@ def _lower_table(graph: Graph, node: Node, gather: Node, look_up: LookUp) -> Non
     for zero in zeros:
         lower_by = Nodes(f"{new.name}/zero", new.made)("Cast", "f32", zero, to=FLOAT)
         values = new("Sub", "levels", values, lower_by)
-    shape = Constant(f"{new.name}/shape", np.array([*[0] * (len(y.shape) - 1), size]))
+    shape = Constant(f"{new.name}/shape", np.array([*[0] * len(ids.shape), size]))
     new("Reshape", y, new("Mul", "blocks", values, scale), shape)
     insert_after(graph, gather, new.made)
     remove(graph, gather)
