@@ -22,7 +22,7 @@ from onnxcomp.report.json import to_stored
 from onnxcomp.report.model import Decision, Report, SiteReport, Verification
 from onnxcomp.targets.audit import Kernel
 from onnxcomp.targets.base import Plan
-from onnxcomp.targets.lowering import stored_bits
+from onnxcomp.targets.nbits import stored_bits
 
 NOTHING = Outcome(None, "nothing was measured")
 
@@ -89,9 +89,17 @@ def _site_report(site: Site, walk: Walk, kernel: Kernel) -> SiteReport:
     bits, stored = "a8" if settings is None else f"a{settings.activation_bits}", 0
     if settings is not None and site.weight is not None:
         bits = f"w{settings.weight_bits}{'' if activations == 'float' else bits}"
-        shape = tensors_of(walk.reference)[site.weight].shape
-        codes = math.ceil(math.prod(shape) * stored_bits(settings.weight_bits, math.prod(shape), walk.target.encoding) / 8)
-        stored = codes + 5 * shape[site.weight_axis]  # a float scale and an int8 zero point per channel
+        shape, encoding, block = tensors_of(walk.reference)[site.weight].shape, walk.target.encoding, settings.block
+        width = stored_bits(settings.weight_bits, math.prod(shape), encoding, in_blocks=block > 0)
+        # A float scale and an int8 zero point per channel; of blocks the zero points of at least 4 bits are optional.
+        ranges = 5.0 * shape[site.weight_axis]
+        if block:
+            zeros = max(4, width) / 8 if settings.zero_points else 0
+            bits, ranges = (
+                f"{bits}b{block}",
+                (4 + zeros) * shape[site.weight_axis] * math.ceil(shape[1 - site.weight_axis] / block),
+            )
+        stored = math.ceil(math.prod(shape) * width / 8 + ranges)
     return SiteReport(
         site.name, site.op, site.kind, bits, activations, result.before_db, result.after_db,
         kernel.op, kernel.integer, kernel.reason, stored,

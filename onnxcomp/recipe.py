@@ -27,28 +27,30 @@ Ranges = Literal["mse", "percentile", "minmax"]
 Activations = Literal["auto", "static", "dynamic", "token", "float"]
 """Activation ranges: static or per token, whichever suits the site; fixed at calibration; per tensor at run time; per token
 at run time; or not quantized."""
+Block = Literal[0, 16, 32, 64, 128]
+"""How many inputs of an output channel share a scale; 0: all."""
 
 
 @dataclass(frozen=True)
 class Bits:
-    """Widths of weights, 2 to 8 bits, and of activations, 2 to 8 or 16, written `w4a8`."""
+    """Widths of weights, 2 to 8 bits, and of activations, 2 to 8 or 16, written `w4a8`; `w4` leaves activations float."""
 
     weights: int = 8
-    activations: int = 8
+    activations: int | None = 8
 
     @classmethod
     def parse(cls, text: str) -> Bits:
-        """Read `w4a8`.
+        """Read `w4a8` or `w4`.
 
         Raises RecipeError for anything else, or another width.
         """
-        found = re.fullmatch(r"w([2-8])a([2-8]|16)", text.strip().lower())
+        found = re.fullmatch(r"w([2-8])(?:a([2-8]|16))?", text.strip().lower())
         if found is None:
             raise RecipeError(f"bits = '{text}' is not understood. Write wXaY, X and Y from 2 to 8 (or Y 16), such as w4a8.")
-        return cls(int(found[1]), int(found[2]))
+        return cls(int(found[1]), int(found[2]) if found[2] else None)
 
     def __str__(self) -> str:
-        return f"w{self.weights}a{self.activations}"
+        return f"w{self.weights}" if self.activations is None else f"w{self.weights}a{self.activations}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class SiteRule:
     ranges: Ranges | None = None
     activations: Activations | None = None
     symmetric: bool | None = None
+    block: Block | None = None
+    zero_points: bool | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -82,6 +86,12 @@ class Recipe:
     """How weights are rounded; auto: gptq below 8 bits where there are data."""
     rotation: Literal["auto", "folded", "none"] = "auto"
     """Mix channels by orthogonal matrices first; folded: only what costs nothing at run time."""
+    block: Block = 0
+    """Weights of MatMul and Gemm with a scale per so many inputs, beside float activations; 0: one per output channel."""
+    zero_points: bool = False
+    """Asymmetric weights: a zero point per block too."""
+    embeddings: bool = False
+    """Quantize the tables that Gather reads rows of too."""
     products: bool = False
     """Quantize MatMuls of two activations too."""
     include: tuple[str, ...] = ()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 @click.option("--data", type=click.Path(), help="Calibration samples: .npz, .npy, a folder of either, or of images.")
 @click.option("-o", "--output", type=click.Path(), help="Where the result goes; by default MODEL's name with the bits.")
 @click.option("--bits", metavar="wXaY", help="Width of weights and activations, 2 to 8 bits each; w8a8 by default.")
+@click.option("--block", type=int, metavar="N", help="A scale per 16, 32, 64 or 128 inputs of a weight; for --bits wX.")
+@click.option("--embeddings", is_flag=True, default=None, help="Quantize embedding tables too.")
 @click.option("--recipe", "recipe_name", default="auto", metavar="NAME|FILE.toml", help="See `onnxcomp recipe list`.")
 @click.option("--compensate", metavar="auto|none|NAME,...", help="Exactly these methods, in this order.")
 @click.option("--target", metavar="NAME", help="The runtime to write for (see `onnxcomp targets`); this machine's by default.")

@@ -81,9 +81,9 @@ class Walk:
             for point in self.quantizers.due(step):
                 self.quantizers.put(point, self._cut(point.tensor))
             layer = step.site if step.site is not None and step.site.kind == "layer" else None
-            if layer is not None:
-                self._quantize_weight(layer)
-                self._compensate(layer)
+            if step.site is not None and step.site.weight is not None:
+                self._quantize_weight(step.site)
+                self._compensate(step.site)
             if self.store is None:
                 continue
             macs += self._macs(layer) if layer is not None and unfinished else 0
@@ -132,11 +132,11 @@ class Walk:
     # --- one layer -------------------------------------------------------------------------------------------------
 
     def _quantize_weight(self, site: Site) -> None:
-        settings, tensors = self.plan.settings, tensors_of(self.compressed)
-        bits = settings[site.name].weight_bits
+        settings, tensors = self.plan.settings[site.name], tensors_of(self.compressed)
+        bits = settings.weight_bits
         assert site.weight is not None
         if site.weight in tensors and not tensors[site.weight].inputs:  # else it is shared and already stored as codes
-            same = [s.name for s in self.plan.sites if s.weight == site.weight and settings[s.name].weight_bits == bits]
+            same = [s.name for s in self.plan.sites if s.weight == site.weight and self._is_stored_alike(s, site)]
             everyone = {n.name for n in tensors[site.weight].outputs} <= set(same)
             tape = Tape(f"{site.weight}/quantized" if everyone else f"{site.name}/weight")
             w, series = tensors[site.weight].values, not self._series.keys().isdisjoint(same)
@@ -145,8 +145,14 @@ class Walk:
                 bits, reason = 7, "sums of two products of 8-bit weights may leave 16 bits, so these have 7"
                 fitted = self._round(site, w, bits)
                 self.decisions.append(Decision(site.name, "7-bit weights", True, reason, None, 0))
-            apply(self.compressed, "quantize", tape, weights.build(tape, site, fitted, bits), None if everyone else same)
+            new = weights.build(tape, site, fitted, bits, settings.block)
+            apply(self.compressed, "quantize", tape, new, None if everyone else same)
         self._expand(site)
+
+    def _is_stored_alike(self, *sites: Site) -> bool:
+        """Whether one set of codes serves these sites, which read one weight."""
+        asked = [self.plan.settings[site.name] for site in sites]
+        return len({(s.kind, a.weight_bits, a.block, a.zero_points) for s, a in zip(sites, asked, strict=True)}) == 1
 
     def _expand(self, site: Site) -> None:
         """Add residual terms to the site, and take out again what a method has added to its input."""
@@ -181,12 +187,12 @@ class Walk:
         return found
 
     def _round(self, site: Site, w: Array, bits: int) -> Mapping[str, Array]:
-        cut = self._cut(site.x)
-        if cut is None or self.plan.settings[site.name].rounding == "nearest":
-            return weights.fit(site, w, bits)
+        cut, settings = self._cut(site.x), self.plan.settings[site.name]
+        if cut is None or settings.rounding == "nearest":
+            return weights.fit(site, w, bits, settings.block, zero_points=settings.zero_points)
         centred = any(isinstance(m, BiasCompensation) and m.scope == "layer" and matches(m.where, site) for m in self.methods)
-        fake = self.quantizers.fake(site)
-        return weights.fit_gptq(site, w, bits, cut, self._node(site).attrs, fake, centred=centred)
+        how = (self._node(site).attrs, self.quantizers.fake(site), settings.block)
+        return weights.fit_gptq(site, w, bits, cut, *how, zero_points=settings.zero_points, centred=centred)
 
     def _saturates(self, site: Site, codes: Array) -> bool:
         """Whether products of these 8-bit codes may be added wrongly, on the samples; see `numerics.saturation`."""
@@ -223,7 +229,7 @@ class Walk:
             return
         measured: list[Outcome] = []
         for method in self.methods:
-            if method.scope == "layer" and matches(method.where, site):
+            if method.scope == "layer" and site.kind == "layer" and matches(method.where, site):
                 measured.append(method.fit(site, self._site_cut(site)))
                 self._decide(site, method, measured[-1])
         if not measured:

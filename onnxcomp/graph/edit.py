@@ -60,6 +60,21 @@ class Tape:
         return name
 
 
+@dataclass
+class Nodes:
+    """New nodes that stand for one: they are called after `name` and their operator, what they make after it too."""
+
+    name: str
+    made: list[Node] = field(default_factory=list)
+
+    def __call__(self, op: str, output: str | Tensor, *inputs: Tensor, dtype: type = np.float32, **attrs: object) -> Tensor:
+        """Add one node that makes `output`, a tensor or the last part of the name of a new one."""
+        if isinstance(output, str):
+            output = Variable(f"{self.name}/{output}", dtype=np.dtype(dtype))
+        self.made.append(Node(op, f"{self.name}/{op}", attrs=attrs, inputs=list(inputs), outputs=[output]))
+        return output
+
+
 def tensors_of(graph: Graph) -> dict[str, Tensor]:
     """Every tensor of the graph by name, in the order of its nodes: what `graph.tensors()` gives, twenty times as fast."""
     attached = (tensor for node in graph.nodes for tensor in (*node.inputs, *node.outputs) if tensor.name)

@@ -37,9 +37,9 @@ class SiteReport:
     name: str
     op: str
     kind: str
-    """`layer`, `product` or `join`."""
+    """`layer`, `product`, `join` or `table`."""
     bits: str
-    """`w8a8`; `a8` for a site without weights; `w8` where activations stay float."""
+    """`w8a8`; `a8` for a site without weights; `w8` where activations stay float, `w8b32` with a scale per 32 inputs."""
     activations: str
     """`static`, `dynamic`, `token` or `float`."""
     before_db: float | None
@@ -54,9 +54,14 @@ class SiteReport:
     """Bytes of its stored weight, scales included."""
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether its weight is read as codes beside float activations."""
+        return "b" in self.bits
+
+    @property
     def falls_back(self) -> bool:
-        """Whether its activations are quantized and yet no integer kernel computes it."""
-        return self.activations != "float" and not self.integer
+        """Whether its activations are quantized, or its weight is in blocks, and yet no kernel reads the codes."""
+        return (self.in_blocks or self.activations != "float") and not self.integer
 
 
 @dataclass(frozen=True)

@@ -182,12 +182,17 @@ def report_facts(value: model.Report) -> Facts:
 
 def _kernels(rows: Sequence[model.SiteReport], kernels_by: str) -> list[str]:
     fallback = [("{} in float", site.reason, site.name) for site in rows if site.falls_back]
-    said = sum(site.activations != "float" for site in rows)
-    summary = f"{said - len(fallback)} of {said} quantized sites run as integer kernels"
+    blocks, codes = (
+        [site.falls_back for site in rows if chosen(site)]
+        for chosen in (lambda site: site.in_blocks, lambda site: site.activations != "float")
+    )
+    summary = f"{codes.count(False)} of {len(codes)} quantized sites run as integer kernels" if codes or not blocks else ""
+    if blocks:
+        summary += f"{'; ' * bool(summary)}{blocks.count(False)} of {len(blocks)} read the codes of their weights"
     if not kernels_by.startswith("onnxruntime"):
         summary += f" by {kernels_by}"
-    if len(rows) > said:
-        summary += f"; {len(rows) - said} more have quantized weights and float activations"
+    if len(rows) > len(blocks) + len(codes):
+        summary += f"; {len(rows) - len(blocks) - len(codes)} more have quantized weights and float activations"
     return [summary, *_grouped(fallback)]
 
 

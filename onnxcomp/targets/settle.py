@@ -53,7 +53,7 @@ def settle(graph: Graph, *, biased: bool) -> None:
 def _to_integer(graph: Graph, node: Node) -> bool:
     """Write a product of static codes as one of integers, and say whether it was one."""
     makers = [n for t in node.inputs for n in t.inputs]
-    if [n.op for n in makers] != ["DequantizeLinear"] * 2 or "axis" not in makers[1].attrs:
+    if [n.op for n in makers] != ["DequantizeLinear"] * 2 or "axis" not in makers[1].attrs or _is_in_blocks(node):
         return False
     (a, *parameters), (w, scale, _) = makers[0].inputs, makers[1].inputs
     # Kept with DequantizeLinear: a tensor that bears a name of the float model, one behind a ReLU that the quantizer may absorb
@@ -125,8 +125,13 @@ def _keep_integer(graph: Graph, node: Node) -> None:
         reader = only_reader(reader.outputs[0])
     if first is not None and first.op == "Add":
         first.op = "Sum"
-    elif node.outputs[0].outputs and (first is None or first.op in ("Relu", "Clip")):
+    elif node.outputs[0].outputs and (first is None or first.op in ("Relu", "Clip")) and not _is_in_blocks(node):
         put_behind(graph, node, "Sum", "product")
+
+
+def _is_in_blocks(node: Node) -> bool:
+    """Whether the weight of a product has a scale per block."""
+    return any("block_size" in maker.attrs for maker in node.inputs[1].inputs)
 
 
 def _would_be_quantized(node: Node) -> bool:

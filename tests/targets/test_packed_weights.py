@@ -16,7 +16,7 @@ from onnxcomp.graph.weights import tensor_bytes
 from onnxcomp.numerics.planes import planes
 from onnxcomp.pipeline import Result, quantize
 from onnxcomp.recipe import Bits, Recipe
-from onnxcomp.targets.lowering import stored_bits
+from onnxcomp.targets.nbits import stored_bits
 
 X = static("x", "a")
 WIDE = 4096
