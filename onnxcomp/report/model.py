@@ -241,3 +241,46 @@ class Benchmark:
     models: tuple[Timing, ...]
     threads: int
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What quantizing one site does to the output: squared error over the float output's energy."""
+
+    name: str
+    op: str
+    kind: str
+    weight_bits: int
+    """0 where it has no weight."""
+    activation_bits: int
+    isolated: float
+    """This site alone quantized, everything else float."""
+    weights_isolated: float
+    activations_isolated: float
+    weights_cumulative: float
+    activations_cumulative: float
+
+    @property
+    def cumulative(self) -> float:
+        """Its share of what the compressed model loses."""
+        return self.weights_cumulative + self.activations_cumulative
+
+    @property
+    def damage(self) -> float:
+        """What the sites are ranked by."""
+        return self.cumulative
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The sites of a model, the most damaging first."""
+
+    model: str
+    bits: str
+    target: str
+    samples: int
+    passes: int
+    """Over the whole model, besides the walk."""
+    total: float
+    """What the compressed model loses: squared error over the float output's energy."""
+    sites: tuple[Damage, ...]
