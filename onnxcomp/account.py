@@ -81,19 +81,26 @@ def decision(place: str, method: str, outcome: Outcome) -> Decision:
     return Decision(place, method, outcome.fit is not None, outcome.reason, outcome.gain_db, added)
 
 
+def bits(site: Site, walk: Walk) -> str:
+    """The widths of a site, as `SiteReport.bits` has them."""
+    settings = walk.plan.settings.get(site.name)
+    activations = "a8" if settings is None else f"a{settings.activation_bits}"
+    if settings is None or site.weight is None:
+        return activations
+    return f"w{settings.weight_bits}{'' if settings.activations == 'float' else activations}"
+
+
 def _site_report(site: Site, walk: Walk, kernel: Kernel) -> SiteReport:
-    settings, result = walk.plan.settings.get(site.name), walk.results.get(site.name, NOTHING)
+    settings, result, stored = walk.plan.settings.get(site.name), walk.results.get(site.name, NOTHING), 0
     activations = "static" if settings is None else settings.activations
     if activations == "auto":
         activations = walk.quantizers.granularity.get(site.name, "static")
-    bits, stored = "a8" if settings is None else f"a{settings.activation_bits}", 0
     if settings is not None and site.weight is not None:
-        bits = f"w{settings.weight_bits}{'' if activations == 'float' else bits}"
         shape = walk.reference.tensors()[site.weight].shape
         codes = math.ceil(math.prod(shape) * stored_bits(settings.weight_bits, math.prod(shape), walk.target.encoding) / 8)
         stored = codes + 5 * shape[site.weight_axis]  # a float scale and an int8 zero point per channel
     return SiteReport(
-        site.name, site.op, site.kind, bits, activations, result.before_db, result.after_db,
+        site.name, site.op, site.kind, bits(site, walk), activations, result.before_db, result.after_db,
         kernel.op, kernel.integer, kernel.reason, stored,
     )  # fmt: skip
 

@@ -21,6 +21,8 @@ Limits  first order: an error that saturates what follows counts as if it went o
 from __future__ import annotations
 
 import dataclasses
+import glob
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxcomp import pipeline, runtime
+from onnxcomp import account, pipeline, runtime
 from onnxcomp import recipe as recipes
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import files
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 PASSES, SAMPLES = 64, 16
+SUGGESTED = 3
 TURNS = 3
 STEP = 0.125
 """By how much m is moved: small, since y(m) is smooth."""
@@ -81,7 +84,8 @@ def analyze(
     if not outputs:
         raise ModelError("The model has no output of type float32, so damage cannot be measured there.")
     pairs = [(i, j) for j, w in enumerate(parts) if w.kind == "weights" for i, a in enumerate(parts[:j]) if w.sites[0] in a.sites]
-    signal, total, isolated, both, cumulative = _measure(graph, walk, parts, pairs, outputs, feeds, progress)
+    passes = min(PASSES, 1 << max(len(parts) - 1, 0).bit_length())
+    signal, total, isolated, both, cumulative = _measure(graph, walk, parts, pairs, outputs, feeds, passes, progress)
     rows = {site.name: np.zeros(5) for site in walk.plan.sites}
     for part, alone, share in zip(parts, isolated / signal, cumulative / signal, strict=True):
         for name in part.sites:
@@ -89,11 +93,13 @@ def analyze(
             rows[name][columns] += np.array([alone, alone, share]) / len(part.sites)
     for (i, j), product in zip(pairs, both / signal, strict=True):
         rows[parts[j].sites[0]][0] += 2 * product / len(parts[i].sites)
-    bits = {name: (s.weight_bits, s.activation_bits) for name, s in walk.plan.settings.items()}
-    found = [Damage(s.name, s.op, s.kind, *bits.get(s.name, (0, 8)), *map(float, rows[s.name])) for s in walk.plan.sites]
+    found = [Damage(s.name, s.op, s.kind, account.bits(s, walk), *map(float, rows[s.name])) for s in walk.plan.sites]
     found.sort(key=lambda row: -row.damage)
-    title = Path(model).name if isinstance(model, str | Path) else "model"
-    return Analysis(title, str(recipe.bits), walk.target.name, len(feeds), 2 * PASSES, total / signal, tuple(found))
+    worst = [row.name for row in found if row.kind == "layer"][:SUGGESTED]
+    suggestion = "\n".join(f'[[site]]\nwhere = {json.dumps(glob.escape(name))}\nbits = "w8a8"\n' for name in worst)
+    path = account.path_of(model)
+    title = "model" if path is None else path.name
+    return Analysis(title, str(recipe.bits), walk.target.name, len(feeds), 2 * passes + 3, total / signal, tuple(found), suggestion)
 
 
 def blend(walk: Walk) -> tuple[Graph, tuple[Part, ...]]:
@@ -165,14 +171,14 @@ def _float(op: Tape, site: Site, nodes: Mapping[str, Node], x: str) -> str:
 
 def _measure(
     graph: Graph, walk: Walk, parts: Sequence[Part], pairs: Sequence[tuple[int, int]], outputs: Sequence[str],
-    feeds: Sequence[Mapping[str, Array]], progress: runtime.Progress,
+    feeds: Sequence[Mapping[str, Array]], passes: int, progress: runtime.Progress,
 ) -> tuple[float, float, Array, Array, Array]:  # fmt: skip
     """|y_0|^2, |y_1 - y_0|^2, and what every part does to the outputs, isolated and cumulative, over all samples."""
     errors, inputs = [part.error for part in parts], [t.name for t in graph.inputs]
     record = runtime.Session(files.to_bytes(to_model(extract(graph, inputs, [*outputs, *errors]), walk.like)))
     inject = runtime.Session(files.to_bytes(to_model(extract(graph, [*inputs, *errors], list(outputs)), walk.like)))
     taken, rng = {name for name, _ in inject.inputs}, np.random.default_rng(0)
-    columns = hadamard(min(PASSES, 1 << max(len(parts) - 1, 0).bit_length()))
+    columns = hadamard(passes)
     rows: list[tuple[Array, Array, Array]] = []
     signal, total, both = 0.0, 0.0, np.zeros((2, len(pairs)))
     first, second = np.array(pairs, int).reshape(-1, 2).T

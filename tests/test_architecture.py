@@ -30,6 +30,7 @@ LAYERS = (
     ("finish",),
     ("account",),
     ("pipeline", "comparison", "inspect", "bench", "manual", "strip", "export"),
+    ("analysis",),
     ("cli",),
 )
 """From the ground up. Imports reach into the layers below and into one's own package, never sideways or up."""

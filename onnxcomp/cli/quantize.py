@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from onnxcomp.cli.shell import PREPROCESS, PROVIDER, main, progress_bar
+from onnxcomp.cli.shell import PREPROCESS, PROVIDER, main, progress_bar, read_recipe
 from onnxcomp.errors import UsageError
-
-if TYPE_CHECKING:
-    from onnxcomp.recipe import Recipe
 
 
 @main.command()
@@ -54,7 +51,7 @@ def quantize(
         raise UsageError("--split writes its files at once, and --max-drop decides later. Give one of them.")
     if labels is not None and max_drop is None:
         raise UsageError("--labels is for --max-drop. Pass both, or compare the result with `onnxcomp compare`.")
-    recipe, path = _recipe(**options), Path(model)
+    recipe, path = read_recipe(**options), Path(model)
     destination = Path(output) if output is not None else path.with_name(f"{path.stem}.{recipe.bits}.onnx")
 
     from onnxcomp import pipeline
@@ -78,16 +75,3 @@ def quantize(
         click.echo(shown.notes[0], err=True)
         shown, following = dataclasses.replace(shown, notes=shown.notes[1:]), ["bench", model, str(destination)]
     return result.report, text.report(shown, all_sites=all_sites), f"\n{destination}\nNext: onnxcomp {shlex.join(following)}"
-
-
-def _recipe(recipe_name: str, compensate: str | None, exclude: tuple[str, ...], **changes: Any) -> Recipe:
-    """The recipe of that name or file, with what was given on the command line in place of its own values."""
-    from onnxcomp import recipe as recipes
-
-    recipe = recipes.find(recipe_name)
-    changes = {key: value for key, value in changes.items() if value is not None and value != ()}
-    methods = None if compensate is None else recipes.parse_compensate(compensate)
-    if methods is not None:
-        # A list means these methods and nothing chosen automatically, so on plain ranges too.
-        changes = {"ranges": "mse", "activations": "static"} | changes | {"compensate": methods}
-    return dataclasses.replace(recipe, exclude=(*recipe.exclude, *exclude), **changes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from onnxcomp.numerics.arrays import sqnr_db
 from onnxcomp.runtime import Latency
 from onnxcomp.targets.audit import Kernel
 from onnxcomp.targets.base import Violation
@@ -250,9 +251,8 @@ class Damage:
     name: str
     op: str
     kind: str
-    weight_bits: int
-    """0 where it has no weight."""
-    activation_bits: int
+    bits: str
+    """As in a SiteReport."""
     isolated: float
     """This site alone quantized, everything else float."""
     weights_isolated: float
@@ -268,7 +268,13 @@ class Damage:
     @property
     def damage(self) -> float:
         """What the sites are ranked by."""
-        return self.cumulative
+        return self.isolated + self.cumulative
+
+    @property
+    def figures(self) -> tuple[float, ...]:
+        """Isolated and cumulative, each for the site, its weights, and its activations."""
+        alone = (self.isolated, self.weights_isolated, self.activations_isolated)
+        return *alone, self.cumulative, self.weights_cumulative, self.activations_cumulative
 
 
 @dataclass(frozen=True)
@@ -284,3 +290,10 @@ class Analysis:
     total: float
     """What the compressed model loses: squared error over the float output's energy."""
     sites: tuple[Damage, ...]
+    suggestion: str
+    """Rules for a recipe: the first three layers at 8 bits."""
+
+    @property
+    def sqnr_db(self) -> float:
+        """The same in dB."""
+        return sqnr_db(1.0, self.total)
