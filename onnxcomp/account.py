@@ -1,6 +1,7 @@
 """The account: what the walk, the audit and the proof found out, gathered into one report and stored in the file."""
 
 import dataclasses
+import glob
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from onnxcomp.graph.sites import Site
 from onnxcomp.graph.strip import dump_folds
 from onnxcomp.graph.tidy import Fold, is_load_time
 from onnxcomp.methods.base import Outcome
-from onnxcomp.recipe import Recipe
+from onnxcomp.recipe import Recipe, SiteRule
 from onnxcomp.report.json import to_stored
 from onnxcomp.report.model import Decision, Report, SiteReport, Verification
 from onnxcomp.targets.audit import Kernel
@@ -102,7 +103,24 @@ def _site_report(site: Site, walk: Walk, kernel: Kernel) -> SiteReport:
     return SiteReport(
         site.name, site.op, site.kind, bits(site, walk), activations, result.before_db, result.after_db,
         kernel.op, kernel.integer, kernel.reason, stored,
+        "" if settings is None else settings.rounding,
     )  # fmt: skip
+
+
+def frozen(report: Report) -> Recipe:
+    """The recipe of a report with every automatic choice at its layers written out. On the same model and data it gives the
+    same file, but for what the account in its metadata says of choices.
+    """
+    recipe, kept = recipes.loads(report.recipe), {(d.site, d.method) for d in report.decisions if d.adopted}
+    names = [recipes.method_name(method) for method in recipe.compensate if method.scope == "layer"]
+    rules = [
+        SiteRule(
+            glob.escape(site.name), activations=site.activations, rounding=site.rounding or None,
+            mixed=(site.name, "rotation") in kept, methods=tuple(name for name in names if (site.name, name) in kept),
+        )
+        for site in report.sites if site.kind != "join"
+    ]  # fmt: skip
+    return dataclasses.replace(recipe, site=tuple(dict.fromkeys((*recipe.site, *rules))))
 
 
 def stamp(model: ModelProto, account: Report, folds: Sequence[Fold]) -> Report:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,9 @@ def analyze(
     outputs = [t.name for t in walk.reference.outputs if t.dtype == np.float32]
     if not outputs:
         raise ModelError("The model has no output of type float32, so damage cannot be measured there.")
-    pairs = [(i, j) for j, w in enumerate(parts) if w.kind == "weights" for i, a in enumerate(parts[:j]) if w.sites[0] in a.sites]
+    pairs = [
+        (i, j) for j, w in enumerate(parts) if w.kind == "weights" for i, a in enumerate(parts[:j]) if w.sites[0] in a.sites
+    ]
     passes = min(PASSES, 1 << max(len(parts) - 1, 0).bit_length())
     signal, total, isolated, both, cumulative = _measure(graph, walk, parts, pairs, outputs, feeds, passes, progress)
     rows = {site.name: np.zeros(5) for site in walk.plan.sites}
@@ -93,13 +96,19 @@ def analyze(
             rows[name][columns] += np.array([alone, alone, share]) / len(part.sites)
     for (i, j), product in zip(pairs, both / signal, strict=True):
         rows[parts[j].sites[0]][0] += 2 * product / len(parts[i].sites)
-    found = [Damage(s.name, s.op, s.kind, account.bits(s, walk), *map(float, rows[s.name])) for s in walk.plan.sites]
+    sizes = {name: math.prod(tensor.shape or ()) for name, tensor in walk.reference.tensors().items()}
+    found = [
+        Damage(s.name, s.op, s.kind, account.bits(s, walk), sizes.get(s.weight or "", 0), *map(float, rows[s.name]))
+        for s in walk.plan.sites
+    ]
     found.sort(key=lambda row: -row.damage)
     worst = [row.name for row in found if row.kind == "layer"][:SUGGESTED]
     suggestion = "\n".join(f'[[site]]\nwhere = {json.dumps(glob.escape(name))}\nbits = "w8a8"\n' for name in worst)
     path = account.path_of(model)
     title = "model" if path is None else path.name
-    return Analysis(title, str(recipe.bits), walk.target.name, len(feeds), 2 * passes + 3, total / signal, tuple(found), suggestion)
+    return Analysis(
+        title, str(recipe.bits), walk.target.name, len(feeds), 2 * passes + 3, total / signal, tuple(found), suggestion
+    )
 
 
 def blend(walk: Walk) -> tuple[Graph, tuple[Part, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -87,9 +88,12 @@ def _is_included(site: Site, recipe: Recipe) -> bool:
 
 
 def _settings(site: Site, recipe: Recipe, target: Target, *, with_data: bool) -> Settings:
+    own: dict[str, Any] = {}
     for rule in recipe.site:
         if matches(rule.where, site):
-            recipe = replace(recipe, **{k: v for k, v in vars(rule).items() if k != "where" and v is not None})
+            own |= {key: value for key, value in vars(rule).items() if value is not None}
+    decided = {key: own.pop(key) for key in ("mixed", "methods") if key in own}
+    recipe = replace(recipe, **{key: value for key, value in own.items() if key != "where"})
     activations, rounding = recipe.activations, recipe.rounding
     if site.op == "Conv" and activations in ("dynamic", "token", "auto"):
         activations = "static"  # no runtime has an integer Conv with a range measured at run time
@@ -107,7 +111,7 @@ def _settings(site: Site, recipe: Recipe, target: Target, *, with_data: bool) ->
     if rounding == "auto":  # at 8 bits rounding to nearest loses nothing that can be measured
         rounding = "gptq" if with_data and recipe.bits.weights < 8 else "nearest"
     widths = recipe.bits.weights, recipe.bits.activations
-    return Settings(*widths, activations, recipe.ranges, recipe.percentile, recipe.symmetric, rounding)
+    return Settings(*widths, activations, recipe.ranges, recipe.percentile, recipe.symmetric, rounding, **decided)
 
 
 def _skipped(graph: Graph, every: tuple[Site, ...], chosen: tuple[Site, ...]) -> tuple[Skipped, ...]:

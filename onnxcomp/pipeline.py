@@ -74,7 +74,9 @@ def quantize(
         proof = proving.enter_context(files.PendingFile(finished, Path(folder) / "model.onnx"))
         proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
         verification = verify(proof.path, made.reference, feeds, expected)
-        kernels, by, said = find_kernels(proof.path, target, lowered, account.audit_sites(lowered, walk.plan), feeds, made.reference)
+        kernels, by, said = find_kernels(
+            proof.path, target, lowered, account.audit_sites(lowered, walk.plan), feeds, made.reference
+        )
     if target.fixed:
         fix(finished, made.single)
     notes = [*made.notes, *said]
@@ -109,7 +111,9 @@ class Compressed:
     notes: list[str]
 
 
-def compress(model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress) -> Compressed:
+def compress(
+    model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress
+) -> Compressed:
     """Prepare `model`, choose what is quantized, and walk; arguments as those of `quantize`."""
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
     data = data if recipe.samples else None
@@ -138,7 +142,8 @@ def compress(model: str | Path | bytes | onnx.ModelProto, data: object, recipe: 
         blocks = confirm_tokens(graph, prepared.model, choice.blocks, samples, stackable=stackable)
         if recipe.rotation == "auto":
             bits = {name: s.activation_bits for name, s in choice.settings.items() if s.activations != "float"}
-            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0])
+            decided = {name: s.mixed for name, s in choice.settings.items()}
+            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0], decided)
             decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)

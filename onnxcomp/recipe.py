@@ -27,6 +27,7 @@ Ranges = Literal["mse", "percentile", "minmax"]
 Activations = Literal["auto", "static", "dynamic", "token", "float"]
 """Activation ranges: static or per token, whichever suits the site; fixed at calibration; per tensor at run time; per token
 at run time; or not quantized."""
+Rounding = Literal["auto", "nearest", "gptq"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class SiteRule:
     ranges: Ranges | None = None
     activations: Activations | None = None
     symmetric: bool | None = None
+    rounding: Rounding | None = None
+    mixed: bool | None = None
+    """Whether the channels of its input are mixed, where `rotation` is auto."""
+    methods: tuple[str, ...] | None = None
+    """The methods on layers that are kept here, of those that the recipe lists; others are not fitted."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -78,7 +84,7 @@ class Recipe:
     activations: Activations = "auto"
     symmetric: bool = False
     """Symmetric activations (zero point in the middle) instead of asymmetric ones."""
-    rounding: Literal["auto", "nearest", "gptq"] = "auto"
+    rounding: Rounding = "auto"
     """How weights are rounded; auto: gptq below 8 bits where there are data."""
     rotation: Literal["auto", "folded", "none"] = "auto"
     """Mix channels by orthogonal matrices first; folded: only what costs nothing at run time."""

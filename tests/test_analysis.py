@@ -118,7 +118,9 @@ def test_damage_needs_samples() -> None:
 
 
 def test_damage_needs_an_output_of_floats() -> None:
-    text = '<ir_version: 10, opset_import: ["" : 21]> n (float[N,16] x) => (int64[N,1] y) { [fc] h = MatMul(x, w) y = ArgMax(h) }'
+    text = (
+        '<ir_version: 10, opset_import: ["" : 21]> n (float[N,16] x) => (int64[N,1] y) { [fc] h = MatMul(x, w) y = ArgMax(h) }'
+    )
     net = tiny.build("most", text, {"w": np.eye(16, dtype=np.float32)}, tiny.feeds(np.random.default_rng(0), 16))
     expected = r"^The model has no output of type float32, so damage cannot be measured there\.$"
 
@@ -137,7 +139,7 @@ def test_the_command_shows_the_worst_first_and_a_piece_of_a_recipe(tmp_path: Pat
     lines = shown.stdout.splitlines()
     assert lines[0].startswith("mlp.onnx -> w4a4 for ort-x86: the output's SQNR is ")
     assert lines[0].endswith(" dB, 12 samples, 11 passes")
-    assert lines[2].split() == "Site Bits Alone weights activations In all weights activations".split()
+    assert lines[2].split() == ["Site", "Bits", "Alone", "weights", "activations", "In", "all", "weights", "activations"]
     assert [line.split()[0] for line in lines[3:5]] == [site["name"] for site in plain["sites"]]
     assert lines[6] == "The first layers at 8 bits, for a recipe (or --exclude them):"
     rules = recipe.loads(plain["suggestion"]).site

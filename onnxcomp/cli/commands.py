@@ -190,13 +190,22 @@ def list_recipes() -> tuple[object, ...]:
 @recipe.command("show")
 @click.argument("name", metavar="NAME|FILE")
 def show_recipe(name: str) -> tuple[object, ...]:
-    """Print a recipe as TOML, every key written out.
+    """Print a recipe as TOML, every key written out; of a quantized .onnx the one that it was made by, choices included.
 
     onnxcomp recipe show base > mine.toml
+    onnxcomp recipe show vit.w4a4.onnx > frozen.toml
     """
+    from onnxcomp import account
     from onnxcomp import recipe as recipes
+    from onnxcomp.inspect import inspect as inspect_file
 
-    found = recipes.find(name)
+    if Path(name).suffix != ".onnx":
+        found = recipes.find(name)
+    else:
+        report = inspect_file(name).report
+        if report is None:
+            raise UsageError(f"{name} was not quantized by onnxcomp, so it holds no recipe. Give a file that `quantize` wrote.")
+        found = account.frozen(report)
     return {"name": found.name, "toml": recipes.dumps(found)}, recipes.dumps(found)
 
 

@@ -48,7 +48,7 @@ class Command(click.Command):
         from onnxcomp.report import json
         from onnxcomp.report.text import facts
 
-        lines = "\n".join(facts(part) if isinstance(part, dict) else part for part in shown)
+        lines = "\n".join(facts(part) if isinstance(part, dict) else part for part in shown if part)
         text = json.to_json(answer) if as_json else lines.rstrip("\n")
         encoding = sys.stdout.encoding or "utf-8"
         click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -127,6 +127,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=is_quiet) as bar:
         task = bar.add_task("", total=None)
         yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+
 
 def read_recipe(
     recipe_name: str, compensate: str | None = None, exclude: tuple[str, ...] = (), **changes: Any

@@ -53,6 +53,8 @@ class SiteReport:
     """Why the site is not an integer kernel; empty where it is."""
     weight_bytes: int
     """Bytes of its stored weight, scales included."""
+    rounding: str = ""
+    """How its weight was rounded: `nearest` or `gptq`."""
 
     @property
     def falls_back(self) -> bool:
@@ -253,6 +255,8 @@ class Damage:
     kind: str
     bits: str
     """As in a SiteReport."""
+    weights: int
+    """Numbers in its weight."""
     isolated: float
     """This site alone quantized, everything else float."""
     weights_isolated: float

@@ -23,6 +23,10 @@ class Settings:
     symmetric: bool
     rounding: str = "nearest"
     """How weights are rounded: `nearest` or `gptq`."""
+    mixed: bool | None = None
+    """Whether the channels of its input are mixed; None: where it is worth it."""
+    methods: tuple[str, ...] | None = None
+    """The methods on layers that may be kept; None: all."""
 
 
 @dataclass(frozen=True)
