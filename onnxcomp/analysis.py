@@ -24,10 +24,9 @@ import dataclasses
 import glob
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -37,7 +36,6 @@ from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import DOMAIN, Graph, Node, Tape, Variable, apply, extract
-from onnxcomp.graph.sites import Site
 from onnxcomp.numerics.affine import Scheme
 from onnxcomp.report.model import Analysis, Damage
 from onnxcomp.targets.lowering import TINY
@@ -47,28 +45,28 @@ if TYPE_CHECKING:
     from onnxcomp.recipe import Recipe
 
 Array = np.ndarray
+Feed = Mapping[str, Array]
 PASSES, SAMPLES = 64, 16
-SUGGESTED = 3
-TURNS = 3
 STEP = 0.125
 """By how much m is moved: small, since y(m) is smooth."""
+TURNS = 3
+"""Of least squares, a row counting the less the more is expected of it."""
+SUGGESTED = 3
 MASK = "onnxcomp/mask"
 
 
-@dataclass(frozen=True)
-class Part:
-    """One source of error: the weight of a site, or the quantizer in front of one or more."""
+class Part(NamedTuple):
+    """One source of error: the weight of a site, or the quantizer in front of one or more, and the tensor that holds e."""
 
-    kind: str
-    """`weights` or `activations`."""
+    is_weight: bool
     sites: tuple[str, ...]
     error: str
-    """The tensor that holds e."""
 
 
 def analyze(
-    model: object, data: object, recipe: str | Path | Recipe = "auto", *, progress: runtime.Progress = runtime.ignore
-) -> Analysis:
+    model: str | Path | bytes | files.ModelProto, data: object, recipe: str | Path | Recipe = "auto", *,
+    progress: runtime.Progress = runtime.ignore,
+) -> Analysis:  # fmt: skip
     """Rank the sites of `model` by the damage that quantizing them as `recipe` says does at the output, measured on `data`.
 
     Arguments are those of `onnxcomp.quantize`. Raises the kinds of `onnxcomp.errors`.
@@ -84,72 +82,59 @@ def analyze(
     outputs = [t.name for t in walk.reference.outputs if t.dtype == np.float32]
     if not outputs:
         raise ModelError("The model has no output of type float32, so damage cannot be measured there.")
-    pairs = [
-        (i, j) for j, w in enumerate(parts) if w.kind == "weights" for i, a in enumerate(parts[:j]) if w.sites[0] in a.sites
-    ]
     passes = min(PASSES, 1 << max(len(parts) - 1, 0).bit_length())
-    signal, total, isolated, both, cumulative = _measure(graph, walk, parts, pairs, outputs, feeds, passes, progress)
-    rows = {site.name: np.zeros(5) for site in walk.plan.sites}
-    for part, alone, share in zip(parts, isolated / signal, cumulative / signal, strict=True):
-        for name in part.sites:
-            columns = [0, 1, 3] if part.kind == "weights" else [0, 2, 4]
-            rows[name][columns] += np.array([alone, alone, share]) / len(part.sites)
-    for (i, j), product in zip(pairs, both / signal, strict=True):
-        rows[parts[j].sites[0]][0] += 2 * product / len(parts[i].sites)
-    sizes = {name: math.prod(tensor.shape or ()) for name, tensor in walk.reference.tensors().items()}
-    found = [
-        Damage(s.name, s.op, s.kind, account.bits(s, walk), sizes.get(s.weight or "", 0), *map(float, rows[s.name]))
-        for s in walk.plan.sites
-    ]
+    total, alone, shares = _measure(_sessions(graph, walk, parts, outputs), parts, feeds, passes, progress)
+    numbers = {name: math.prod(tensor.shape or ()) for name, tensor in walk.reference.tensors().items()}
+    found, energies = list[Damage](), np.diag(alone)
+    for site in walk.plan.sites:
+        own = np.array(
+            [[(site.name in p.sites) / max(len(p.sites), 1) * (p.is_weight == w) for p in parts] for w in (True, False)]
+        )
+        common = own.sum(axis=0) @ (alone - np.diag(energies)) @ own.sum(axis=0)
+        figures = map(float, (energies @ own.sum(axis=0) + common, *(own @ energies), *(own @ shares)))
+        found.append(
+            Damage(site.name, site.op, site.kind, account.bits(site, walk), numbers.get(site.weight or "", 0), *figures)
+        )
     found.sort(key=lambda row: -row.damage)
     worst = [row.name for row in found if row.kind == "layer"][:SUGGESTED]
     suggestion = "\n".join(f'[[site]]\nwhere = {json.dumps(glob.escape(name))}\nbits = "w8a8"\n' for name in worst)
-    path = account.path_of(model)
-    title = "model" if path is None else path.name
-    return Analysis(
-        title, str(recipe.bits), walk.target.name, len(feeds), 2 * passes + 3, total / signal, tuple(found), suggestion
-    )
+    title = Path(model).name if isinstance(model, str | Path) else "model"
+    count = 2 * passes + 3
+    return Analysis(title, str(recipe.bits), walk.target.name, len(feeds), count, total, tuple(found), suggestion)
 
 
 def blend(walk: Walk) -> tuple[Graph, tuple[Part, ...]]:
     """The compressed graph in float operators, with x + m e at every part; m are the numbers of its input `MASK`."""
-    graph, parts, taken = walk.compressed.copy(), [], {site.name for site in walk.plan.sites}
+    graph, taken = walk.compressed.copy(), {site.name for site in walk.plan.sites}
     graph.inputs.append(Variable(MASK, np.dtype(np.float32), ["parts"]))
+    parts: list[Part] = []
 
-    def mix(tape: Tape, kind: str, sites: Sequence[str], exact: str, rounded: str, replaced: str) -> None:
-        error = tape("Sub", rounded, exact)
-        number = tape("Gather", MASK, tape.constant("part", np.array(len(parts))))
-        apply(graph, "mix", tape, {replaced: tape("Add", exact, tape("Mul", error, number))})
-        parts.append(Part(kind, tuple(sites), error))
+    def mix(op: Tape, is_weight: bool, sites: Sequence[str], exact: str, rounded: str, replaced: str) -> None:
+        error, number = op("Sub", rounded, exact), op("Gather", MASK, op.constant("part", np.array(len(parts))))
+        apply(graph, "mix", op, {replaced: op("Add", exact, op("Mul", error, number))})
+        parts.append(Part(is_weight, tuple(sites), error))
 
-    for node in [n for n in graph.nodes if n.domain == DOMAIN and n.op == "Dequantize"]:
-        codes, scale, tape = node.inputs[0].values, node.inputs[1].values, Tape(f"{node.name}/float")
-        shape = [-1 if axis == node.attrs["axis"] else 1 for axis in range(codes.ndim)]
-        w = tape.constant("w", codes.astype(np.float32) * scale.reshape(shape))
-        apply(graph, "mix", tape, {node.outputs[0].name: tape("Identity", w)})
-    for node in [n for n in graph.nodes if n.domain == DOMAIN and n.op == "FakeQuantize"]:
-        y, tape = node.outputs[0], Tape(f"{node.name}/mixed")
-        readers = [n.name for n in y.outputs if n.name in taken] or _next_sites(y, taken)
-        mix(tape, "activations", readers, node.inputs[0].name, _fake(tape, node), y.name)
-    nodes, floats = {n.name: n for n in graph.nodes}, {n.name: n for n in walk.reference.nodes}
+    for node in [n for n in graph.nodes if n.domain == DOMAIN]:
+        y, op = node.outputs[0], Tape(f"{node.name}/mixed")
+        if node.op == "Dequantize":
+            codes, scale = (t.values for t in node.inputs)
+            scale = scale.reshape([-1 if axis == node.attrs["axis"] else 1 for axis in range(codes.ndim)])
+            w = op("Identity", op.constant("w", codes.astype(np.float32) * scale))
+            apply(graph, "mix", op, {y.name: w})
+        else:
+            behind = graph.nodes[next(i for i, n in enumerate(graph.nodes) if n is node) :]
+            readers = [n.name for n in y.outputs if n.name in taken] or [n.name for n in behind if n.name in taken][:1]
+            mix(op, False, readers, node.inputs[0].name, _fake(op, node), y.name)
+    nodes, exact = {n.name: n for n in graph.nodes}, {n.name: n for n in walk.reference.nodes}
     for site in [s for s in walk.plan.sites if s.kind == "layer"]:
-        tape = Tape(f"{site.name}/mixed")
-        exact = _float(tape, site, floats, nodes[site.name].inputs[0].name)
-        mix(tape, "weights", [site.name], exact, site.y, site.y)
+        node, op = exact[site.name], Tape(f"{site.name}/mixed")
+        constants = [op.constant(f"exact-{i}", t.values) for i, t in enumerate(node.inputs[1:])]
+        y = op(node.op, nodes[site.name].inputs[0].name, *constants, **node.attrs)
+        if site.bias_node is not None:
+            bias = next(t for t in exact[site.bias_node].inputs if t.name == site.bias)
+            y = op("Add", y, op.constant("exact-bias", bias.values))
+        mix(op, True, [site.name], y, site.y, site.y)
     return graph, tuple(parts)
-
-
-def _next_sites(tensor: Variable, taken: set[str]) -> list[str]:
-    """The first sites behind a tensor that none reads itself."""
-    front, seen = [tensor], set()
-    while front:
-        readers = [n for t in front for n in t.outputs if id(n) not in seen]
-        found = [n.name for n in readers if n.name in taken]
-        if found:
-            return found
-        seen |= {id(n) for n in readers}
-        front = [t for n in readers for t in n.outputs]
-    return []
 
 
 def _fake(op: Tape, node: Node) -> str:
@@ -157,67 +142,69 @@ def _fake(op: Tape, node: Node) -> str:
     x, scheme = node.inputs[0].name, Scheme(node.attrs["bits"], bool(node.attrs["signed"]))
     if node.attrs["granularity"] == "static":
         scale, zero = (t.values for t in node.inputs[1:3])
-        step, least, most = op.constant("step", np.float32(scale)), scheme.qmin - int(zero), scheme.qmax - int(zero)
+        step, ends = op.constant("step", scale), (scheme.qmin - int(zero), scheme.qmax - int(zero))
     else:
-        most, axes = 2 ** (scheme.bits - 1) - 1, [op.constant("axes", np.array([-1]))]
-        largest = op("ReduceMax", op("Abs", x), *(axes if node.attrs["granularity"] == "token" else []))
-        factor, least = op.constant("factor", np.float32(node.attrs["ratio"] / most)), -most - 1
-        step = op("Max", op("Mul", largest, factor), op.constant("tiny", TINY))
-    ends = [op.constant(key, np.float32(end)) for key, end in (("least", least), ("most", most))]
-    return op("Mul", op("Clip", op("Round", op("Div", x, step)), *ends), step)
+        top, axes = 2 ** (scheme.bits - 1) - 1, [op.constant("axes", np.array([-1]))]
+        largest, ends = op("ReduceMax", op("Abs", x), *(axes if node.attrs["granularity"] == "token" else [])), (-top - 1, top)
+        factor = op.constant("factor", np.array(node.attrs["ratio"] / top, np.float32))
+        step = op("Max", op("Mul", largest, factor), op.constant("tiny", np.array(TINY)))
+    least, most = (op.constant(key, np.array(end, np.float32)) for key, end in zip(("least", "most"), ends, strict=True))
+    return op("Mul", op("Clip", op("Round", op("Div", x, step)), least, most), step)
 
 
-def _float(op: Tape, site: Site, nodes: Mapping[str, Node], x: str) -> str:
-    """The float layer on `x`."""
-    node = nodes[site.name]
-    constants = [op.constant(f"float-{i}", t.values) for i, t in enumerate(node.inputs[1:])]
-    y = op(node.op, x, *constants, **node.attrs)
-    if site.bias_node is None:
-        return y
-    bias = next(t for t in nodes[site.bias_node].inputs if t.name == site.bias)
-    return op("Add", y, op.constant("float-bias", bias.values))
+Run = Callable[[Feed, Array], tuple[Array, Feed]]
+"""Takes a feed and m; returns all outputs as one vector, and the errors where they are computed."""
+
+
+def _sessions(graph: Graph, walk: Walk, parts: Sequence[Part], outputs: Sequence[str]) -> tuple[Run, Run]:
+    """What runs the graph with its quantizers, and with the errors given in place of them."""
+    errors, inputs = [part.error for part in parts], [t.name for t in graph.inputs]
+    recording, injecting = extract(graph, inputs, [*outputs, *errors]), extract(graph, [*inputs, *errors], list(outputs))
+    taken = {t.name for t in injecting.inputs}
+
+    def runner(part: Graph) -> Run:
+        session = runtime.Session(files.to_bytes(to_model(part, walk.like)))
+
+        def run(feed: Feed, m: Array) -> tuple[Array, Feed]:
+            found = session.run({**feed, MASK: m.astype(np.float32)})
+            y = np.concatenate([found[name].ravel() for name in outputs]).astype(np.float64)
+            return np.where(np.isfinite(y), y, 0.0), {**feed, **{name: a for name, a in found.items() if name in taken}}
+
+        return run
+
+    return runner(recording), runner(injecting)
 
 
 def _measure(
-    graph: Graph, walk: Walk, parts: Sequence[Part], pairs: Sequence[tuple[int, int]], outputs: Sequence[str],
-    feeds: Sequence[Mapping[str, Array]], passes: int, progress: runtime.Progress,
-) -> tuple[float, float, Array, Array, Array]:  # fmt: skip
-    """|y_0|^2, |y_1 - y_0|^2, and what every part does to the outputs, isolated and cumulative, over all samples."""
-    errors, inputs = [part.error for part in parts], [t.name for t in graph.inputs]
-    record = runtime.Session(files.to_bytes(to_model(extract(graph, inputs, [*outputs, *errors]), walk.like)))
-    inject = runtime.Session(files.to_bytes(to_model(extract(graph, [*inputs, *errors], list(outputs)), walk.like)))
-    taken, rng = {name for name, _ in inject.inputs}, np.random.default_rng(0)
-    columns = hadamard(passes)
+    runs: tuple[Run, Run], parts: Sequence[Part], feeds: Sequence[Feed], passes: int, progress: runtime.Progress
+) -> tuple[float, Array, Array]:
+    """The damage of all parts, of each alone with what two of one site have in common beside it, and the share of each."""
+    (record, inject), columns, rng = runs, hadamard(passes), np.random.default_rng(0)
     rows: list[tuple[Array, Array, Array]] = []
-    signal, total, both = 0.0, 0.0, np.zeros((2, len(pairs)))
-    first, second = np.array(pairs, int).reshape(-1, 2).T
-
-    def run(session: runtime.Session, feed: Mapping[str, Array], m: Array) -> tuple[Array, dict[str, Array]]:
-        found = session.run(feed | {MASK: m.astype(np.float32)})
-        y = np.concatenate([found[name].ravel() for name in outputs]).astype(np.float64)
-        return np.where(np.isfinite(y), y, 0.0), {name: a for name, a in found.items() if name in taken}
-
+    signal, total, count = 0.0, 0.0, len(parts)
+    products, seen = np.zeros((2, count, count))
     for number, feed in enumerate(feeds):
         progress("analyzing", number, len(feeds))
-        (y0, alone), (y1, together) = (run(record, feed, np.full(len(parts), m)) for m in (0.0, 1.0))
-        signal, total = signal + y0 @ y0, total + (y1 - y0) @ (y1 - y0)
-        middle = run(inject, feed | together, np.full(len(parts), 0.5))[0]
-        column, sign = rng.permutation(len(parts)) % len(columns), rng.choice([-1.0, 1.0], len(parts))
-        signs, member = columns[:, column] * sign, (column == np.arange(len(columns))[:, None]) * sign
-        isolated = columns.T @ [run(inject, feed | alone, STEP * row)[0] - y0 for row in signs] / (STEP * len(columns))
-        cumulative = columns.T @ [run(inject, feed | together, 0.5 + STEP * row)[0] - middle for row in signs]
-        rows.append((member, np.square(isolated).sum(axis=1), cumulative @ (middle - y0) * 2 / (STEP * len(columns))))
-        apart = column[first] != column[second]
-        product = (isolated[column[first]] * isolated[column[second]]).sum(axis=1) * sign[first] * sign[second]
-        both += np.where(apart, [product, np.ones(len(pairs))], 0.0)
+        (y0, alone), (y1, together) = (record(feed, np.full(count, m)) for m in (0.0, 1.0))
+        signal, total = signal + float(y0 @ y0), total + float((y1 - y0) @ (y1 - y0))
+        middle, _ = inject(together, np.full(count, 0.5))
+        column, sign = rng.permutation(count) % passes, rng.choice([-1.0, 1.0], count)
+        signs, member = STEP * columns[:, column] * sign, (column == np.arange(passes)[:, None]) * sign
+        effects = columns @ np.array([inject(alone, row)[0] - y0 for row in signs]) / (STEP * passes)
+        shares = columns @ [(inject(together, 0.5 + row)[0] - middle) @ (middle - y0) for row in signs] * 2 / (STEP * passes)
+        gram = effects @ effects.T
+        rows.append((member, np.diag(gram), shares))
+        apart = column[:, None] != column
+        products, seen = products + apart * gram[column][:, column] * sign * sign[:, None], seen + apart
     progress("analyzing", len(feeds), len(feeds))
-    member, squares, shares = (np.concatenate(parts) for parts in zip(*rows, strict=True))
-    isolated, cumulative = (len(feeds) * _solve(x, y) for x, y in ((np.abs(member), squares), (member, shares)))
-    return signal, total, isolated, len(feeds) * both[0] / np.maximum(both[1], 1), cumulative
+    member, squares, shares = (np.concatenate(found) for found in zip(*rows, strict=True))
+    isolated = products / np.maximum(seen, 1)
+    np.fill_diagonal(isolated, _solve(np.abs(member), squares))
+    return total / signal, isolated * len(feeds) / signal, _solve(member, shares) * len(feeds) / signal
 
 
 def hadamard(size: int) -> Array:
-    """Orthogonal columns of signs; `size` is a power of two."""
+    """Orthogonal columns of signs, as a symmetric matrix; `size` is a power of two."""
     found = np.ones((1, 1))
     while len(found) < size:
         found = np.block([[found, found], [found, -found]])
@@ -225,10 +212,10 @@ def hadamard(size: int) -> Array:
 
 
 def _solve(x: Array, y: Array) -> Array:
-    """Least squares, a row counting the less the more is expected of it."""
-    found = np.linalg.lstsq(x, y)[0]
+    """Least squares in turns; see `TURNS`."""
+    weight, found = np.ones(len(x)), np.zeros(x.shape[1])
     for _ in range(TURNS):
+        found = np.linalg.lstsq(x * weight[:, None], y * weight)[0]
         expected = np.abs(x) @ np.abs(found)
         weight = 1 / (expected + 0.1 * expected.mean() + 1e-30)
-        found = np.linalg.lstsq(x * weight[:, None], y * weight)[0]
     return found

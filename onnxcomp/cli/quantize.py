@@ -65,7 +65,8 @@ def quantize(
         raise UsageError("--bits auto needs --data and a bound, --max-drop, --max-size or --max-latency, and takes no --split.")
     if not is_auto and (max_size, max_latency) != (None, None):
         raise UsageError("--max-size and --max-latency choose bits. Pass --bits auto.")
-    recipe, path = read_recipe(**options | {"bits": None if is_auto else options["bits"]}), Path(model)
+    options["bits"] = None if is_auto else options["bits"]
+    recipe, path = read_recipe(**options), Path(model)
     widths = "auto" if is_auto else recipe.bits
     destination = Path(output) if output is not None else path.with_name(f"{path.stem}.{widths}.onnx")
 
