@@ -15,13 +15,13 @@ from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
 from onnxcomp.calibrate.room import Room, free_memory
 from onnxcomp.calibrate.samples import Store, can_stack, confirm_tokens, one_thread
-from onnxcomp.choose import choose
+from onnxcomp.choose import Choice, choose
 from onnxcomp.compress.walk import Walk
-from onnxcomp.data import InputSpec, open_data
+from onnxcomp.data import Data, Feed, InputSpec, open_data
 from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.prepare import prepare
+from onnxcomp.graph.prepare import Prepared, prepare
 from onnxcomp.methods import rotation
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Decision, Report
@@ -64,18 +64,76 @@ def quantize(
     StorageError.
     """
     with one_thread(), Room(free_memory() // 4 if memory is None else memory) as room:
-        return _quantize(model, data, recipe, room, output, force=force, split=split, progress=progress)
+        files.check_output(output, model, force=force)
+        made = compress(model, data, recipe, progress, room)
+        return _finish(made, model, output, force=force, split=split, progress=progress)
 
 
-def _quantize(
-    model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, room: Room,
-    output: str | Path | None, *, force: bool, split: bool, progress: runtime.Progress,
+def _finish(
+    made: Compressed, model: str | Path | bytes | onnx.ModelProto, output: str | Path | None, *, force: bool, split: bool,
+    progress: runtime.Progress,
 ) -> Result:  # fmt: skip
+    """Lower the compressed model, prove it and write it."""
+    recipe, walk, target, feeds, prepared = made.recipe, made.walk, made.walk.target, made.feeds, made.prepared
+
+    expected = None if walk.store is None else walk.expected(len(feeds))
+    terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
+    lowered = target.lower(walk.compressed)
+    finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
+    progress("verifying", 0, 1)
+    with ExitStack() as proving:
+        folder = proving.enter_context(tempfile.TemporaryDirectory())
+        proof = proving.enter_context(files.PendingFile(finished, Path(folder) / "model.onnx"))
+        proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
+        verification = verify(proof.path, made.reference, feeds, expected)
+        kernels, by, said = find_kernels(
+            proof.path, target, lowered, account.audit_sites(lowered, walk.plan), feeds, made.reference
+        )
+    if target.fixed:
+        fix(finished, made.single)
+    notes = [*made.notes, *said]
+    report = account.report(made.source, model, made.samples, recipe, made.choice, walk, notes, kernels, by, verification)
+    report = account.stamp(finished, report, walk.quantizers.folds)
+    if output is not None:
+        with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
+            runtime.Session(pending.path).run(made.single)
+            pending.commit()
+        for number, term in enumerate(terms, 1):
+            files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
+    progress("verifying", 1, 1)
+    return Result(finished, report, terms)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A model behind its walk: both graphs, everything that was fitted, and nothing proven yet."""
+
+    source: onnx.ModelProto
+    recipe: Recipe
+    prepared: Prepared
+    reference: runtime.Session
+    """The float model."""
+    samples: Data | None
+    single: Feed
+    """One sample, or a made-up one."""
+    feeds: list[Feed]
+    """What the file is proven on."""
+    choice: Choice
+    walk: Walk
+    notes: list[str]
+
+
+def compress(
+    model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
+    room: Room | None = None,
+) -> Compressed:  # fmt: skip
+    """Prepare `model`, choose what is quantized, and walk; arguments as those of `quantize`. The samples' activations lie in
+    `room`, in memory if there is none.
+    """
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
     data = data if recipe.samples else None
     target = targets.find(recipe.target)
     source = files.load(model)
-    files.check_output(output, model, force=force)
     progress("preparing", 0, 1)
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(files.to_bytes(prepared.model))
@@ -99,35 +157,12 @@ def _quantize(
         blocks = confirm_tokens(graph, prepared.model, choice.blocks, samples, stackable=stackable)
         if recipe.rotation == "auto":
             bits = {name: s.activation_bits for name, s in choice.settings.items() if s.activations != "float"}
-            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0])
+            decided = {name: s.mixed for name, s in choice.settings.items()}
+            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0], decided)
             decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 
     walk = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, choice.blocks, decisions=decisions)
     walk.run(progress)
-
-    expected = None if store is None else walk.expected(len(feeds))
-    terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
-    lowered = target.lower(walk.compressed)
-    finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
-    progress("verifying", 0, 1)
-    with ExitStack() as proving:
-        folder = proving.enter_context(tempfile.TemporaryDirectory())
-        proof = proving.enter_context(files.PendingFile(finished, Path(folder) / "model.onnx"))
-        proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
-        verification = verify(proof.path, reference, feeds, expected)
-        kernels, by, said = find_kernels(proof.path, target, lowered, account.audit_sites(lowered, plan), feeds, reference)
-    if target.fixed:
-        fix(finished, single)
-    notes += said
-    report = account.report(source, model, samples, recipe, choice, walk, notes, kernels, by, verification)
-    report = account.stamp(finished, report, walk.quantizers.folds)
-    if output is not None:
-        with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
-            runtime.Session(pending.path).run(single)
-            pending.commit()
-        for number, term in enumerate(terms, 1):
-            files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
-    progress("verifying", 1, 1)
-    return Result(finished, report, terms)
+    return Compressed(source, recipe, prepared, reference, samples, single, feeds, choice, walk, notes)

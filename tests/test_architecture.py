@@ -30,6 +30,8 @@ LAYERS = (
     ("finish",),
     ("account",),
     ("pipeline", "comparison", "inspect", "bench", "manual", "strip", "export"),
+    ("analysis",),
+    ("automatic",),
     ("cli",),
 )
 """From the ground up. Imports reach into the layers below and into one's own package, never sideways or up."""

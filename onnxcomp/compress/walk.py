@@ -228,8 +228,10 @@ class Walk:
         if self.store is None:
             return
         measured: list[Outcome] = []
+        kept = self.plan.settings[site.name].methods
         for method in self.methods:
-            if method.scope == "layer" and site.kind == "layer" and matches(method.where, site):
+            is_asked = method.scope == "layer" and site.kind == "layer" and matches(method.where, site)
+            if is_asked and (kept is None or method_name(method) in kept):
                 measured.append(method.fit(site, self._site_cut(site)))
                 self._decide(site, method, measured[-1])
         if not measured:

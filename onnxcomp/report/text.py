@@ -56,6 +56,19 @@ def inspection(value: model.Inspection, *, all_sites: bool = False) -> str:
     return f"{head}\n\n{facts(lines)}\n\n{last}"
 
 
+def damages(value: model.Analysis, *, all_sites: bool = False) -> str:
+    """One row per site, the most damaging first, in per cent of what the compressed model loses; then what to do."""
+    shown = value.sites if all_sites else value.sites[:LONGEST]
+    columns = ("Alone", "weights", "activations", "In all", "weights ", "activations ")
+    rows = [
+        [s.name, s.bits, *(f"{100 * x / value.total if value.total else 0.0:.1f} %" for x in s.figures)] for s in shown
+    ]  # fmt: skip
+    head = f"{value.model} -> {value.bits} for {value.target}: the output's SQNR is {decibels(value.sqnr_db)}"
+    said = f"{head}, {plural(value.samples, 'sample')}, {plural(value.passes, 'pass').replace('passs', 'passes')}"
+    listed = cut(table(["Site", "Bits", *columns], rows, right=columns), len(value.sites) - len(shown), "better")
+    return f"{said}\n\n{listed}\n\nThe first layers at 8 bits, for a recipe (or --exclude them):\n\n{value.suggestion}"
+
+
 def judgement(value: model.Lint) -> str:
     """One line per broken rule, then how many of the quantized layers run on integers by the rules."""
     rows = [[v.node, v.op, v.rule, f"{v.reason} {v.remedy}"] for v in value.violations]

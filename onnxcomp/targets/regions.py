@@ -163,8 +163,8 @@ def _readers(tensor: Tensor, stored: _Stored, settings: Mapping[str, Settings], 
 
 
 def _of_input(wanted: Settings) -> Settings:
-    """The settings without those of the weight: layers that agree in these can share a quantizer."""
-    return replace(wanted, weight_bits=0, rounding="")
+    """The settings without those of weight and output: layers that agree in these can share a quantizer."""
+    return replace(wanted, weight_bits=0, rounding="", mixed=None, methods=None)
 
 
 def _input_points(
