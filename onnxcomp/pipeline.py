@@ -6,6 +6,7 @@ import dataclasses
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ import numpy as np
 from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
 from onnxcomp.calibrate.room import Room, free_memory
-from onnxcomp.calibrate.samples import Store, can_stack, confirm_tokens
+from onnxcomp.calibrate.samples import Store, batches, can_stack, confirm_tokens
+from onnxcomp.calibrate.work import Work
 from onnxcomp.choose import choose
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import InputSpec, open_data
@@ -47,7 +49,7 @@ class Result:
 def quantize(
     model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
     output: str | Path | None = None, force: bool = False, split: bool = False, memory: int | None = None,
-    progress: runtime.Progress = runtime.ignore,
+    work: str | Path | None = None, progress: runtime.Progress = runtime.ignore,
 ) -> Result:  # fmt: skip
     """Quantize `model` as `recipe` says, calibrated on `data`, and write it to `output` once it is proven to run.
 
@@ -59,18 +61,11 @@ def quantize(
     split   make a model of each weight term too, of a recipe with xint of granularity "model" and nothing else; written
             beside `output` as NAME.term1.onnx and so on
     memory  bytes for the samples' activations; what is more lies in temporary files. None: a quarter of the free memory
+    work    a folder, trusted, that keeps what is finished, so that the same call goes on there after whatever has stopped it
 
     Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError,
     StorageError.
     """
-    with Room(free_memory() // 4 if memory is None else memory) as room:
-        return _quantize(model, data, recipe, room, output, force=force, split=split, progress=progress)
-
-
-def _quantize(
-    model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, room: Room,
-    output: str | Path | None, *, force: bool, split: bool, progress: runtime.Progress,
-) -> Result:  # fmt: skip
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
     data = data if recipe.samples else None
     target = targets.find(recipe.target)
@@ -80,14 +75,14 @@ def _quantize(
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(files.to_bytes(prepared.model))
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
-    samples, store, stackable = None, None, False
+    samples, stackable, feeds = None, False, []
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable = can_stack(reference, samples)
-        store = Store(samples, stackable, room=room)
+        feeds = [dict(batch.live) for batch in islice(batches(samples, stackable), PROOF_BATCHES)]
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
-    feeds = [single] if store is None else store.first(lambda batch: dict(batch.live), PROOF_BATCHES)
+    feeds = feeds or [single]
     graph, notes = prepared.graph, list(prepared.notes)
     if recipe.rotation != "none":
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
@@ -104,10 +99,24 @@ def _quantize(
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 
-    walk = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, choice.blocks, decisions=decisions)
-    walk.run(progress)
-
-    expected = None if store is None else walk.expected(len(feeds))
+    kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
+    with Room(free_memory() // 4 if memory is None else memory, kept) as room:
+        past = Work(room)
+        store = None if samples is None else Store(samples, stackable, work=past)
+        walk = Walk(
+            graph,
+            graph.copy(),
+            prepared.model,
+            plan,
+            target,
+            recipe.compensate,
+            store,
+            past,
+            choice.blocks,
+            decisions=decisions,
+        )
+        walk.run(progress)
+        expected = None if store is None else walk.expected(len(feeds))
     terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
     lowered = target.lower(walk.compressed)
     finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)

@@ -39,12 +39,13 @@ if TYPE_CHECKING:
 @click.option(
     "--memory", metavar="SIZE", callback=size, help="For the samples' activations, 2GB say; a quarter of what is free."
 )
+@click.option("--work", type=click.Path(), metavar="DIR", help="Keep what is finished there; the same command goes on.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--split", is_flag=True, help="Write a model of each weight term too; for xint of granularity 'model'.")
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
 def quantize(
     model: str, data: str | None, output: str | None, *, max_drop: float | None, labels: str | None,
-    memory: int | None, force: bool, split: bool, all_sites: bool, **options: Any,
+    memory: int | None, work: str | None, force: bool, split: bool, all_sites: bool, **options: Any,
 ) -> tuple[object, ...]:  # fmt: skip
     """Quantize MODEL and write the result once it is proven to run.
 
@@ -67,10 +68,12 @@ def quantize(
     from onnxcomp.report import text
 
     files.check_output(destination, path, force=force)
+    kept = "Nothing is kept; --work DIR would." if work is None else f"Start it again, with --work {work}, and it goes on."
+    click.get_current_context().meta["interrupted"] = kept
     with progress_bar() as progress:
         written = None if max_drop is not None else destination
         result = pipeline.quantize(
-            path, data, recipe, output=written, force=force, split=split, memory=memory, progress=progress
+            path, data, recipe, output=written, force=force, split=split, memory=memory, work=work, progress=progress
         )
         if max_drop is not None:
             found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
