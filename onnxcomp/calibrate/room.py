@@ -77,6 +77,7 @@ class Room(ExitStack):
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
+                    lock.close()
                     raise UsageError(f"{folder} is in use by another run. Wait for it, or give another folder.") from None
 
     def adopt(self, kept: Kept) -> None:
