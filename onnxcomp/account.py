@@ -2,11 +2,12 @@
 
 import dataclasses
 import glob
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from onnxcomp import __version__
+from onnxcomp import __version__, runtime
 from onnxcomp import recipe as recipes
 from onnxcomp.choose import Choice
 from onnxcomp.compress.walk import Walk
@@ -24,6 +25,7 @@ from onnxcomp.report.model import Decision, Report, SiteReport, Verification
 from onnxcomp.targets.audit import Kernel
 from onnxcomp.targets.base import Plan
 from onnxcomp.targets.nbits import stored_bits
+from onnxcomp.targets.target import Target
 
 NOTHING = Outcome(None, "nothing was measured")
 
@@ -31,6 +33,18 @@ NOTHING = Outcome(None, "nothing was measured")
 def path_of(model: object) -> Path | None:
     """The model's path, where it was given as one."""
     return Path(model) if isinstance(model, (str, Path)) else None
+
+
+def fingerprint(source: ModelProto, model: object, samples: Data | None, recipe: Recipe, target: Target) -> str:
+    """What a run's result follows from, in 16 hex digits: model, data, recipe, target and versions."""
+    data = None if samples is None else samples.digest
+    parts = __version__, runtime.version(), _sha256(source, model), data, target.name, recipes.dumps(recipe)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _sha256(source: ModelProto, model: object) -> str:
+    path = path_of(model)
+    return files.sha256(path if path is not None else files.to_bytes(source))
 
 
 def audit_sites(lowered: Graph, plan: Plan) -> dict[str, list[str]]:
@@ -59,7 +73,7 @@ def report(
     return Report(
         version=__version__,
         model_name=path.name if path is not None else (source.graph.name or "model"),
-        model_sha256=files.sha256(path if path is not None else files.to_bytes(source)),
+        model_sha256=_sha256(source, model),
         model_bytes=files.size(path) if path is not None else source.ByteSize(),
         output_bytes=0,
         data_sha256=None if samples is None else samples.digest,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,8 @@ import numpy as np
 from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
 from onnxcomp.calibrate.room import Room, free_memory
-from onnxcomp.calibrate.samples import Store, can_stack, confirm_tokens, one_thread
+from onnxcomp.calibrate.samples import Store, batches, can_stack, confirm_tokens, one_thread
+from onnxcomp.calibrate.work import Work
 from onnxcomp.choose import Choice, choose
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data, Feed, InputSpec, open_data
@@ -47,7 +50,7 @@ class Result:
 def quantize(
     model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
     output: str | Path | None = None, force: bool = False, split: bool = False, memory: int | None = None,
-    progress: runtime.Progress = runtime.ignore,
+    work: str | Path | None = None, progress: runtime.Progress = runtime.ignore,
 ) -> Result:  # fmt: skip
     """Quantize `model` as `recipe` says, calibrated on `data`, and write it to `output` once it is proven to run.
 
@@ -59,24 +62,16 @@ def quantize(
     split   make a model of each weight term too, of a recipe with xint of granularity "model" and nothing else; written
             beside `output` as NAME.term1.onnx and so on
     memory  bytes for the samples' activations; what is more lies in temporary files. None: a quarter of the free memory
+    work    a folder, trusted, that keeps what is finished, so that the same call goes on there after whatever has stopped it
 
     Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError,
     StorageError.
     """
-    with one_thread(), Room(free_memory() // 4 if memory is None else memory) as room:
-        files.check_output(output, model, force=force)
-        made = compress(model, data, recipe, progress, room)
-        return _finish(made, model, output, force=force, split=split, progress=progress)
-
-
-def _finish(
-    made: Compressed, model: str | Path | bytes | onnx.ModelProto, output: str | Path | None, *, force: bool, split: bool,
-    progress: runtime.Progress,
-) -> Result:  # fmt: skip
-    """Lower the compressed model, prove it and write it."""
+    files.check_output(output, model, force=force)
+    with one_thread():
+        made = compress(model, data, recipe, progress, memory=memory, work=work)
     recipe, walk, target, feeds, prepared = made.recipe, made.walk, made.walk.target, made.feeds, made.prepared
 
-    expected = None if walk.store is None else walk.expected(len(feeds))
     terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
     lowered = target.lower(walk.compressed)
     finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
@@ -85,7 +80,7 @@ def _finish(
         folder = proving.enter_context(tempfile.TemporaryDirectory())
         proof = proving.enter_context(files.PendingFile(finished, Path(folder) / "model.onnx"))
         proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
-        verification = verify(proof.path, made.reference, feeds, expected)
+        verification = verify(proof.path, made.reference, feeds, made.expected)
         kernels, by, said = find_kernels(
             proof.path, target, lowered, account.audit_sites(lowered, walk.plan), feeds, made.reference
         )
@@ -120,16 +115,16 @@ class Compressed:
     """What the file is proven on."""
     choice: Choice
     walk: Walk
+    expected: Sequence[Mapping[str, np.ndarray]] | None
+    """What the walk arrived at for these feeds; None without samples."""
     notes: list[str]
 
 
 def compress(
     model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
-    room: Room | None = None,
+    *, memory: int | None = None, work: str | Path | None = None,
 ) -> Compressed:  # fmt: skip
-    """Prepare `model`, choose what is quantized, and walk; arguments as those of `quantize`. The samples' activations lie in
-    `room`, in memory if there is none.
-    """
+    """Prepare `model`, choose what is quantized, and walk; arguments as those of `quantize`."""
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
     data = data if recipe.samples else None
     target = targets.find(recipe.target)
@@ -138,14 +133,14 @@ def compress(
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(files.to_bytes(prepared.model))
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
-    samples, store, stackable = None, None, False
+    samples, stackable, feeds = None, False, []
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable = can_stack(reference, samples)
-        store = Store(samples, stackable, room=room)
+        feeds = [dict(batch.live) for batch in islice(batches(samples, stackable), PROOF_BATCHES)]
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
-    feeds = [single] if store is None else store.first(lambda batch: dict(batch.live), PROOF_BATCHES)
+    feeds = feeds or [single]
     graph, notes = prepared.graph, list(prepared.notes)
     if recipe.rotation != "none":
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
@@ -163,6 +158,12 @@ def compress(
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 
-    walk = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, choice.blocks, decisions=decisions)
-    walk.run(progress)
-    return Compressed(source, recipe, prepared, reference, samples, single, feeds, choice, walk, notes)
+    kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
+    with Room(free_memory() // 4 if memory is None else memory, kept) as room:
+        past = Work(room)
+        store = None if samples is None else Store(samples, stackable, work=past)
+        how = graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, past
+        walk = Walk(*how, choice.blocks, decisions=decisions)
+        walk.run(progress)
+        expected = None if store is None else walk.expected(len(feeds))
+    return Compressed(source, recipe, prepared, reference, samples, single, feeds, choice, walk, expected, notes)

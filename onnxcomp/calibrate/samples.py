@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from onnxcomp.calibrate.room import Room
+from onnxcomp.calibrate.room import Room, Tensors
+from onnxcomp.calibrate.work import Work
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
 
 Feed = Mapping[str, Array]
+BATCH = 8
+"""Samples that travel together."""
 SAME_DB = 60.0
 """SQNR from which two runs of the same samples count as equal."""
 P = TypeVar("P", Site, Block)
@@ -113,10 +116,13 @@ class Cut:
 class Store:
     """The live activations of every sample at the current cut, here: in the memory and the files of a `room`."""
 
-    def __init__(self, feeds: Iterable[Feed], batchable: bool, batch_size: int = 8, room: Room | None = None) -> None:
-        self._room = room or Room()
-        found = _batches(feeds, batch_size if batchable else 1)
-        self._batches = [replace(batch, live=self._room.take(batch.live)) for batch in found]
+    def __init__(self, feeds: Iterable[Feed], batchable: bool, batch_size: int = BATCH, work: Work | None = None) -> None:
+        self._work = work or Work(Room())
+        if self._work.live is None:
+            found = batches(feeds, batchable, batch_size)
+            self._batches = [replace(batch, live=self._work.room.take(batch.live)) for batch in found]
+        else:
+            self._batches = [LiveBatch(indices, Tensors(files)) for indices, files in self._work.live]
         if not self._batches:
             raise DataError("The data hold no samples. Give at least one.")
 
@@ -136,10 +142,14 @@ class Store:
         """What `fn` makes of the first batches."""
         return [fn(batch) for batch in self._batches[:count]]
 
+    def finish(self) -> None:
+        """Keep what is needed to go on from here."""
+        self._work.finish([(batch.indices, batch.live.kept) for batch in self._batches if isinstance(batch.live, Tensors)])
+
     def _move(self, compute: Callable[[Mapping[str, Array]], Mapping[str, Array]], needed: Collection[str] | None) -> None:
         for number, new in enumerate(_each(lambda batch: compute(batch.live), list(self._batches))):
             batch = self._batches[number]
-            self._batches[number] = replace(batch, live=self._room.take(new, batch.live, needed))
+            self._batches[number] = replace(batch, live=self._work.room.take(new, batch.live, needed))
 
 
 def _each(fn: Callable[[LiveBatch], S], batches: Iterable[LiveBatch]) -> Iterator[S]:
@@ -231,10 +241,10 @@ def split(array: Array, samples: int) -> list[Array]:
     return list(array.reshape(samples, array.shape[0] // samples, *array.shape[1:]))
 
 
-def _batches(feeds: Iterable[Feed], size: int) -> Iterator[LiveBatch]:
-    """Runs of up to `size` feeds of equal shapes, stacked along the leading axis."""
+def batches(feeds: Iterable[Feed], batchable: bool, size: int = BATCH) -> Iterator[LiveBatch]:
+    """Runs of up to `size` feeds of equal shapes, stacked along the leading axis, or every feed alone."""
     for _, alike in itertools.groupby(enumerate(feeds), lambda pair: [(name, a.shape) for name, a in pair[1].items()]):
-        while some := list(itertools.islice(alike, size)):
+        while some := list(itertools.islice(alike, size if batchable else 1)):
             parts = [feed for _, feed in some]
             stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             yield LiveBatch(tuple(index for index, _ in some), stacked if len(parts) > 1 else dict(parts[0]))

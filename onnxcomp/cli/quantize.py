@@ -45,14 +45,15 @@ from onnxcomp.errors import UsageError
 @click.option(
     "--memory", metavar="SIZE", callback=size, help="For the samples' activations, 2GB say; a quarter of what is free."
 )
+@click.option("--work", type=click.Path(), metavar="DIR", help="Keep what is finished there; the same command goes on.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--split", is_flag=True, help="Write a model of each weight term too; for xint of granularity 'model'.")
 @click.option("--report", "page", type=click.Path(), metavar="FILE.html", help="Write the report as a web page too.")
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
 def quantize(
     model: str, data: str | None, output: str | None, *, max_drop: float | None, max_size: float | None,
-    max_latency: float | None, labels: str | None, memory: int | None, force: bool, split: bool, page: str | None,
-    all_sites: bool, **options: Any,
+    max_latency: float | None, labels: str | None, memory: int | None, work: str | None, force: bool, split: bool,
+    page: str | None, all_sites: bool, **options: Any,
 ) -> tuple[object, ...]:  # fmt: skip
     """Quantize MODEL and write the result once it is proven to run.
 
@@ -85,16 +86,16 @@ def quantize(
     files.check_output(destination, path, force=force)
     files.check_output(page, path, force=force)
     said: dict[str, Sequence[str]] = {}
+    kept = "Nothing is kept; --work DIR would." if work is None else f"Start it again, with --work {work}, and it goes on."
+    click.get_current_context().meta["interrupted"] = kept
     with progress_bar() as progress:
+        how = {"force": force, "memory": memory, "work": work, "progress": progress}
         if is_auto:
-            how = {"labels": labels, "output": destination, "force": force, "memory": memory, "progress": progress}
-            result, said["Bounds"] = automatic.quantize(path, data, recipe, **bounds, **how)
+            result, said["Bounds"] = automatic.quantize(path, data, recipe, labels=labels, output=destination, **bounds, **how)
             said["Recipe"] = [str(destination.with_suffix(".recipe.toml"))]
         else:
             written = None if max_drop is not None else destination
-            result = pipeline.quantize(
-                path, data, recipe, output=written, force=force, split=split, memory=memory, progress=progress
-            )
+            result = pipeline.quantize(path, data, recipe, output=written, split=split, **how)
         if max_drop is not None and not is_auto:
             found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
             demand(found, max_drop)

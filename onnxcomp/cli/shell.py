@@ -75,7 +75,7 @@ class Commands(click.Group):
             click.echo(f"{type(error).__name__}: {' '.join(str(error).splitlines())}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
+            click.echo(f"Interrupted. {ctx.meta.get('interrupted', '')}".rstrip(), err=True)
             ctx.exit(INTERRUPTED)
 
 

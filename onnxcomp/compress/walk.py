@@ -15,7 +15,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from onnxcomp.calibrate.room import Room
 from onnxcomp.calibrate.samples import Cut, LiveBatch, Run, Store, combine, split
+from onnxcomp.calibrate.work import Work
 from onnxcomp.compress.quantizers import Quantizers
 from onnxcomp.errors import UsageError
 from onnxcomp.graph.blocks import Block
@@ -57,6 +59,8 @@ class Walk:
     target: Target
     methods: tuple[Compensation, ...]
     store: Store | None
+    work: Work = field(default_factory=lambda: Work(Room()))
+    """What was found out before, and keeps what is found out."""
     blocks: tuple[Block, ...] = ()
     """The stretches that block methods are fitted to; the last may be the whole model."""
     decisions: list[Decision] = field(default_factory=list)
@@ -68,7 +72,7 @@ class Walk:
 
     def __post_init__(self) -> None:
         methods = [m for m in self.methods if isinstance(m, InputMethod)]
-        self.quantizers = Quantizers(self.reference, self.compressed, self.plan, methods, self.decisions)
+        self.quantizers = Quantizers(self.reference, self.compressed, self.plan, methods, self.decisions, self.work.once)
         self._series = self._allocate()
 
     def run(self, progress: Progress) -> None:
@@ -90,14 +94,18 @@ class Walk:
             ended = [block for block in unfinished if block.y in step.computed]
             kept = {name for block in unfinished for name in block.inputs}
             kept |= results if following is None else set(following.live_in)
-            run = self._run(self.compressed, self._entries(step.live_in), step.computed) if step.computed else None
-            self.store.advance(run, kept)
+            if not self.work.is_ahead:
+                run = self._run(self.compressed, self._entries(step.live_in), step.computed) if step.computed else None
+                self.store.advance(run, kept)
             for block in ended:
                 self._compensate_block(replace(block, macs=macs))
                 unfinished.remove(block)
                 macs = 0
+            self.store.finish()
         for point in self.quantizers.due(None):
             self.quantizers.put(point, self._cut(point.tensor))
+        if self.store is not None:
+            self.store.finish()
         for add, method in self.quantizers.added:
             fold = fold_offset(self.compressed, add, method, lambda part, feeds: Session(self._bytes(part)).run(feeds))
             self.quantizers.folds += [] if fold is None else [fold]
@@ -160,7 +168,7 @@ class Walk:
         if series is None and noise is None:
             return
         place = xint.Terms.read(self.compressed, site, self._weight(site))
-        outcome = None if series is None else series.fit(place, self._cut(site.x))
+        outcome = None if series is None else self.work.once(lambda: series.fit(place, self._cut(site.x)))
         if noise is not None:
             method, fit = noise
             rounded = place.first.values(site.weight_axis).astype(np.float32)
@@ -192,7 +200,8 @@ class Walk:
             return weights.fit(site, w, bits, settings.block, zero_points=settings.zero_points)
         centred = any(isinstance(m, BiasCompensation) and m.scope == "layer" and matches(m.where, site) for m in self.methods)
         how = (self._node(site).attrs, self.quantizers.fake(site), settings.block)
-        return weights.fit_gptq(site, w, bits, cut, *how, zero_points=settings.zero_points, centred=centred)
+        more = {"zero_points": settings.zero_points, "centred": centred}
+        return self.work.once(lambda: weights.fit_gptq(site, w, bits, cut, *how, **more))
 
     def _saturates(self, site: Site, codes: Array) -> bool:
         """Whether products of these 8-bit codes may be added wrongly, on the samples; see `numerics.saturation`."""
@@ -213,8 +222,9 @@ class Walk:
                 rows = [np.moveaxis(x, 1 if is_conv else -1, -1).reshape(-1, channels) for x in batch.read("xh")]
                 return combine(Highest((a.max(axis=0), reach(a))) for a in map(q.quantize, rows))
 
-            seen = cut.reduce(read)
-        return may_saturate(codes, *seen.arrays, groups)
+            seen = self.work.once(lambda: cut.reduce(read))
+        highest, pairs = seen.arrays
+        return may_saturate(codes, highest, pairs, groups)
 
     def _weight(self, site: Site) -> Array:
         """The float weight of a layer."""
@@ -232,11 +242,11 @@ class Walk:
         for method in self.methods:
             is_asked = method.scope == "layer" and site.kind == "layer" and matches(method.where, site)
             if is_asked and (kept is None or method_name(method) in kept):
-                measured.append(method.fit(site, self._site_cut(site)))
+                measured.append(self.work.once(lambda method=method: method.fit(site, self._site_cut(site))))
                 self._decide(site, method, measured[-1])
         if not measured:
             read = functools.partial(SampleErrors.of, channel_axis=site.channel_axis, trim=TRIM)
-            errors = self._site_cut(site).reduce(read)
+            errors = self.work.once(lambda: self._site_cut(site).reduce(read))
             found = decibel(errors.energy, errors.error)
             measured.append(Outcome(None, "nothing to fit", None, found, found))
         self.results[site.name] = replace(measured[-1], before_db=measured[0].before_db)
@@ -246,7 +256,7 @@ class Walk:
         label, fit, added, price = method_name(method), outcome.fit, 0, None
         if fit is not None:
             added = self._write(place, label, lambda tape: method.build(tape, series or place, fit))
-            price = self._price(place, label)
+            price = self.work.once(lambda: self._price(place, label))
         self.decisions.append(Decision(place.name, label, fit is not None, outcome.reason, outcome.gain_db, added, price))
 
     def _price(self, place: Site | Block, label: str) -> float | None:
@@ -291,10 +301,11 @@ class Walk:
         stored = next((p for p in self.plan.points if p.tensor == block.y and p.consumers is None), None)
         if block.last is not None and block.last.y in self.quantizers.entries:
             block = replace(block, last=None)
-        self.store.add(FLOAT_BLOCK, self._float(block))
+        if not self.work.is_ahead:
+            self.store.add(FLOAT_BLOCK, self._float(block))
         for method in methods:
-            label = method_name(method)
-            outcome = method.fit(block, self.store.cut({"xh": block.x, "f_xh": FLOAT_BLOCK, "g_xh": block.y}))
+            label, cut = method_name(method), self.store.cut({"xh": block.x, "f_xh": FLOAT_BLOCK, "g_xh": block.y})
+            outcome = self.work.once(lambda method=method, block=block, cut=cut: method.fit(block, cut))
             if outcome.fit is not None and stored is not None and block.y not in self.quantizers.entries:
                 self.quantizers.put(stored, self._cut(block.y))  # the integer kernel that makes it goes on storing its result
             self._decide(block, method, outcome)
@@ -302,14 +313,16 @@ class Walk:
                 continue
             before = tensors_of(self.compressed).keys() & {f"{block.y}/before-{label}"}
             live = self._entries(block.inputs) | dict.fromkeys(before, block.y)
-            self.store.add(block.y, self._run(self.compressed, live, [block.y]))
+            if not self.work.is_ahead:
+                self.store.add(block.y, self._run(self.compressed, live, [block.y]))
             if stored is not None:
                 self.quantizers.store_again(block, label, stored, self.store.cut({"xh": block.y}))
 
     def _macs(self, site: Site) -> int:
         """Multiplications of a layer for one sample."""
         assert self.store is not None
-        ((shape, samples),), size = self.store.first(lambda b: (b.live[site.x].shape, len(b.indices))), self._weight(site).size
+        (found,) = self.work.once(lambda store=self.store: store.first(lambda b: (b.live[site.x].shape, len(b.indices))))
+        (shape, samples), size = found, self._weight(site).size
         if site.op != "Conv":
             return math.prod(shape[:-1]) // samples * size
         return math.prod(shape[2:]) // math.prod(self._node(site).attrs.get("strides", ())) * size
