@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +15,7 @@ import numpy as np
 
 from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
+from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
 from onnxcomp.calibrate.samples import Store, batches, can_stack, confirm_tokens
 from onnxcomp.calibrate.work import Work
@@ -44,12 +46,14 @@ class Result:
     report: Report
     terms: tuple[onnx.ModelProto, ...] = ()
     """The low-bit model of every weight term, where `split` asked for them."""
+    traffic: Sequence[tuple[str, int, int]] = ()
+    """Of a cluster, for every step: its site, the bytes sent from here, and those that workers have sent."""
 
 
 def quantize(
     model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
     output: str | Path | None = None, force: bool = False, split: bool = False, memory: int | None = None,
-    work: str | Path | None = None, progress: runtime.Progress = runtime.ignore,
+    work: str | Path | None = None, cluster: str | None = None, progress: runtime.Progress = runtime.ignore,
 ) -> Result:  # fmt: skip
     """Quantize `model` as `recipe` says, calibrated on `data`, and write it to `output` once it is proven to run.
 
@@ -62,9 +66,10 @@ def quantize(
             beside `output` as NAME.term1.onnx and so on
     memory  bytes for the samples' activations; what is more lies in temporary files. None: a quarter of the free memory
     work    a folder, trusted, that keeps what is finished, so that the same call goes on there after whatever has stopped it
+    cluster the Dask cluster whose workers hold the samples and run them: tcp://HOST:PORT, or local:N for N processes here
 
     Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError,
-    StorageError.
+    ResourceError.
     """
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
     data = data if recipe.samples else None
@@ -100,9 +105,11 @@ def quantize(
     plan = target.plan(graph, choice.sites, choice.settings)
 
     kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
-    with Room(free_memory() // 4 if memory is None else memory, kept) as room:
-        past = Work(room)
+    with ExitStack() as calibrating:
+        past = Work(calibrating.enter_context(Room(free_memory() // 4 if memory is None else memory, kept)))
         store = None if samples is None else Store(samples, stackable, work=past)
+        if samples is not None and cluster is not None:
+            store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, past)
         walk = Walk(
             graph,
             graph.copy(),
@@ -139,4 +146,4 @@ def quantize(
         for number, term in enumerate(terms, 1):
             files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
     progress("verifying", 1, 1)
-    return Result(finished, report, terms)
+    return Result(finished, report, terms, store.traffic if isinstance(store, Cluster) else ())

@@ -61,6 +61,10 @@ class LiveBatch:
         source = self.reads.get(name, name)
         return split(self.live[source] if isinstance(source, str) else source.output(self.live), len(self.indices))
 
+    def __sizeof__(self) -> int:
+        """Bytes of the live tensors, by which a cluster plans."""
+        return sum(array.nbytes for array in self.live.values())
+
 
 @dataclass(frozen=True)
 class Run:
@@ -138,8 +142,8 @@ class Store:
         """What `fn` makes of the first batches."""
         return [fn(batch) for batch in self._batches[:count]]
 
-    def finish(self) -> None:
-        """Keep what is needed to go on from here."""
+    def finish(self, name: str = "") -> None:
+        """Keep what is needed to go on behind the step called `name`."""
         self._work.finish([(batch.indices, batch.live.kept) for batch in self._batches if isinstance(batch.live, Tensors)])
 
     def _move(self, compute: Callable[[Mapping[str, Array]], Mapping[str, Array]], needed: Collection[str] | None) -> None:

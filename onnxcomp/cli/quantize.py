@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcomp.cli.shell import PREPROCESS, PROVIDER, main, progress_bar, size
+from onnxcomp.cli.shell import PREPROCESS, PROVIDER, THREADS, main, progress_bar, size
 from onnxcomp.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,12 +40,14 @@ if TYPE_CHECKING:
     "--memory", metavar="SIZE", callback=size, help="For the samples' activations, 2GB say; a quarter of what is free."
 )
 @click.option("--work", type=click.Path(), metavar="DIR", help="Keep what is finished there; the same command goes on.")
+@click.option("--cluster", metavar="ADDRESS", help="Run samples on a Dask cluster: tcp://HOST:PORT, or local:N processes.")
+@THREADS
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--split", is_flag=True, help="Write a model of each weight term too; for xint of granularity 'model'.")
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
 def quantize(
     model: str, data: str | None, output: str | None, *, max_drop: float | None, labels: str | None,
-    memory: int | None, work: str | None, force: bool, split: bool, all_sites: bool, **options: Any,
+    memory: int | None, work: str | None, cluster: str | None, force: bool, split: bool, all_sites: bool, **options: Any,
 ) -> tuple[object, ...]:  # fmt: skip
     """Quantize MODEL and write the result once it is proven to run.
 
@@ -73,12 +75,23 @@ def quantize(
     with progress_bar() as progress:
         written = None if max_drop is not None else destination
         result = pipeline.quantize(
-            path, data, recipe, output=written, force=force, split=split, memory=memory, work=work, progress=progress
+            path,
+            data,
+            recipe,
+            output=written,
+            force=force,
+            split=split,
+            memory=memory,
+            work=work,
+            cluster=cluster,
+            progress=progress,
         )
         if max_drop is not None:
             found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
             demand(found, max_drop)
             files.save(result.model, destination, force=force, source=path)
+    if result.traffic:
+        click.echo(text.traffic(result.traffic, all_steps=all_sites), err=True)
     shown, following = result.report, ["compare", model, str(destination), "--data", "TEST_DATA"]
     if recipe.preprocess is not None:
         following += ["--preprocess", str(recipe.preprocess)]
