@@ -64,7 +64,8 @@ class Measured:
 def quantize(
     model: str | Path, data: object, recipe: Recipe, *, max_drop: float | None = None, max_size: float | None = None,
     max_latency: float | None = None, labels: str | None = None, output: str | Path | None = None, force: bool = False,
-    memory: int | None = None, work: str | Path | None = None, progress: runtime.Progress = runtime.ignore,
+    memory: int | None = None, work: str | Path | None = None, cluster: str | None = None,
+    progress: runtime.Progress = runtime.ignore,
 ) -> tuple[pipeline.Result, tuple[str, ...]]:  # fmt: skip
     """The model within the bounds, written to `output` beside the recipe that gives it again, and what was measured.
 
@@ -117,7 +118,7 @@ def quantize(
         low, high = 0, len(rungs) - 1
         while low <= high and (best is None or way is recipe):
             middle = (low + high) // 2
-            result = pipeline.quantize(model, data, rungs[middle], memory=memory, work=work, progress=progress)
+            result = pipeline.quantize(model, data, rungs[middle], memory=memory, work=work, cluster=cluster, progress=progress)
             measured = tuple(measure(result))
             misses = [one for one in measured if one.excess > 0]
             is_lossy = any(one.option == "--max-drop" for one in misses)

@@ -15,6 +15,7 @@ import numpy as np
 
 from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
+from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
 from onnxcomp.calibrate.samples import Store, batches, can_stack, confirm_tokens, one_thread
 from onnxcomp.calibrate.work import Work
@@ -45,12 +46,14 @@ class Result:
     report: Report
     terms: tuple[onnx.ModelProto, ...] = ()
     """The low-bit model of every weight term, where `split` asked for them."""
+    traffic: Sequence[tuple[str, int, int]] = ()
+    """Of a cluster, for every step: its site, the bytes sent from here, and those that workers have sent."""
 
 
 def quantize(
     model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
     output: str | Path | None = None, force: bool = False, split: bool = False, memory: int | None = None,
-    work: str | Path | None = None, progress: runtime.Progress = runtime.ignore,
+    work: str | Path | None = None, cluster: str | None = None, progress: runtime.Progress = runtime.ignore,
 ) -> Result:  # fmt: skip
     """Quantize `model` as `recipe` says, calibrated on `data`, and write it to `output` once it is proven to run.
 
@@ -63,13 +66,14 @@ def quantize(
             beside `output` as NAME.term1.onnx and so on
     memory  bytes for the samples' activations; what is more lies in temporary files. None: a quarter of the free memory
     work    a folder, trusted, that keeps what is finished, so that the same call goes on there after whatever has stopped it
+    cluster the Dask cluster whose workers hold the samples and run them: tcp://HOST:PORT, or local:N for N processes here
 
     Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError,
-    StorageError.
+    ResourceError.
     """
     files.check_output(output, model, force=force)
     with one_thread():
-        made = compress(model, data, recipe, progress, memory=memory, work=work)
+        made = compress(model, data, recipe, progress, memory=memory, work=work, cluster=cluster)
     recipe, walk, target, feeds, prepared = made.recipe, made.walk, made.walk.target, made.feeds, made.prepared
 
     terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
@@ -96,7 +100,7 @@ def quantize(
         for number, term in enumerate(terms, 1):
             files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
     progress("verifying", 1, 1)
-    return Result(finished, report, terms)
+    return Result(finished, report, terms, walk.store.traffic if isinstance(walk.store, Cluster) else ())
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class Compressed:
 
 def compress(
     model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
-    *, memory: int | None = None, work: str | Path | None = None,
+    *, memory: int | None = None, work: str | Path | None = None, cluster: str | None = None,
 ) -> Compressed:  # fmt: skip
     """Prepare `model`, choose what is quantized, and walk; arguments as those of `quantize`."""
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
@@ -159,9 +163,11 @@ def compress(
     plan = target.plan(graph, choice.sites, choice.settings)
 
     kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
-    with Room(free_memory() // 4 if memory is None else memory, kept) as room:
-        past = Work(room)
+    with ExitStack() as calibrating:
+        past = Work(calibrating.enter_context(Room(free_memory() // 4 if memory is None else memory, kept)))
         store = None if samples is None else Store(samples, stackable, work=past)
+        if samples is not None and cluster is not None:
+            store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, past)
         how = graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, past
         walk = Walk(*how, choice.blocks, decisions=decisions)
         walk.run(progress)

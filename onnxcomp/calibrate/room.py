@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxcomp.errors import StorageError, UsageError
+from onnxcomp.errors import ResourceError, UsageError
 from onnxcomp.graph.weights import reason
 
 Array = np.ndarray
@@ -133,8 +133,8 @@ class Room(ExitStack):
 
 @contextmanager
 def storing(where: Path, advice: str) -> Iterator[None]:
-    """Raise StorageError where something cannot be written in the folder."""
+    """Raise ResourceError where something cannot be written in the folder."""
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{where} cannot hold the samples' activations: {reason(error)}. {advice}") from error
+        raise ResourceError(f"{where} cannot hold the samples' activations: {reason(error)}. {advice}") from error

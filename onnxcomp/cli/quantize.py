@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from onnxcomp.cli.shell import PREPROCESS, PROVIDER, main, progress_bar, read_recipe, size
+from onnxcomp.cli.shell import PREPROCESS, PROVIDER, THREADS, main, progress_bar, read_recipe, size
 from onnxcomp.errors import UsageError
 
 
@@ -46,14 +46,16 @@ from onnxcomp.errors import UsageError
     "--memory", metavar="SIZE", callback=size, help="For the samples' activations, 2GB say; a quarter of what is free."
 )
 @click.option("--work", type=click.Path(), metavar="DIR", help="Keep what is finished there; the same command goes on.")
+@click.option("--cluster", metavar="ADDRESS", help="Run samples on a Dask cluster: tcp://HOST:PORT, or local:N processes.")
+@THREADS
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--split", is_flag=True, help="Write a model of each weight term too; for xint of granularity 'model'.")
 @click.option("--report", "page", type=click.Path(), metavar="FILE.html", help="Write the report as a web page too.")
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
 def quantize(
     model: str, data: str | None, output: str | None, *, max_drop: float | None, max_size: float | None,
-    max_latency: float | None, labels: str | None, memory: int | None, work: str | None, force: bool, split: bool,
-    page: str | None, all_sites: bool, **options: Any,
+    max_latency: float | None, labels: str | None, memory: int | None, work: str | None, cluster: str | None,
+    force: bool, split: bool, page: str | None, all_sites: bool, **options: Any,
 ) -> tuple[object, ...]:  # fmt: skip
     """Quantize MODEL and write the result once it is proven to run.
 
@@ -89,7 +91,7 @@ def quantize(
     kept = "Nothing is kept; --work DIR would." if work is None else f"Start it again, with --work {work}, and it goes on."
     click.get_current_context().meta["interrupted"] = kept
     with progress_bar() as progress:
-        how = {"force": force, "memory": memory, "work": work, "progress": progress}
+        how = {"force": force, "memory": memory, "work": work, "cluster": cluster, "progress": progress}
         if is_auto:
             result, said["Bounds"] = automatic.quantize(path, data, recipe, labels=labels, output=destination, **bounds, **how)
             said["Recipe"] = [str(destination.with_suffix(".recipe.toml"))]
@@ -102,6 +104,8 @@ def quantize(
             files.save(result.model, destination, force=force, source=path)
     if page is not None:
         files.save_text(html.page(result.report), page)
+    if result.traffic:
+        click.echo(text.traffic(result.traffic, all_steps=all_sites), err=True)
     shown, following = result.report, ["compare", model, str(destination), "--data", "TEST_DATA"]
     if recipe.preprocess is not None:
         following += ["--preprocess", str(recipe.preprocess)]

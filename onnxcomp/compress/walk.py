@@ -81,7 +81,8 @@ class Walk:
         results = {t.name for t in self.reference.outputs}
         unfinished, macs = list(self.blocks), 0
         for step, following in zip(steps, [*steps[1:], None], strict=True):
-            progress("quantizing", step.index, len(steps))
+            name = "" if step.site is None else step.site.name
+            progress(f"quantizing {name}", step.index, len(steps))
             for point in self.quantizers.due(step):
                 self.quantizers.put(point, self._cut(point.tensor))
             layer = step.site if step.site is not None and step.site.kind == "layer" else None
@@ -101,7 +102,7 @@ class Walk:
                 self._compensate_block(replace(block, macs=macs))
                 unfinished.remove(block)
                 macs = 0
-            self.store.finish()
+            self.store.finish(name)
         for point in self.quantizers.due(None):
             self.quantizers.put(point, self._cut(point.tensor))
         if self.store is not None:

@@ -97,6 +97,14 @@ def benchmark(value: model.Benchmark) -> str:
     return "\n\n".join(parts)
 
 
+def traffic(rows: Sequence[tuple[str, int, int]], *, all_steps: bool = False) -> str:
+    """What a cluster has cost: every step where they are asked for, then all together."""
+    sent, moved = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    text = f"Cluster: {size(sent)} sent from here, {size(moved)} by workers to one another and home."
+    steps = [[name or "-", size(out), size(between)] for name, out, between in rows]
+    return f"{table(['Step', 'Sent', 'By workers'], steps, right=('Sent', 'By workers'))}\n{text}" if all_steps else text
+
+
 def sites(rows: Sequence[model.SiteReport], *, all_sites: bool = False) -> str:
     """The table of sites: in graph order if all fit, else the worst, worst first, and a line about the rest."""
     if not rows:
