@@ -1,28 +1,31 @@
 """The account: what the walk, the audit and the proof found out, gathered into one report and stored in the file."""
 
 import dataclasses
+import glob
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from onnxcomp import __version__
+from onnxcomp import __version__, runtime
 from onnxcomp import recipe as recipes
 from onnxcomp.choose import Choice
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data
 from onnxcomp.graph import files
-from onnxcomp.graph.edit import Graph, Node
+from onnxcomp.graph.edit import Graph, Node, tensors_of
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.sites import Site
 from onnxcomp.graph.strip import dump_folds
 from onnxcomp.graph.tidy import Fold, is_load_time
 from onnxcomp.methods.base import Outcome
-from onnxcomp.recipe import Recipe
+from onnxcomp.recipe import Recipe, SiteRule
 from onnxcomp.report.json import to_stored
 from onnxcomp.report.model import Decision, Report, SiteReport, Verification
 from onnxcomp.targets.audit import Kernel
 from onnxcomp.targets.base import Plan
 from onnxcomp.targets.nbits import stored_bits
+from onnxcomp.targets.target import Target
 
 NOTHING = Outcome(None, "nothing was measured")
 
@@ -30,6 +33,18 @@ NOTHING = Outcome(None, "nothing was measured")
 def path_of(model: object) -> Path | None:
     """The model's path, where it was given as one."""
     return Path(model) if isinstance(model, (str, Path)) else None
+
+
+def fingerprint(source: ModelProto, model: object, samples: Data | None, recipe: Recipe, target: Target) -> str:
+    """What a run's result follows from, in 16 hex digits: model, data, recipe, target and versions."""
+    data = None if samples is None else samples.digest
+    parts = __version__, runtime.version(), _sha256(source, model), data, target.name, recipes.dumps(recipe)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _sha256(source: ModelProto, model: object) -> str:
+    path = path_of(model)
+    return files.sha256(path if path is not None else files.to_bytes(source))
 
 
 def audit_sites(lowered: Graph, plan: Plan) -> dict[str, list[str]]:
@@ -58,7 +73,7 @@ def report(
     return Report(
         version=__version__,
         model_name=path.name if path is not None else (source.graph.name or "model"),
-        model_sha256=files.sha256(path if path is not None else files.to_bytes(source)),
+        model_sha256=_sha256(source, model),
         model_bytes=files.size(path) if path is not None else source.ByteSize(),
         output_bytes=0,
         data_sha256=None if samples is None else samples.digest,
@@ -81,29 +96,51 @@ def decision(place: str, method: str, outcome: Outcome) -> Decision:
     return Decision(place, method, outcome.fit is not None, outcome.reason, outcome.gain_db, added)
 
 
+def bits(site: Site, walk: Walk) -> str:
+    """The widths of a site, as `SiteReport.bits` has them."""
+    settings = walk.plan.settings.get(site.name)
+    activations = "a8" if settings is None else f"a{settings.activation_bits}"
+    if settings is None or site.weight is None:
+        return activations
+    block = f"b{settings.block}" if settings.block else ""
+    return f"w{settings.weight_bits}{'' if settings.activations == 'float' else activations}{block}"
+
+
 def _site_report(site: Site, walk: Walk, kernel: Kernel) -> SiteReport:
-    settings, result = walk.plan.settings.get(site.name), walk.results.get(site.name, NOTHING)
+    settings, result, stored = walk.plan.settings.get(site.name), walk.results.get(site.name, NOTHING), 0
     activations = "static" if settings is None else settings.activations
     if activations == "auto":
         activations = walk.quantizers.granularity.get(site.name, "static")
-    bits, stored = "a8" if settings is None else f"a{settings.activation_bits}", 0
     if settings is not None and site.weight is not None:
-        bits = f"w{settings.weight_bits}{'' if activations == 'float' else bits}"
-        shape, encoding, block = walk.reference.tensors()[site.weight].shape, walk.target.encoding, settings.block
+        shape, encoding, block = tensors_of(walk.reference)[site.weight].shape, walk.target.encoding, settings.block
         width = stored_bits(settings.weight_bits, math.prod(shape), encoding, in_blocks=block > 0)
         # A float scale and an int8 zero point per channel; of blocks the zero points of at least 4 bits are optional.
         ranges = 5.0 * shape[site.weight_axis]
         if block:
             zeros = max(4, width) / 8 if settings.zero_points else 0
-            bits, ranges = (
-                f"{bits}b{block}",
-                (4 + zeros) * shape[site.weight_axis] * math.ceil(shape[1 - site.weight_axis] / block),
-            )
+            ranges = (4 + zeros) * shape[site.weight_axis] * math.ceil(shape[1 - site.weight_axis] / block)
         stored = math.ceil(math.prod(shape) * width / 8 + ranges)
     return SiteReport(
-        site.name, site.op, site.kind, bits, activations, result.before_db, result.after_db,
+        site.name, site.op, site.kind, bits(site, walk), activations, result.before_db, result.after_db,
         kernel.op, kernel.integer, kernel.reason, stored,
+        "" if settings is None else settings.rounding,
     )  # fmt: skip
+
+
+def frozen(report: Report) -> Recipe:
+    """The recipe of a report with every automatic choice at its layers written out. On the same model and data it gives the
+    same file, but for what the account in its metadata says of choices.
+    """
+    recipe, kept = recipes.loads(report.recipe), {(d.site, d.method) for d in report.decisions if d.adopted}
+    names = [recipes.method_name(method) for method in recipe.compensate if method.scope == "layer"]
+    rules = [
+        SiteRule(
+            glob.escape(site.name), activations=site.activations, rounding=site.rounding or None,
+            mixed=(site.name, "rotation") in kept, methods=tuple(name for name in names if (site.name, name) in kept),
+        )
+        for site in report.sites if site.kind != "join"
+    ]  # fmt: skip
+    return dataclasses.replace(recipe, site=tuple(dict.fromkeys((*recipe.site, *rules))))
 
 
 def stamp(model: ModelProto, account: Report, folds: Sequence[Fold]) -> Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -92,9 +93,12 @@ def _is_included(site: Site, recipe: Recipe) -> bool:
 
 
 def _settings(graph: Graph, site: Site, recipe: Recipe, target: Target, *, with_data: bool) -> Settings:
+    own: dict[str, Any] = {}
     for rule in recipe.site:
         if matches(rule.where, site):
-            recipe = replace(recipe, **{k: v for k, v in vars(rule).items() if k != "where" and v is not None})
+            own |= {key: value for key, value in vars(rule).items() if value is not None}
+    decided = {key: own.pop(key) for key in ("mixed", "methods") if key in own}
+    recipe = replace(recipe, **{key: value for key, value in own.items() if key != "where"})
     activations, rounding = "float" if recipe.bits.activations is None else recipe.activations, recipe.rounding
     if site.op == "Conv" and activations in ("dynamic", "token", "auto"):
         activations = "static"  # no runtime has an integer Conv with a range measured at run time
@@ -117,7 +121,7 @@ def _settings(graph: Graph, site: Site, recipe: Recipe, target: Target, *, with_
     if site.kind == "table":  # a row is read as it is, whatever the samples
         activations, rounding = "float", "nearest"
     more = recipe.ranges, recipe.percentile, recipe.symmetric, rounding, block, zeros
-    return Settings(*widths, activations, *more)
+    return Settings(*widths, activations, *more, **decided)
 
 
 def _block(graph: Graph, site: Site, recipe: Recipe, target: Target, activations: str) -> int:

@@ -55,6 +55,12 @@ class BoundError(OnnxcompError):
     exit_code = 6
 
 
+class StorageError(OnnxcompError):
+    """The machine has no room left for what a run must keep."""
+
+    exit_code = 7
+
+
 def check_types(settings: Any, where: str = "") -> None:
     """Raise RecipeError where a field of the frozen dataclass `settings` is not of its type."""
     for key in _types(type(settings)):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +15,16 @@ import numpy as np
 
 from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
-from onnxcomp.calibrate.samples import Store, can_stack, confirm_tokens
-from onnxcomp.choose import choose
+from onnxcomp.calibrate.room import Room, free_memory
+from onnxcomp.calibrate.samples import Store, batches, can_stack, confirm_tokens, one_thread
+from onnxcomp.calibrate.work import Work
+from onnxcomp.choose import Choice, choose
 from onnxcomp.compress.walk import Walk
-from onnxcomp.data import InputSpec, open_data
+from onnxcomp.data import Data, Feed, InputSpec, open_data
 from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.prepare import prepare
+from onnxcomp.graph.prepare import Prepared, prepare
 from onnxcomp.methods import rotation
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Decision, Report
@@ -45,8 +49,8 @@ class Result:
 
 def quantize(
     model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
-    output: str | Path | None = None, force: bool = False, split: bool = False,
-    progress: runtime.Progress = runtime.ignore,
+    output: str | Path | None = None, force: bool = False, split: bool = False, memory: int | None = None,
+    work: str | Path | None = None, progress: runtime.Progress = runtime.ignore,
 ) -> Result:  # fmt: skip
     """Quantize `model` as `recipe` says, calibrated on `data`, and write it to `output` once it is proven to run.
 
@@ -57,26 +61,86 @@ def quantize(
     output  where the file goes; None writes none
     split   make a model of each weight term too, of a recipe with xint of granularity "model" and nothing else; written
             beside `output` as NAME.term1.onnx and so on
+    memory  bytes for the samples' activations; what is more lies in temporary files. None: a quarter of the free memory
+    work    a folder, trusted, that keeps what is finished, so that the same call goes on there after whatever has stopped it
 
-    Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError.
+    Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError,
+    StorageError.
     """
+    files.check_output(output, model, force=force)
+    with one_thread():
+        made = compress(model, data, recipe, progress, memory=memory, work=work)
+    recipe, walk, target, feeds, prepared = made.recipe, made.walk, made.walk.target, made.feeds, made.prepared
+
+    terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
+    lowered = target.lower(walk.compressed)
+    finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
+    progress("verifying", 0, 1)
+    with ExitStack() as proving:
+        folder = proving.enter_context(tempfile.TemporaryDirectory())
+        proof = proving.enter_context(files.PendingFile(finished, Path(folder) / "model.onnx"))
+        proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
+        verification = verify(proof.path, made.reference, feeds, made.expected)
+        kernels, by, said = find_kernels(
+            proof.path, target, lowered, account.audit_sites(lowered, walk.plan), feeds, made.reference
+        )
+    if target.fixed:
+        fix(finished, made.single)
+    notes = [*made.notes, *said]
+    report = account.report(made.source, model, made.samples, recipe, made.choice, walk, notes, kernels, by, verification)
+    report = account.stamp(finished, report, walk.quantizers.folds)
+    if output is not None:
+        with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
+            runtime.Session(pending.path).run(made.single)
+            pending.commit()
+        for number, term in enumerate(terms, 1):
+            files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
+    progress("verifying", 1, 1)
+    return Result(finished, report, terms)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A model behind its walk: both graphs, everything that was fitted, and nothing proven yet."""
+
+    source: onnx.ModelProto
+    recipe: Recipe
+    prepared: Prepared
+    reference: runtime.Session
+    """The float model."""
+    samples: Data | None
+    single: Feed
+    """One sample, or a made-up one."""
+    feeds: list[Feed]
+    """What the file is proven on."""
+    choice: Choice
+    walk: Walk
+    expected: Sequence[Mapping[str, np.ndarray]] | None
+    """What the walk arrived at for these feeds; None without samples."""
+    notes: list[str]
+
+
+def compress(
+    model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
+    *, memory: int | None = None, work: str | Path | None = None,
+) -> Compressed:  # fmt: skip
+    """Prepare `model`, choose what is quantized, and walk; arguments as those of `quantize`."""
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
     data = data if recipe.samples else None
     target = targets.find(recipe.target)
     source = files.load(model)
-    files.check_output(output, model, force=force)
     progress("preparing", 0, 1)
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(files.to_bytes(prepared.model))
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
-    samples, store, stackable = None, None, False
+    samples, stackable, feeds = None, False, []
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable = can_stack(reference, samples)
-        store = Store(samples, batchable=stackable)
+        feeds = [dict(batch.live) for batch in islice(batches(samples, stackable), PROOF_BATCHES)]
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
-    feeds = [single] if store is None else [dict(batch.live) for batch in store.batches[:PROOF_BATCHES]]
+    feeds = feeds or [single]
     graph, notes = prepared.graph, list(prepared.notes)
     if recipe.rotation != "none":
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
@@ -88,35 +152,18 @@ def quantize(
         blocks = confirm_tokens(graph, prepared.model, choice.blocks, samples, stackable=stackable)
         if recipe.rotation == "auto":
             bits = {name: s.activation_bits for name, s in choice.settings.items() if s.activations != "float"}
-            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0])
+            decided = {name: s.mixed for name, s in choice.settings.items()}
+            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0], decided)
             decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 
-    walk = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, choice.blocks, decisions=decisions)
-    walk.run(progress)
-
-    expected = None if store is None else walk.expected(len(feeds))
-    terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
-    lowered = target.lower(walk.compressed)
-    finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
-    progress("verifying", 0, 1)
-    with ExitStack() as proving:
-        folder = proving.enter_context(tempfile.TemporaryDirectory())
-        proof = proving.enter_context(files.PendingFile(finished, Path(folder) / "model.onnx"))
-        proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
-        verification = verify(proof.path, reference, feeds, expected)
-        kernels, by, said = find_kernels(proof.path, target, lowered, account.audit_sites(lowered, plan), feeds, reference)
-    if target.fixed:
-        fix(finished, single)
-    notes += said
-    report = account.report(source, model, samples, recipe, choice, walk, notes, kernels, by, verification)
-    report = account.stamp(finished, report, walk.quantizers.folds)
-    if output is not None:
-        with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
-            runtime.Session(pending.path).run(single)
-            pending.commit()
-        for number, term in enumerate(terms, 1):
-            files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
-    progress("verifying", 1, 1)
-    return Result(finished, report, terms)
+    kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
+    with Room(free_memory() // 4 if memory is None else memory, kept) as room:
+        past = Work(room)
+        store = None if samples is None else Store(samples, stackable, work=past)
+        how = graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, past
+        walk = Walk(*how, choice.blocks, decisions=decisions)
+        walk.run(progress)
+        expected = None if store is None else walk.expected(len(feeds))
+    return Compressed(source, recipe, prepared, reference, samples, single, feeds, choice, walk, expected, notes)

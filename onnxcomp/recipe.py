@@ -29,6 +29,7 @@ Activations = Literal["auto", "static", "dynamic", "token", "float"]
 at run time; or not quantized."""
 Block = Literal[0, 16, 32, 64, 128]
 """How many inputs of an output channel share a scale; 0: all."""
+Rounding = Literal["auto", "nearest", "gptq"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class SiteRule:
     symmetric: bool | None = None
     block: Block | None = None
     zero_points: bool | None = None
+    rounding: Rounding | None = None
+    mixed: bool | None = None
+    """Whether the channels of its input are mixed, where `rotation` is auto."""
+    methods: tuple[str, ...] | None = None
+    """The methods on layers that are kept here, of those that the recipe lists; others are not fitted."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -82,7 +88,7 @@ class Recipe:
     activations: Activations = "auto"
     symmetric: bool = False
     """Symmetric activations (zero point in the middle) instead of asymmetric ones."""
-    rounding: Literal["auto", "nearest", "gptq"] = "auto"
+    rounding: Rounding = "auto"
     """How weights are rounded; auto: gptq below 8 bits where there are data."""
     rotation: Literal["auto", "folded", "none"] = "auto"
     """Mix channels by orthogonal matrices first; folded: only what costs nothing at run time."""

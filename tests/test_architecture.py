@@ -30,6 +30,8 @@ LAYERS = (
     ("finish",),
     ("account",),
     ("pipeline", "comparison", "inspect", "bench", "manual", "strip", "export"),
+    ("analysis",),
+    ("automatic",),
     ("cli",),
 )
 """From the ground up. Imports reach into the layers below and into one's own package, never sideways or up."""
@@ -53,13 +55,14 @@ THIRD_PARTY = {
     "pydantic": {"errors", "methods", "preprocess", "recipe", "report"},
     "pydantic_core": {"report"},
     "rich": {"cli"},
+    "threadpoolctl": {"calibrate"},
     "tomli": {"toml"},
     "torch": {"export"},
 }
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 6900
+LIBRARY_LINES = 8000
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from onnxcomp.numerics import ranges
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "RecipeError: Unknown recipe 'bace'. Did you mean 'base'? A file's name ends in .toml."
 SHAPE = "UsageError: Shape '{}' is not understood. Write it like pixel_values=1x3x224x224."
+SIZE = "UsageError: Size '{}' is not understood. Write it like 512MB or 2GB."
 CODE = "from onnxcomp.cli import main; main(prog_name='onnxcomp')"
 
 
@@ -113,6 +114,8 @@ def test_choices_shown_in_the_help_are_those_of_the_library() -> None:
         (("recipe", "show", "bace"), 2, RECIPE),
         (("inspect", "{tmp}/gone.onnx"), 3, "ModelError: {tmp}/gone.onnx does not exist."),
         (("bench", "{net}", "--shape", "x"), 2, SHAPE.format("x")),
+        (("quantize", "{net}", "--memory", "2 gigs"), 2, SIZE.format("2 gigs")),
+        (("quantize", "{net}", "--memory", "-1GB"), 2, SIZE.format("-1GB")),
         (("bench", "{net}", "--shape", "x=0x4"), 2, SHAPE.format("x=0x4")),
         (
             ("bench", "{net}", "--shape", "x=1x4", "--data", "{data}"),

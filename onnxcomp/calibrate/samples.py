@@ -1,9 +1,15 @@
-"""The calibration samples on their way through the model: live activations, and the one way to look at them.
+"""The calibration samples on their way through the model, and the few operations on them.
 
-The store holds, for every batch of samples, the tensors alive at the current cut as the compressed model computes
-them. `Cut.reduce` maps a function over the batches and adds up the results in sample order; `Store.advance` runs one stretch of
-the compressed model and drops what no later stretch reads. Batches are fixed at the start and independent of how many
-threads or workers run them.
+A store holds, for every batch of samples, the tensors alive at the current cut as the compressed model computes them:
+
+    advance   run one stretch of the compressed model and drop what no later stretch reads
+    add       put one more tensor beside them
+    cut       offer named reads of them, to `reduce`: a function mapped over the batches, the results added up
+    first     what a function makes of the first batches
+
+Nothing else looks at them, so they may lie in memory, in files (`calibrate.room`) or on other machines
+(`calibrate.cluster`). Batches are fixed at the start, and results are added up in a tree over neighbours that is fixed with
+them: the same bytes come out wherever the batches lie, and however many threads or workers run them.
 """
 
 from __future__ import annotations
@@ -11,12 +17,19 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import os
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from onnxcomp.calibrate.room import Room, Tensors
+from onnxcomp.calibrate.work import Work
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
@@ -27,10 +40,16 @@ from onnxcomp.methods.base import Array
 from onnxcomp.numerics.arrays import energies, sqnr_db
 from onnxcomp.runtime import Session
 
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
+
 Feed = Mapping[str, Array]
+BATCH = 8
+"""Samples that travel together."""
 SAME_DB = 60.0
 """SQNR from which two runs of the same samples count as equal."""
 P = TypeVar("P", Site, Block)
+S = TypeVar("S")
 
 
 @dataclass
@@ -38,7 +57,7 @@ class LiveBatch:
     """A few samples that travel together: their numbers and the live tensors by name."""
 
     indices: tuple[int, ...]
-    live: dict[str, Array]
+    live: Mapping[str, Array]
     reads: Reads = field(default_factory=dict)
     """What is read under a name that is no live tensor's."""
 
@@ -50,14 +69,22 @@ class LiveBatch:
 
 @dataclass(frozen=True)
 class Run:
-    """A session that computes tensors from live ones: `feeds` maps its inputs to live names."""
+    """What computes tensors from live ones: a model, whose inputs `feeds` maps to live names. Loaded where it is first run."""
 
-    session: Session
+    model: bytes
     feeds: Mapping[str, str]
+
+    @functools.cached_property
+    def _session(self) -> Session:
+        return Session(self.model, threads=1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The model travels, the session that has loaded it stays."""
+        return {"model": self.model, "feeds": self.feeds}
 
     def outputs(self, live: Mapping[str, Array]) -> dict[str, Array]:
         """The tensors, of one batch."""
-        return self.session.run({k: live[v] for k, v in self.feeds.items()})
+        return self._session.run({k: live[v] for k, v in self.feeds.items()})
 
     def output(self, live: Mapping[str, Array]) -> Array:
         """The one tensor that it computes, of one batch."""
@@ -76,29 +103,93 @@ class Cut:
     batches: Sequence[LiveBatch]
     reads: Reads
 
-    def reduce(self, fn: Callable[[LiveBatch], Any]) -> Any:
+    @property
+    def count(self) -> int:
+        """How many samples there are."""
+        return sum(len(batch.indices) for batch in self.batches)
+
+    def reduce(self, fn: Callable[[LiveBatch], S]) -> S:
         """Map every batch with `fn` and add up the results, in sample order."""
-        return functools.reduce(operator.add, (fn(replace(batch, reads=self.reads)) for batch in self.batches))
+        return combine(_each(fn, (replace(batch, reads=self.reads) for batch in self.batches)))
 
 
 class Store:
-    """The live activations of every sample at the current cut."""
+    """The live activations of every sample at the current cut, here: in the memory and the files of a `room`."""
 
-    def __init__(self, feeds: Iterable[Feed], batchable: bool, batch_size: int = 8) -> None:
-        self.batches = list(_batches(feeds, batch_size if batchable else 1))
-        if not self.batches:
+    def __init__(self, feeds: Iterable[Feed], batchable: bool, batch_size: int = BATCH, work: Work | None = None) -> None:
+        self._work = work or Work(Room())
+        if self._work.live is None:
+            found = batches(feeds, batchable, batch_size)
+            self._batches = [replace(batch, live=self._work.room.take(batch.live)) for batch in found]
+        else:
+            self._batches = [LiveBatch(indices, Tensors(files)) for indices, files in self._work.live]
+        if not self._batches:
             raise DataError("The data hold no samples. Give at least one.")
 
     def advance(self, run: Run | None, needed: Collection[str]) -> None:
         """Run one stretch on every batch, None if it computes nothing, and keep only the tensors in `needed`."""
-        for batch in self.batches:
-            computed = {} if run is None else run.outputs(batch.live)
-            batch.live = {name: array for name, array in (batch.live | computed).items() if name in needed}
+        self._move(lambda live: {} if run is None else run.outputs(live), needed)
 
     def add(self, name: str, run: Run) -> None:
         """Put one more tensor, or another value of one, beside the live ones until the next stretch."""
-        for batch in self.batches:
-            batch.live[name] = run.output(batch.live)
+        self._move(lambda live: {name: run.output(live)}, None)
+
+    def cut(self, reads: Reads) -> Cut:
+        """The samples, with what may be read."""
+        return Cut(self._batches, reads)
+
+    def first(self, fn: Callable[[LiveBatch], S], count: int = 1) -> list[S]:
+        """What `fn` makes of the first batches."""
+        return [fn(batch) for batch in self._batches[:count]]
+
+    def finish(self) -> None:
+        """Keep what is needed to go on from here."""
+        self._work.finish([(batch.indices, batch.live.kept) for batch in self._batches if isinstance(batch.live, Tensors)])
+
+    def _move(self, compute: Callable[[Mapping[str, Array]], Mapping[str, Array]], needed: Collection[str] | None) -> None:
+        for number, new in enumerate(_each(lambda batch: compute(batch.live), list(self._batches))):
+            batch = self._batches[number]
+            self._batches[number] = replace(batch, live=self._work.room.take(new, batch.live, needed))
+
+
+def _each(fn: Callable[[LiveBatch], S], batches: Iterable[LiveBatch]) -> Iterator[S]:
+    """`fn` of every batch, in their order; as many at once as there are cores, each on one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    begun = deque[Future[S]]()
+    with one_thread(), ThreadPoolExecutor(cores) as pool:
+        for batch in batches:
+            if len(begun) > cores:  # results wait for their turn, and are not small
+                yield begun.popleft().result()
+            begun.append(pool.submit(copy_context().run, fn, batch))
+        while begun:
+            yield begun.popleft().result()
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """Matrix products on one core each: several would add up in another order, and wait for one another."""
+    return _libraries().limit(limits=1, user_api="blas")
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    from threadpoolctl import ThreadpoolController  # which sets a variable of the environment
+
+    return ThreadpoolController()
+
+
+def combine(parts: Iterable[S], add: Callable[[Any, Any], Any] = operator.add) -> S:
+    """All parts added up in order: in pairs of neighbours, then in pairs of pairs and so on.
+
+    So the sum of 2^k parts that begin at a multiple of 2^k is the same wherever it is made, and the order of all other
+    additions does not depend on it.
+    """
+    sums: list[tuple[int, S]] = []
+    for part in parts:
+        size = 1
+        while sums and sums[-1][0] == size:
+            part, size = add(sums.pop()[1], part), 2 * size
+        sums.append((size, part))
+    return functools.reduce(lambda right, left: add(left, right), (part for _, part in reversed(sums)))
 
 
 def can_stack(session: Session, feeds: Sequence[Feed]) -> bool:
@@ -150,10 +241,10 @@ def split(array: Array, samples: int) -> list[Array]:
     return list(array.reshape(samples, array.shape[0] // samples, *array.shape[1:]))
 
 
-def _batches(feeds: Iterable[Feed], size: int) -> Iterator[LiveBatch]:
-    """Runs of up to `size` feeds of equal shapes, stacked along the leading axis."""
+def batches(feeds: Iterable[Feed], batchable: bool, size: int = BATCH) -> Iterator[LiveBatch]:
+    """Runs of up to `size` feeds of equal shapes, stacked along the leading axis, or every feed alone."""
     for _, alike in itertools.groupby(enumerate(feeds), lambda pair: [(name, a.shape) for name, a in pair[1].items()]):
-        while some := list(itertools.islice(alike, size)):
+        while some := list(itertools.islice(alike, size if batchable else 1)):
             parts = [feed for _, feed in some]
             stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             yield LiveBatch(tuple(index for index, _ in some), stacked if len(parts) > 1 else dict(parts[0]))

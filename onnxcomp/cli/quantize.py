@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from onnxcomp.cli.shell import PREPROCESS, PROVIDER, main, progress_bar
+from onnxcomp.cli.shell import PREPROCESS, PROVIDER, main, progress_bar, read_recipe, size
 from onnxcomp.errors import UsageError
-
-if TYPE_CHECKING:
-    from onnxcomp.recipe import Recipe
 
 
 @main.command()
 @click.argument("model", type=click.Path())
 @click.option("--data", type=click.Path(), help="Calibration samples: .npz, .npy, a folder of either, or of images.")
 @click.option("-o", "--output", type=click.Path(), help="Where the result goes; by default MODEL's name with the bits.")
-@click.option("--bits", metavar="wXaY", help="Width of weights and activations, 2 to 8 bits each; w8a8 by default.")
+@click.option(
+    "--bits", metavar="wXaY", help="Width of weights and activations, 2 to 8 bits each; w8a8 by default. auto: per site."
+)
 @click.option("--block", type=int, metavar="N", help="A scale per 16, 32, 64 or 128 inputs of a weight; for --bits wX.")
 @click.option("--embeddings", is_flag=True, default=None, help="Quantize embedding tables too.")
 @click.option("--recipe", "recipe_name", default="auto", metavar="NAME|FILE.toml", help="See `onnxcomp recipe list`.")
@@ -37,13 +37,23 @@ if TYPE_CHECKING:
 @PROVIDER
 @click.option("--seed", type=int, metavar="N", help="Decides which samples are used; 0 by default.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Write nothing if more of the answers on --data change.")
+@click.option(
+    "--max-size", type=float, metavar="BYTES|RATIO", help="With --bits auto: the file at most; below 1 of MODEL's size."
+)
+@click.option("--max-latency", type=float, metavar="RATIO", help="With --bits auto: time at most, over MODEL's.")
 @click.option("--labels", type=click.Path(), help="Let --max-drop count right answers instead: .npy, .npz or .csv.")
+@click.option(
+    "--memory", metavar="SIZE", callback=size, help="For the samples' activations, 2GB say; a quarter of what is free."
+)
+@click.option("--work", type=click.Path(), metavar="DIR", help="Keep what is finished there; the same command goes on.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--split", is_flag=True, help="Write a model of each weight term too; for xint of granularity 'model'.")
+@click.option("--report", "page", type=click.Path(), metavar="FILE.html", help="Write the report as a web page too.")
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
 def quantize(
-    model: str, data: str | None, output: str | None, *, max_drop: float | None, labels: str | None,
-    force: bool, split: bool, all_sites: bool, **options: Any,
+    model: str, data: str | None, output: str | None, *, max_drop: float | None, max_size: float | None,
+    max_latency: float | None, labels: str | None, memory: int | None, work: str | None, force: bool, split: bool,
+    page: str | None, all_sites: bool, **options: Any,
 ) -> tuple[object, ...]:  # fmt: skip
     """Quantize MODEL and write the result once it is proven to run.
 
@@ -56,40 +66,51 @@ def quantize(
         raise UsageError("--split writes its files at once, and --max-drop decides later. Give one of them.")
     if labels is not None and max_drop is None:
         raise UsageError("--labels is for --max-drop. Pass both, or compare the result with `onnxcomp compare`.")
-    recipe, path = _recipe(**options), Path(model)
-    destination = Path(output) if output is not None else path.with_name(f"{path.stem}.{recipe.bits}.onnx")
+    bounds = {"max_drop": max_drop, "max_size": max_size, "max_latency": max_latency}
+    is_auto = options["bits"] == "auto"
+    if is_auto and (data is None or split or set(bounds.values()) == {None}):
+        raise UsageError("--bits auto needs --data and a bound, --max-drop, --max-size or --max-latency, and takes no --split.")
+    if not is_auto and (max_size, max_latency) != (None, None):
+        raise UsageError("--max-size and --max-latency choose bits. Pass --bits auto.")
+    options["bits"] = None if is_auto else options["bits"]
+    recipe, path = read_recipe(**options), Path(model)
+    widths = "auto" if is_auto else recipe.bits
+    destination = Path(output) if output is not None else path.with_name(f"{path.stem}.{widths}.onnx")
 
-    from onnxcomp import pipeline
+    from onnxcomp import automatic, pipeline
     from onnxcomp.comparison import compare as compare_models
     from onnxcomp.comparison import demand
     from onnxcomp.graph import files
-    from onnxcomp.report import text
+    from onnxcomp.report import html, text
 
     files.check_output(destination, path, force=force)
+    files.check_output(page, path, force=force)
+    said: dict[str, Sequence[str]] = {}
+    kept = "Nothing is kept; --work DIR would." if work is None else f"Start it again, with --work {work}, and it goes on."
+    click.get_current_context().meta["interrupted"] = kept
     with progress_bar() as progress:
-        written = None if max_drop is not None else destination
-        result = pipeline.quantize(path, data, recipe, output=written, force=force, split=split, progress=progress)
-        if max_drop is not None:
+        how = {"force": force, "memory": memory, "work": work, "progress": progress}
+        if is_auto:
+            result, said["Bounds"] = automatic.quantize(path, data, recipe, labels=labels, output=destination, **bounds, **how)
+            said["Recipe"] = [str(destination.with_suffix(".recipe.toml"))]
+        else:
+            written = None if max_drop is not None else destination
+            result = pipeline.quantize(path, data, recipe, output=written, split=split, **how)
+        if max_drop is not None and not is_auto:
             found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
             demand(found, max_drop)
             files.save(result.model, destination, force=force, source=path)
+    if page is not None:
+        files.save_text(html.page(result.report), page)
     shown, following = result.report, ["compare", model, str(destination), "--data", "TEST_DATA"]
     if recipe.preprocess is not None:
         following += ["--preprocess", str(recipe.preprocess)]
     if data is None:
         click.echo(shown.notes[0], err=True)
         shown, following = dataclasses.replace(shown, notes=shown.notes[1:]), ["bench", model, str(destination)]
-    return result.report, text.report(shown, all_sites=all_sites), f"\n{destination}\nNext: onnxcomp {shlex.join(following)}"
-
-
-def _recipe(recipe_name: str, compensate: str | None, exclude: tuple[str, ...], **changes: Any) -> Recipe:
-    """The recipe of that name or file, with what was given on the command line in place of its own values."""
-    from onnxcomp import recipe as recipes
-
-    recipe = recipes.find(recipe_name)
-    changes = {key: value for key, value in changes.items() if value is not None and value != ()}
-    methods = None if compensate is None else recipes.parse_compensate(compensate)
-    if methods is not None:
-        # A list means these methods and nothing chosen automatically, so on plain ranges too.
-        changes = {"ranges": "mse", "activations": "static"} | changes | {"compensate": methods}
-    return dataclasses.replace(recipe, exclude=(*recipe.exclude, *exclude), **changes)
+    return (
+        result.report,
+        text.report(shown, all_sites=all_sites),
+        said,
+        f"\n{destination}\nNext: onnxcomp {shlex.join(following)}",
+    )

@@ -1,12 +1,13 @@
 """What every command shares: how an answer is printed, how an error ends, and the options that several take.
 
 The answer goes to stdout, as text or with --json as JSON; progress, warnings and errors go to stderr. Exit codes: 0
-done, 2 usage, 3 model, 4 data, 5 the result failed its proof, 6 it is worse than asked, 130 interrupted. Everything
-heavy is imported inside the commands, so that help is instant.
+done, 2 usage, 3 model, 4 data, 5 the result failed its proof, 6 it is worse than asked, 7 no room left, 130 interrupted.
+Everything heavy is imported inside the commands, so that help is instant.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import traceback
@@ -23,6 +24,7 @@ from onnxcomp.errors import OnnxcompError, UsageError
 
 if TYPE_CHECKING:
     from onnxcomp.preprocess import Preprocess
+    from onnxcomp.recipe import Recipe
 
 INTERRUPTED = 130
 
@@ -46,7 +48,7 @@ class Command(click.Command):
         from onnxcomp.report import json
         from onnxcomp.report.text import facts
 
-        lines = "\n".join(facts(part) if isinstance(part, dict) else part for part in shown)
+        lines = "\n".join(facts(part) if isinstance(part, dict) else part for part in shown if part)
         text = json.to_json(answer) if as_json else lines.rstrip("\n")
         encoding = sys.stdout.encoding or "utf-8"
         click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -73,7 +75,7 @@ class Commands(click.Group):
             click.echo(f"{type(error).__name__}: {' '.join(str(error).splitlines())}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
+            click.echo(f"Interrupted. {ctx.meta.get('interrupted', '')}".rstrip(), err=True)
             ctx.exit(INTERRUPTED)
 
 
@@ -101,6 +103,16 @@ def shapes(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]
     return found
 
 
+def size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """Read a number of bytes such as 512MB."""
+    if value is None:
+        return None
+    read = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", value, re.ASCII)
+    if read is None:
+        raise UsageError(f"Size '{value}' is not understood. Write it like 512MB or 2GB.")
+    return int(float(read[1]) * 1000 ** " kMGT".index(read[2] or " "))
+
+
 PROVIDER = click.option(
     "--provider", callback=_provider, expose_value=False, metavar="NAME",
     help="ONNX Runtime's execution provider: cpu by default, cuda, tensorrt.",
@@ -125,3 +137,18 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=is_quiet) as bar:
         task = bar.add_task("", total=None)
         yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+
+
+def read_recipe(
+    recipe_name: str, compensate: str | None = None, exclude: tuple[str, ...] = (), **changes: Any
+) -> Recipe:  # fmt: skip
+    """The recipe of that name or file, with what was given on the command line in place of its own values."""
+    from onnxcomp import recipe as recipes
+
+    recipe = recipes.find(recipe_name)
+    changes = {key: value for key, value in changes.items() if value is not None and value != ()}
+    methods = None if compensate is None else recipes.parse_compensate(compensate)
+    if methods is not None:
+        # A list means these methods and nothing chosen automatically, so on plain ranges too.
+        changes = {"ranges": "mse", "activations": "static"} | changes | {"compensate": methods}
+    return dataclasses.replace(recipe, exclude=(*recipe.exclude, *exclude), **changes)

@@ -1,14 +1,15 @@
 """The activation quantizers of the compressed graph, put in one at a time as the walk reaches their first reader."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from onnxcomp.calibrate.samples import Cut
 from onnxcomp.graph.blocks import Block
-from onnxcomp.graph.edit import Graph, Tape, apply
+from onnxcomp.graph.edit import Graph, Tape, apply, tensors_of
 from onnxcomp.graph.schedule import Step
 from onnxcomp.graph.sites import Site, matches
 from onnxcomp.graph.tidy import Fold
@@ -36,6 +37,8 @@ class Quantizers:
     methods: Sequence[InputMethod]
     """The methods that change what is quantized."""
     decisions: list[Decision]
+    once: Callable[[Callable[[], Any]], Any] = lambda compute: compute()
+    """Finds something out from samples, or remembers it."""
     granularity: dict[str, str] = field(default_factory=dict)
     """Site -> static or token, where the recipe leaves it open."""
     noise: dict[str, tuple[InputMethod, Mapping[str, Array]]] = field(default_factory=dict)
@@ -72,13 +75,16 @@ class Quantizers:
         granularity, source, q, fake = point.granularity, point.tensor, None, None
         if granularity in ("static", "auto") and point.same_as is None:
             assert cut is not None, "without samples every range is measured at run time"
-            q = activations.fit_static(cut, point.scheme, point.ranges, point.percentile, point.highest)
+            how = point.scheme, point.ranges, point.percentile, point.highest
+            q = self.once(lambda: activations.fit_static(cut, *how))
             if granularity == "auto":
                 granularity = self._granularity(point, q, cut)
         if cut is not None:
             source, q, fake = self._change(point, q if granularity == "static" else None, cut, tape.prefix)
         if granularity != "static":
-            ratio = activations.fit_ratio(cut, point.scheme) if granularity == "token" and cut is not None else 1.0
+            ratio = 1.0
+            if granularity == "token" and cut is not None:
+                ratio = self.once(lambda: activations.fit_ratio(cut, point.scheme))
             new = activations.build_run_time(tape, source, point.scheme, granularity, ratio)
             fake = functools.partial(activations.fake, scheme=point.scheme, granularity=granularity, ratio=ratio)
         elif q is not None:
@@ -94,7 +100,7 @@ class Quantizers:
     def store_again(self, block: Block, label: str, point: Point, cut: Cut) -> None:
         """Quantize a stored tensor a second time, behind what a method has added to it."""
         tape = Tape(f"{block.name}/{label}/range")
-        q = activations.fit_static(cut, point.scheme, point.ranges, point.percentile)
+        q = self.once(lambda: activations.fit_static(cut, point.scheme, point.ranges, point.percentile))
         self._write(tape, point, activations.build_static(tape, point.tensor, q))
 
     def _write(self, tape: Tape, point: Point, new: str) -> None:
@@ -107,7 +113,7 @@ class Quantizers:
 
     def _granularity(self, point: Point, q: QParams, cut: Cut) -> str:
         """Per token if that lowers the error of the static quantizer `q` by enough for its price, else static."""
-        gain, least = activations.token_gain(cut, q), TOKEN_GAIN_DB * 2.0 ** (point.scheme.bits - 4)
+        gain, least = self.once(lambda: activations.token_gain(cut, q)), TOKEN_GAIN_DB * 2.0 ** (point.scheme.bits - 4)
         chosen, verb = ("token", "lowers") if gain > least else ("static", "does not lower")
         reason = f"a range per token {verb} the input's error by the {least:g} dB that it must for its time"
         for site in point.consumers or ():
@@ -122,9 +128,9 @@ class Quantizers:
         sites = tuple(s for s in self.plan.sites if s.kind == "layer" and s.name in (point.consumers or ()))
         only_layers = len(sites) == len(point.consumers or ())  # a product has no bias to take it out with
         for method in [m for m in self.methods if only_layers and any(matches(m.where, site) for site in sites)]:
-            tensors, label = self.reference.tensors(), method_name(method)
+            tensors, label = tensors_of(self.reference), method_name(method)
             place = Input(point.tensor, q, sites, tuple(tensors[s.weight].values for s in sites if s.weight is not None))
-            outcome = method.fit(place, cut)
+            outcome = self.once(lambda method=method, place=place: method.fit(place, cut))
             if outcome.fit is None or q is None:
                 self.decisions.append(Decision(place.name, label, False, outcome.reason, outcome.gain_db, 0))
                 continue

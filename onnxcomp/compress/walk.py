@@ -15,12 +15,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnxcomp.calibrate.samples import Cut, LiveBatch, Run, Store, split
+from onnxcomp.calibrate.room import Room
+from onnxcomp.calibrate.samples import Cut, LiveBatch, Run, Store, combine, split
+from onnxcomp.calibrate.work import Work
 from onnxcomp.compress.quantizers import Quantizers
 from onnxcomp.errors import UsageError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.edit import Graph, Node, Tape, apply, extract
+from onnxcomp.graph.edit import Graph, Node, Tape, apply, extract, tensors_of
 from onnxcomp.graph.files import ModelProto, to_bytes
 from onnxcomp.graph.offsets import fold_offset
 from onnxcomp.graph.schedule import schedule
@@ -32,6 +34,7 @@ from onnxcomp.methods.bias import TRIM, BiasCompensation, SampleErrors, decibel
 from onnxcomp.methods.xint import XInt
 from onnxcomp.numerics.affine import QParams, Scheme
 from onnxcomp.numerics.saturation import may_saturate, reach
+from onnxcomp.numerics.statistics import Highest
 from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
 from onnxcomp.runtime import Progress, Session, measure
@@ -56,6 +59,8 @@ class Walk:
     target: Target
     methods: tuple[Compensation, ...]
     store: Store | None
+    work: Work = field(default_factory=lambda: Work(Room()))
+    """What was found out before, and keeps what is found out."""
     blocks: tuple[Block, ...] = ()
     """The stretches that block methods are fitted to; the last may be the whole model."""
     decisions: list[Decision] = field(default_factory=list)
@@ -67,7 +72,7 @@ class Walk:
 
     def __post_init__(self) -> None:
         methods = [m for m in self.methods if isinstance(m, InputMethod)]
-        self.quantizers = Quantizers(self.reference, self.compressed, self.plan, methods, self.decisions)
+        self.quantizers = Quantizers(self.reference, self.compressed, self.plan, methods, self.decisions, self.work.once)
         self._series = self._allocate()
 
     def run(self, progress: Progress) -> None:
@@ -85,20 +90,24 @@ class Walk:
                 self._compensate(step.site)
             if self.store is None:
                 continue
-            macs += 0 if layer is None else self._macs(layer)
+            macs += self._macs(layer) if layer is not None and unfinished else 0
             ended = [block for block in unfinished if block.y in step.computed]
             kept = {name for block in unfinished for name in block.inputs}
             kept |= results if following is None else set(following.live_in)
-            run = self._run(self.compressed, self._entries(step.live_in), step.computed) if step.computed else None
-            self.store.advance(run, kept)
+            if not self.work.is_ahead:
+                run = self._run(self.compressed, self._entries(step.live_in), step.computed) if step.computed else None
+                self.store.advance(run, kept)
             for block in ended:
                 self._compensate_block(replace(block, macs=macs))
                 unfinished.remove(block)
                 macs = 0
+            self.store.finish()
         for point in self.quantizers.due(None):
             self.quantizers.put(point, self._cut(point.tensor))
+        if self.store is not None:
+            self.store.finish()
         for add, method in self.quantizers.added:
-            fold = fold_offset(self.compressed, add, method, lambda part, feeds: self._session(part).run(feeds))
+            fold = fold_offset(self.compressed, add, method, lambda part, feeds: Session(self._bytes(part)).run(feeds))
             self.quantizers.folds += [] if fold is None else [fold]
         progress("quantizing", len(steps), len(steps))
 
@@ -106,11 +115,14 @@ class Walk:
         """The outputs that the walk arrived at, for the first `count` batches: what the finished file must reproduce."""
         assert self.store is not None
         outputs = {t.name for t in self.reference.outputs}
-        found = [{k: v for k, v in batch.live.items() if k in outputs} for batch in self.store.batches[:count]]
-        for name in sorted(self.quantizers.entries.keys() & outputs):
-            run = self._run(self.compressed, self._entries([name]), [name])
-            found = [live | run.outputs(live) for live in found]
-        return found
+        behind = sorted(self.quantizers.entries.keys() & outputs)
+        runs = [self._run(self.compressed, self._entries([name]), [name]) for name in behind]
+
+        def read(batch: LiveBatch) -> Mapping[str, Array]:
+            live = {name: batch.live[name] for name in outputs & batch.live.keys()}
+            return live | {name: array for run in runs for name, array in run.outputs(live).items()}
+
+        return self.store.first(read, count)
 
     def split(self) -> list[Graph]:
         """The low-bit graphs of the weight terms. Raises UsageError unless a series of granularity `model` is all there is."""
@@ -128,7 +140,7 @@ class Walk:
     # --- one layer -------------------------------------------------------------------------------------------------
 
     def _quantize_weight(self, site: Site) -> None:
-        settings, tensors = self.plan.settings[site.name], self.compressed.tensors()
+        settings, tensors = self.plan.settings[site.name], tensors_of(self.compressed)
         bits = settings.weight_bits
         assert site.weight is not None
         if site.weight in tensors and not tensors[site.weight].inputs:  # else it is shared and already stored as codes
@@ -156,7 +168,7 @@ class Walk:
         if series is None and noise is None:
             return
         place = xint.Terms.read(self.compressed, site, self._weight(site))
-        outcome = None if series is None else series.fit(place, self._cut(site.x))
+        outcome = None if series is None else self.work.once(lambda: series.fit(place, self._cut(site.x)))
         if noise is not None:
             method, fit = noise
             rounded = place.first.values(site.weight_axis).astype(np.float32)
@@ -188,7 +200,8 @@ class Walk:
             return weights.fit(site, w, bits, settings.block, zero_points=settings.zero_points)
         centred = any(isinstance(m, BiasCompensation) and m.scope == "layer" and matches(m.where, site) for m in self.methods)
         how = (self._node(site).attrs, self.quantizers.fake(site), settings.block)
-        return weights.fit_gptq(site, w, bits, cut, *how, zero_points=settings.zero_points, centred=centred)
+        more = {"zero_points": settings.zero_points, "centred": centred}
+        return self.work.once(lambda: weights.fit_gptq(site, w, bits, cut, *how, **more))
 
     def _saturates(self, site: Site, codes: Array) -> bool:
         """Whether products of these 8-bit codes may be added wrongly, on the samples; see `numerics.saturation`."""
@@ -201,16 +214,16 @@ class Walk:
             groups = int(self._node(site).attrs.get("group", 1))
             channels = groups * codes.shape[1]
         worst = np.full((1, channels), 2 ** how.attrs["bits"] - 1)
-        seen = [(worst[0], reach(worst))]
+        seen = Highest((worst[0], reach(worst)))
         if cut is not None and how.attrs["granularity"] == "static":
             q = QParams(Scheme(how.attrs["bits"]), *(t.values for t in how.inputs[1:3]))
 
-            def read(batch: LiveBatch) -> list[tuple[Array, Array]]:
+            def read(batch: LiveBatch) -> Highest:
                 rows = [np.moveaxis(x, 1 if is_conv else -1, -1).reshape(-1, channels) for x in batch.read("xh")]
-                return [(a.max(axis=0), reach(a)) for a in map(q.quantize, rows)]
+                return combine(Highest((a.max(axis=0), reach(a))) for a in map(q.quantize, rows))
 
-            seen = cut.reduce(read)
-        highest, pairs = (np.max(parts, axis=0) for parts in zip(*seen, strict=True))
+            seen = self.work.once(lambda: cut.reduce(read))
+        highest, pairs = seen.arrays
         return may_saturate(codes, highest, pairs, groups)
 
     def _weight(self, site: Site) -> Array:
@@ -225,13 +238,15 @@ class Walk:
         if self.store is None:
             return
         measured: list[Outcome] = []
+        kept = self.plan.settings[site.name].methods
         for method in self.methods:
-            if method.scope == "layer" and site.kind == "layer" and matches(method.where, site):
-                measured.append(method.fit(site, self._site_cut(site)))
+            is_asked = method.scope == "layer" and site.kind == "layer" and matches(method.where, site)
+            if is_asked and (kept is None or method_name(method) in kept):
+                measured.append(self.work.once(lambda method=method: method.fit(site, self._site_cut(site))))
                 self._decide(site, method, measured[-1])
         if not measured:
             read = functools.partial(SampleErrors.of, channel_axis=site.channel_axis, trim=TRIM)
-            errors = self._site_cut(site).reduce(read)
+            errors = self.work.once(lambda: self._site_cut(site).reduce(read))
             found = decibel(errors.energy, errors.error)
             measured.append(Outcome(None, "nothing to fit", None, found, found))
         self.results[site.name] = replace(measured[-1], before_db=measured[0].before_db)
@@ -241,24 +256,24 @@ class Walk:
         label, fit, added, price = method_name(method), outcome.fit, 0, None
         if fit is not None:
             added = self._write(place, label, lambda tape: method.build(tape, series or place, fit))
-            price = self._price(place, label)
+            price = self.work.once(lambda: self._price(place, label))
         self.decisions.append(Decision(place.name, label, fit is not None, outcome.reason, outcome.gain_db, added, price))
 
     def _price(self, place: Site | Block, label: str) -> float | None:
         """Milliseconds that the operators of an edit take for one sample; None where it has none, or no sample is there."""
-        tensors = self.compressed.tensors()
+        tensors = tensors_of(self.compressed)
         before = next((name for name in tensors if name.startswith(f"{place.y}/before-{label}")), None)
         if before is None or self.store is None:
             return None
-        batch, live = self.store.batches[0], self._entries(place.inputs)
+        live = self._entries(place.inputs)
         if isinstance(place, Block):  # timed alone, for it is small beside the block
             live[before] = place.y
             parts = [extract(self.compressed, list(live), [place.y])]
         else:
             parts = [extract(self.compressed, list(live), [name]) for name in (place.y, before)]
-        feed = {t.name: split(batch.live[live[t.name]], len(batch.indices))[0] for t in parts[0].inputs}
-        models = [to_bytes(to_model(self.target.lower(part), self.like)) for part in parts]
-        times = measure(models, [feed], rounds=PRICE_ROUNDS, faithful=True)
+        read = {t.name: live[t.name] for t in parts[0].inputs}
+        (feed,) = self.store.first(lambda batch: {k: split(batch.live[v], len(batch.indices))[0] for k, v in read.items()})
+        times = measure(list(map(self._bytes, parts)), [feed], rounds=PRICE_ROUNDS, faithful=True)
         return max(times[0].median_ms - sum(t.median_ms for t in times[1:]), 0.0)
 
     def _write(self, place: Site | Block, label: str, build: Callable[[Tape], Mapping[str, str]], where: str = "") -> int:
@@ -286,41 +301,43 @@ class Walk:
         stored = next((p for p in self.plan.points if p.tensor == block.y and p.consumers is None), None)
         if block.last is not None and block.last.y in self.quantizers.entries:
             block = replace(block, last=None)
-        self.store.add(FLOAT_BLOCK, self._float(block))
+        if not self.work.is_ahead:
+            self.store.add(FLOAT_BLOCK, self._float(block))
         for method in methods:
-            label = method_name(method)
-            outcome = method.fit(block, Cut(self.store.batches, {"xh": block.x, "f_xh": FLOAT_BLOCK, "g_xh": block.y}))
+            label, cut = method_name(method), self.store.cut({"xh": block.x, "f_xh": FLOAT_BLOCK, "g_xh": block.y})
+            outcome = self.work.once(lambda method=method, block=block, cut=cut: method.fit(block, cut))
             if outcome.fit is not None and stored is not None and block.y not in self.quantizers.entries:
                 self.quantizers.put(stored, self._cut(block.y))  # the integer kernel that makes it goes on storing its result
             self._decide(block, method, outcome)
             if outcome.fit is None:
                 continue
-            before = self.compressed.tensors().keys() & {f"{block.y}/before-{label}"}
+            before = tensors_of(self.compressed).keys() & {f"{block.y}/before-{label}"}
             live = self._entries(block.inputs) | dict.fromkeys(before, block.y)
-            self.store.add(block.y, self._run(self.compressed, live, [block.y]))
+            if not self.work.is_ahead:
+                self.store.add(block.y, self._run(self.compressed, live, [block.y]))
             if stored is not None:
-                self.quantizers.store_again(block, label, stored, Cut(self.store.batches, {"xh": block.y}))
+                self.quantizers.store_again(block, label, stored, self.store.cut({"xh": block.y}))
 
     def _macs(self, site: Site) -> int:
         """Multiplications of a layer for one sample."""
         assert self.store is not None
-        batch, size = self.store.batches[0], self._weight(site).size
-        shape = batch.live[site.x].shape
+        (found,) = self.work.once(lambda store=self.store: store.first(lambda b: (b.live[site.x].shape, len(b.indices))))
+        (shape, samples), size = found, self._weight(site).size
         if site.op != "Conv":
-            return math.prod(shape[:-1]) // len(batch.indices) * size
+            return math.prod(shape[:-1]) // samples * size
         return math.prod(shape[2:]) // math.prod(self._node(site).attrs.get("strides", ())) * size
 
     # --- sessions on parts -------------------------------------------------------------------------------------------
 
     def _cut(self, tensor: str) -> Cut | None:
         """The samples with one live tensor as `xh`; None where there are none."""
-        return None if self.store is None else Cut(self.store.batches, {"xh": tensor})
+        return None if self.store is None else self.store.cut({"xh": tensor})
 
     def _site_cut(self, site: Site) -> Cut:
         """The samples with the site's float and compressed output, both fed with what the compressed model computes."""
         assert self.store is not None
         compressed = self._run(self.compressed, self._entries(site.inputs), [site.y])
-        return Cut(self.store.batches, {"xh": site.x, "f_xh": self._float(site), "g_xh": compressed})
+        return self.store.cut({"xh": site.x, "f_xh": self._float(site), "g_xh": compressed})
 
     def _float(self, place: Site | Block) -> Run:
         return self._run(self.reference, {name: name for name in place.inputs}, [place.y])
@@ -328,11 +345,11 @@ class Walk:
     def _run(self, graph: Graph, live: Mapping[str, str], outputs: Sequence[str]) -> Run:
         """What computes `outputs` in the graph; `live`: the live tensor that each of its inputs is fed with."""
         part = extract(graph, list(live), list(outputs))
-        return Run(self._session(part), {t.name: live[t.name] for t in part.inputs})
+        return Run(self._bytes(part), {t.name: live[t.name] for t in part.inputs})
 
     def _entries(self, names: Sequence[str]) -> dict[str, str]:
         """What holds each live tensor's value in the compressed graph, and the tensor."""
         return {self.quantizers.entries.get(name, name): name for name in names}
 
-    def _session(self, part: Graph) -> Session:
-        return Session(to_bytes(to_model(self.target.lower(part), self.like)))
+    def _bytes(self, part: Graph) -> bytes:
+        return to_bytes(to_model(self.target.lower(part), self.like))

@@ -30,14 +30,15 @@ Fake = Callable[[Array], Array]
 def fit_static(samples: Samples, scheme: Scheme, ranges: str, percentile: float, highest: float = np.inf) -> QParams:
     """Scale and zero point of the tensor read as `xh`; the largest code stands for no more than `highest`."""
 
-    def read(batch: Batch) -> tuple[Array, ...]:
-        values = batch.read("xh")
+    def read(batch: Batch) -> Histogram:
+        values = [x for x in batch.read("xh") if x.size]
         if ranges == "minmax":
-            return tuple(np.array([x.min(), x.max()]) for x in values if x.size)
-        return tuple(subsample(x, VALUES_PER_SAMPLE) for x in values)
+            seen = [np.array([x.min(), x.max()]) for x in values]
+        else:
+            seen = [subsample(x, VALUES_PER_SAMPLE) for x in values]
+        return Histogram.of(np.concatenate([np.zeros(0, np.float32), *seen]))
 
-    seen = samples.reduce(read)
-    q = choose(Histogram.of(np.concatenate([np.zeros(0, np.float32), *seen])), scheme, ranges, percentile)
+    q = choose(samples.reduce(read), scheme, ranges, percentile)
     reach = scheme.qmax - int(q.zero_point)
     if reach * float(q.scale) <= highest:
         return q

@@ -49,6 +49,11 @@ S = TypeVar("S")
 class Samples(Protocol):
     """The calibration samples of one site. The only way to look at them is to reduce them to a statistic."""
 
+    @property
+    def count(self) -> int:
+        """How many samples there are."""
+        ...
+
     def reduce(self, fn: Callable[[Batch], S]) -> S:
         """Map every batch with `fn` and add up the results, in sample order."""
         ...

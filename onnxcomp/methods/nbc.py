@@ -14,8 +14,8 @@ Paper   arXiv:2605.16423 (its constants are not published; ours are measured). L
 Cost    C_in C_out weights. On ViT-Ti, in percent of the block's time: 5 linear, 8 with the error bent, 15 with both.
 Gate    the branch of the highest gain in dB on held-out samples less its price, where that is above zero. The error is
         relative per token; the worst 5 % of a sample's tokens do not count.
-Limits  needs some 15 tokens per input channel; trusts the calibration data; holds the errors of up to 1,024 tokens of every
-        sample in memory.
+Limits  needs some 15 tokens per input channel; trusts the calibration data; holds the errors of up to 1,024 tokens of a
+        sample in memory, 131,072 in all.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ SHARES = (16, 8, 4)
 """Low ranks that are tried: the width divided by these."""
 GROUP = 64
 """Channels per group of a Conv."""
-TOKENS = 1024
-"""Tokens of a sample that are looked at."""
+TOKENS, TOTAL = 1024, 1 << 17
+"""Tokens that are looked at, of a sample and of all."""
 DEAD, TINY = 1e-6, 1e-30
 """Where a channel's standard deviation counts as nothing: beside the largest one, and at all."""
 ONE, HUGE = np.array(1.0, np.float32), np.array(1e30, np.float32)
 
 
 class Rows(NamedTuple):
-    """One sample: its number, how many tokens it has, and of at most `TOKENS` of them, evenly spread: x [T, C_in], the block's
+    """One sample: its number, how many tokens it has, and of some of them, evenly spread: x [T, C_in], the block's
     error e [T, C_out] and the energy of its float output, summed over channels [T].
     """
 
@@ -87,7 +87,8 @@ class NonlinearBipolarCompensation(Compensation):
 
     def fit(self, place: Block, samples: Samples) -> Outcome:
         # Kept, not summed: every pair of c looks at them anew, and what both blocks give is computed but once.
-        seen = samples.reduce(lambda batch: tuple(_samples(batch, place)))
+        limit = min(TOKENS, max(TOTAL // samples.count, 1))
+        seen = samples.reduce(lambda batch: tuple(_samples(batch, place, limit)))
         if any(len(s.x) != len(s.e) for s in seen):
             return Outcome(None, "its input and output do not line up")
         if not any(s.e.any() for s in seen):
@@ -117,7 +118,8 @@ class NonlinearBipolarCompensation(Compensation):
         for c_x, c_e in ((self.alpha, self.alpha),) if self.alpha else GRID:
             factor = alive / np.where(alive, x, 1.0) / (1.0 if c_x == INF else c_x)
             unit = np.maximum(e, max(DEAD * e.max(), TINY)) * (1.0 if c_e == INF else c_e)
-            pairs = ((_bent(s.x * factor, c_x), _bent(s.e / unit, c_e)) for s in fitted)
+            thin = factor.astype(np.float32), (1.0 / unit).astype(np.float32)
+            pairs = ((_bent(s.x * thin[0], c_x), _bent(s.e * thin[1], c_e)) for s in fitted)
             regression = Regression.of(pairs, groups, self.ridge)
             # A linear branch ends behind its bias; any other has W in units of the bound and goes on with clip and L^-1.
             bound = _bent(largest / unit, c_e)
@@ -256,13 +258,13 @@ def _groups(block: Block) -> int:
     return next(g for g in range(wanted, 0, -1) if inputs % g == 0 and outputs % g == 0)
 
 
-def _samples(batch: Batch, block: Block) -> Iterator[Rows]:
-    """Every sample of the batch; x where the strides take it."""
+def _samples(batch: Batch, block: Block, limit: int) -> Iterator[Rows]:
+    """Every sample of the batch, `limit` tokens of it; x where the strides take it."""
     reads = [batch.read(name) for name in ("xh", "f_xh", "g_xh")]
     for index, x, f, g in zip(batch.indices[: len(reads[0])], *reads, strict=True):
         x = x[(..., *(slice(None, None, stride) for stride in block.strides))]
         x, f, g = (np.moveaxis(a, block.channel_axis, -1).reshape(-1, a.shape[block.channel_axis]) for a in (x, f, g))
-        step = -(-len(f) // TOKENS)
+        step = -(-len(f) // limit)
         yield Rows(index, len(f), np.ascontiguousarray(x[::step]), f[::step] - g[::step], _squares(f[::step]))
 
 

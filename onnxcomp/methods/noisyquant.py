@@ -32,7 +32,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from onnxcomp.graph.edit import Tape
 from onnxcomp.graph.sites import Site
-from onnxcomp.methods.base import Array, Batch, Fit, Input, InputMethod, Outcome, Samples, is_held_out, per_channel
+from onnxcomp.methods.base import HOLD_OUT, Array, Batch, Fit, Input, InputMethod, Outcome, Samples, is_held_out, per_channel
 from onnxcomp.methods.bias import TRIM, decibel
 from onnxcomp.numerics.affine import QParams
 from onnxcomp.numerics.ranges import choose
@@ -40,6 +40,8 @@ from onnxcomp.numerics.statistics import Histogram
 
 ROWS, PEAKS = 16, 3
 """Tokens of each sample that are looked at: evenly spread, and those of the largest values."""
+SAMPLES = 512
+"""Samples that are looked at: where there are more, every second four of them, or every third and so on."""
 EVEN, PEAK, FIRST = range(3)
 """Why a token is looked at. Few as they are, the others depend on those that draw attention and on the first, which is a
 class or a start token in most transformers: a range that suits the many may clip just these."""
@@ -127,7 +129,8 @@ class NoisyQuant(InputMethod):
             return Outcome(None, "the range is measured at run time: a fixed noise has no fixed step to work on")
         if any(site.padded for site in place.sites):
             return Outcome(None, "a Conv that reads it pads with zeros, from which the noise could not be taken out")
-        seen = samples.reduce(lambda batch: tuple(Rows.of(batch, place.sites[0].channel_axis)))
+        apart, axis = -(-samples.count // SAMPLES), place.sites[0].channel_axis
+        seen = samples.reduce(lambda batch: tuple(r for r in Rows.of(batch, axis) if r.sample[0] // HOLD_OUT % apart == 0))
         fitted, judged = Rows.joined(seen).split()
         channels = fitted.x.shape[1]
         weight = np.concatenate([_effect(w, s, channels) for w, s in zip(place.weights, place.sites, strict=True)], axis=1)

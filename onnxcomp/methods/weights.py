@@ -70,13 +70,18 @@ def fit_gptq(
     """
     nearest, groups = fit(site, w, bits, block, zero_points=zero_points), int(attrs.get("group", 1))
     columns, codes = (_columns(a, site, groups).astype(np.float64) for a in (w, nearest["codes"]))
-    read = functools.partial(_moments, site=site, w=columns, kernel=w.shape[2:], attrs=attrs, fake=fake)
-    moments, size = samples.reduce(read), columns.shape[1]
+    size, outputs = columns.shape[1:]
+    # What the weight is to give is summed as outputs, or as inputs where these are fewer: their product with W comes later.
+    gram = columns[0] @ columns[0].T if outputs > size and site.op != "Conv" else None
+    read = functools.partial(_moments, site=site, w=columns, gram=gram, kernel=w.shape[2:], attrs=attrs, fake=fake)
+    moments = samples.reduce(read)
     ones = moments[:, :, size:, size, None]
     judge = int(ones[1].any())
     if centred:
         moments = moments - moments[..., size, None] / np.maximum(ones, 1e-30) * moments[:, :, size:]
     xx, xy = moments[:, :, :size, :size], moments[:, :, :size, size + 1 :]
+    if site.op == "Conv" or gram is not None:
+        xy = (xx if site.op == "Conv" else xy) @ columns
     blocks = np.arange(size) // (block or size)  # of each input
     scale = nearest["scale"].astype(np.float64).reshape(groups, blocks[-1] + 1, -1)[:, blocks]
     zero = nearest["zero_point"].astype(np.float64)[None, blocks] if zero_points else np.zeros((1, 1, 1))
@@ -163,29 +168,41 @@ def _columns(w: Array, site: Site, groups: int) -> Array:
 
 
 def _moments(
-    batch: Batch, site: Site, w: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any], fake: Callable[[Array], Array]
-) -> Array:
-    """Sums over the layer's quantized inputs xh and the outputs y that its weight is to give, weighted per token, for fitted
-    and for held-out samples: [xh, 1]' [xh, 1, y], float64 [2, groups, K + 1, K + 1 + O].
+    batch: Batch, site: Site, w: Array, gram: Array | None, kernel: tuple[int, ...], attrs: Mapping[str, Any],
+    fake: Callable[[Array], Array],
+) -> Array:  # fmt: skip
+    """Sums over the layer's quantized inputs xh and its target t, weighted per token, for fitted and for held-out samples:
+    [xh, 1]' [xh, 1, t], float64 [2, groups, K + 1, ..]; a sample's own in float32. t is the output W' x, the input x where
+    `gram`, W W', is given, and left out for a Conv, whose x is xh.
     """
     groups, size, outputs = w.shape
-    sums = np.zeros((2, groups, size + 1, size + 1 + outputs))
+    targets, w = 0 if site.op == "Conv" else outputs if gram is None else size, w.astype(np.float32)
+    seen: tuple[list[tuple[Array, Array]], ...] = ([], [])
     for number, sample in zip(batch.indices, batch.read("xh"), strict=False):
         x = _rows(fake(sample), site, groups, kernel, attrs)
-        y = (x if site.op == "Conv" else _rows(sample, site, groups, kernel, attrs)) @ w
-        energy = np.square(y).sum(axis=(0, 2)) if site.op != "Conv" else np.ones(y.shape[1])
-        root = np.sqrt(np.minimum(1.0, energy.mean() / np.maximum(energy, 1e-30)))[:, None]
-        rows = np.concatenate([x, np.ones((groups, len(root), 1)), y], axis=2) * root
-        sums[int(is_held_out(number))] += np.swapaxes(rows[..., : size + 1], 1, 2) @ rows
+        root, target = np.ones((x.shape[1], 1), np.float32), np.zeros((groups, x.shape[1], 0), np.float32)
+        if targets:
+            raw = _rows(sample, site, groups, kernel, attrs)
+            target = raw @ w if gram is None else raw
+            energy = np.einsum("gtk,gtk->t", target, target if gram is None else raw @ gram.astype(np.float32))
+            root = np.sqrt(np.minimum(1.0, energy.mean() / np.maximum(energy, 1e-30)))[:, None]
+        ones = np.ones((groups, len(root), 1), np.float32)
+        seen[int(is_held_out(number))].append((np.concatenate([x, ones], axis=2) * root, target * root))
+    sums = np.zeros((2, groups, size + 1, size + 1 + targets))
+    for found, parts in zip(sums, seen, strict=True):
+        if parts:
+            left, right = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+            turned = np.swapaxes(left, 1, 2)
+            found[..., : size + 1], found[..., size + 1 :] = turned @ left, turned @ right
     return sums
 
 
 def _rows(x: Array, site: Site, groups: int, kernel: tuple[int, ...], attrs: Mapping[str, Any]) -> Array:
-    """What the weight is multiplied with, at some tokens of a sample: float64 [groups, n, K]."""
+    """What the weight is multiplied with, at some tokens of a sample: float32 [groups, n, K]."""
     if site.op != "Conv":
-        return x[_spread(x.shape[:-1], ROWS_PER_SAMPLE)][None].astype(np.float64)
+        return x[_spread(x.shape[:-1], ROWS_PER_SAMPLE)][None]
     patches = _patches(x, kernel, attrs)
-    return patches.reshape(len(patches), groups, -1).swapaxes(0, 1).astype(np.float64)
+    return patches.reshape(len(patches), groups, -1).swapaxes(0, 1)
 
 
 def _spread(shape: tuple[int, ...], limit: int) -> tuple[Array, ...]:

@@ -1,6 +1,7 @@
 """How the values of samples are distributed.
 
-A `Histogram` is made of all values at once, taken as float32; NaN and infinity raise DataError.
+A `Histogram` is made of values taken as float32; NaN and infinity raise DataError. Histograms can be added up: bins are
+laid out so that the sum is exactly the histogram of all values at once.
 """
 
 from __future__ import annotations
@@ -52,6 +53,29 @@ class Histogram:
         kind = np.float32 if exponent <= 0 else np.float64
         places = np.floor(flat.astype(kind) * kind(2.0**-exponent)) - first
         return Histogram(np.bincount(places.astype(np.intp), minlength=bins), first, 2.0**exponent, low, high)
+
+    def __add__(self, other: Histogram) -> Histogram:
+        """The histogram of the values of both."""
+        parts = [h for h in (self, other) if h.counts.size]
+        if len(parts) < 2:
+            return parts[0] if parts else self
+        low, high = min(h.low for h in parts), max(h.high for h in parts)
+        exponent, first, bins = _layout(low, high)
+        counts = np.zeros(bins, np.int64)
+        for h in parts:
+            places = (h.first + np.arange(h.counts.size)) >> (exponent - math.frexp(h.width)[1] + 1)
+            np.add.at(counts, places - first, h.counts)
+        return Histogram(counts, first, 2.0**exponent, low, high)
+
+
+@dataclass(frozen=True, eq=False)
+class Highest:
+    """The largest value at every place of some arrays."""
+
+    arrays: tuple[NDArray, ...]
+
+    def __add__(self, other: Highest) -> Highest:
+        return Highest(tuple(map(np.maximum, self.arrays, other.arrays)))
 
 
 def subsample(x: NDArray, limit: int) -> NDArray:

@@ -20,7 +20,7 @@ Facts = Mapping[str, Iterable[str]]
 
 def report(value: model.Report, *, all_sites: bool = False) -> str:
     """The whole report; the `LONGEST` worst sites only, unless `all_sites`."""
-    return f"{_header(value)}\n\n{sites(value.sites, all_sites=all_sites)}\n\n{facts(_facts(value))}"
+    return f"{title(value)}\n\n{sites(value.sites, all_sites=all_sites)}\n\n{facts(report_facts(value))}"
 
 
 def comparison(value: model.Comparison) -> str:
@@ -54,6 +54,19 @@ def inspection(value: model.Inspection, *, all_sites: bool = False) -> str:
     if value.report is not None:
         last = f"{report(value.report, all_sites=all_sites)}\n\n{value.report.recipe.strip()}"
     return f"{head}\n\n{facts(lines)}\n\n{last}"
+
+
+def damages(value: model.Analysis, *, all_sites: bool = False) -> str:
+    """One row per site, the most damaging first, in per cent of what the compressed model loses; then what to do."""
+    shown = value.sites if all_sites else value.sites[:LONGEST]
+    columns = ("Alone", "weights", "activations", "In all", "weights ", "activations ")
+    rows = [
+        [s.name, s.bits, *(f"{100 * x / value.total if value.total else 0.0:.1f} %" for x in s.figures)] for s in shown
+    ]  # fmt: skip
+    head = f"{value.model} -> {value.bits} for {value.target}: the output's SQNR is {decibels(value.sqnr_db)}"
+    said = f"{head}, {plural(value.samples, 'sample')}, {plural(value.passes, 'pass').replace('passs', 'passes')}"
+    listed = cut(table(["Site", "Bits", *columns], rows, right=columns), len(value.sites) - len(shown), "better")
+    return f"{said}\n\n{listed}\n\nThe first layers at 8 bits, for a recipe (or --exclude them):\n\n{value.suggestion}"
 
 
 def judgement(value: model.Lint) -> str:
@@ -91,7 +104,7 @@ def sites(rows: Sequence[model.SiteReport], *, all_sites: bool = False) -> str:
     shown = rows if all_sites or len(rows) <= LONGEST else sorted(rows, key=_badness)[:LONGEST]
     has_sqnr = any(site.after_db is not None for site in shown)
     headers = ["Site", "Bits", "Activations", *(["SQNR dB"] if has_sqnr else []), "Kernel"]
-    cells = [[s.name, s.bits, s.activations, *([_sqnr(s)] if has_sqnr else []), _kernel(s)] for s in shown]
+    cells = [[s.name, s.bits, s.activations, *([sqnr(s)] if has_sqnr else []), kernel(s)] for s in shown]
     return cut(table(headers, cells, right=("SQNR dB",)), len(rows) - len(shown), "better" if has_sqnr else "more")
 
 
@@ -153,14 +166,16 @@ def provenance(value: model.Report) -> dict[str, list[str]]:
     return {"Made by": [f"onnxcomp {value.version}"], "From": [source], "Data": [data]}
 
 
-def _header(value: model.Report) -> str:
+def title(value: model.Report) -> str:
+    """The model, its widths and its target in a line."""
     counts = Counter(site.bits for site in value.sites if site.kind == "layer") or Counter(s.bits for s in value.sites)
     bits = ", ".join(b if len(counts) == 1 else f"{b} ({n})" for b, n in counts.items()) or "nothing to quantize"
     data = "no data" if value.data_sha256 is None else plural(value.samples, "sample")
     return f"{value.model_name} -> {bits} for {value.target}, {data}"
 
 
-def _facts(value: model.Report) -> Facts:
+def report_facts(value: model.Report) -> Facts:
+    """What there is to say beside the table of sites."""
     proof = value.verification
     expected = "" if proof.expected_db is None else f"; calibration reproduced {_closeness(proof.expected_db)}"
     agreement = f"optimized and plain agree {_closeness(proof.agreement_db)}"
@@ -223,14 +238,16 @@ def _badness(site: model.SiteReport) -> tuple[bool, float]:
     return (not site.falls_back, EQUAL_DB if site.after_db is None else site.after_db)
 
 
-def _sqnr(site: model.SiteReport) -> str:
+def sqnr(site: model.SiteReport) -> str:
+    """The SQNR of a site before compensation and after, in dB."""
     if site.after_db is None:
         return "-"
     before = site.after_db if site.before_db is None else site.before_db
     return " -> ".join(dict.fromkeys(f"{value:.1f}" for value in (before, site.after_db)))
 
 
-def _kernel(site: model.SiteReport) -> str:
+def kernel(site: model.SiteReport) -> str:
+    """The operator that computes a site, marked where it is not what was wanted."""
     return f"{site.kernel} (float)" if site.falls_back else site.kernel
 
 

@@ -27,6 +27,10 @@ class Settings:
     """How many inputs of an output channel share a scale; 0: all. Of a table, how many numbers of a row."""
     zero_points: bool = False
     """Every block has a zero point."""
+    mixed: bool | None = None
+    """Whether the channels of its input are mixed; None: where it is worth it."""
+    methods: tuple[str, ...] | None = None
+    """The methods on layers that may be kept; None: all."""
 
 
 @dataclass(frozen=True)

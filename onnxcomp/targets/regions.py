@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable
+from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, tensors_of
 from onnxcomp.graph.sites import PASS_THROUGH_OPS, Site, join
 from onnxcomp.targets.base import Encoding, Plan, Point, Settings
 
@@ -23,7 +23,7 @@ _Stored = dict[str, str | None]
 def plan(graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], encoding: Encoding) -> Plan:
     """Points for `sites`: stored tensors of 8 bits, and the sites' inputs at their own bits; see `Encoding.where`."""
     static = {s.name: s for s in sites if settings[s.name].activations in ("static", "auto")}
-    tensors, results = graph.tensors(), {t.name for t in graph.outputs}
+    tensors, results = tensors_of(graph), {t.name for t in graph.outputs}
     find = {"regions": _find_region, "units": _find_units, "inputs": _find_skips, "layers": lambda *_: ({}, [])}[encoding.where]
     stored, joins = find(graph, static, results) if static else ({}, [])
     if encoding.where == "inputs":
@@ -163,8 +163,8 @@ def _readers(tensor: Tensor, stored: _Stored, settings: Mapping[str, Settings], 
 
 
 def _of_input(wanted: Settings) -> Settings:
-    """The settings without those of the weight: layers that agree in these can share a quantizer."""
-    return replace(wanted, weight_bits=0, rounding="")
+    """The settings without those of weight and output: layers that agree in these can share a quantizer."""
+    return replace(wanted, weight_bits=0, rounding="", mixed=None, methods=None)
 
 
 def _input_points(

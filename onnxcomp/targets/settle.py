@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, insert_after, remove
+from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, insert_after, remove, tensors_of
 from onnxcomp.graph.tidy import is_load_time
 from onnxcomp.targets.regions import clip_bounds
 
@@ -59,7 +59,7 @@ def _to_integer(graph: Graph, node: Node) -> bool:
     # Kept with DequantizeLinear: a tensor that bears a name of the float model, one behind a ReLU that the quantizer may absorb
     # (its name moves there), and a weight that terms were merged into, which must be found again.
     name, is_ours, _ = node.inputs[0].name.partition("/quantized")
-    source = graph.tensors().get(name)
+    source = tensors_of(graph).get(name)
     is_function = source is not None and [n.op for n in source.inputs] in (["Relu"], ["Clip"])
     is_ours = is_ours and not is_function and "/xint" not in makers[1].name
     if not is_ours or not all(isinstance(t, Constant) for t in parameters):
@@ -77,7 +77,7 @@ def _to_integer(graph: Graph, node: Node) -> bool:
 
 def _unfolded(graph: Graph, scale: Tensor) -> Tensor:
     """The scale, as a tensor that the runtime does not take for a constant."""
-    tensors = graph.tensors()
+    tensors = tensors_of(graph)
     if f"{scale.name}/unfolded" in tensors:
         return tensors[f"{scale.name}/unfolded"]
     one, made = tensors.get(ONE), Variable(f"{scale.name}/unfolded", dtype=np.dtype(np.float32))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from equality import parse
 
-from onnxcomp.calibrate.samples import Cut, LiveBatch, Run, Store, can_stack, confirm_tokens, split
+from onnxcomp.calibrate.samples import LiveBatch, Run, Store, can_stack, combine, confirm_tokens, split
 from onnxcomp.errors import DataError
 from onnxcomp.graph.prepare import prepare
 from onnxcomp.graph.sites import find_sites
@@ -26,8 +26,16 @@ def session(text: str, **weights: object) -> Session:
     return Session(parse(text, {k: np.asarray(v) for k, v in weights.items()}, opset=21).SerializeToString(), threads=1)
 
 
+def model(text: str) -> bytes:
+    return parse(text, {}, opset=21).SerializeToString()
+
+
+def batches(store: Store) -> list[LiveBatch]:
+    return store.first(lambda batch: batch, 100)
+
+
 def shapes(store: Store) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    return [(batch.indices, batch.live["x"].shape) for batch in store.batches]
+    return [(batch.indices, batch.live["x"].shape) for batch in batches(store)]
 
 
 # --- batching --------------------------------------------------------------------------------------------------------
@@ -37,7 +45,7 @@ def test_neighbours_of_one_shape_travel_together():
     store = Store(feeds(*[(1, 3)] * 5), batchable=True, batch_size=2)
 
     assert shapes(store) == [((0, 1), (2, 3)), ((2, 3), (2, 3)), ((4,), (1, 3))]
-    assert store.batches[1].live["x"][:, 0].tolist() == [2, 3]
+    assert batches(store)[1].live["x"][:, 0].tolist() == [2, 3]
 
 
 def test_a_sample_of_another_shape_begins_a_batch():
@@ -51,7 +59,7 @@ def test_samples_that_cannot_be_stacked_travel_alone():
 
 
 def test_feeds_may_come_from_a_generator():
-    assert len(Store((feed for feed in feeds((1, 2), (1, 2))), batchable=True).batches) == 1
+    assert len(batches(Store((feed for feed in feeds((1, 2), (1, 2))), batchable=True))) == 1
 
 
 def test_a_feed_is_not_changed_by_its_store():
@@ -202,7 +210,7 @@ def seen(name: str, batch: LiveBatch) -> Seen:
 
 def test_reads_are_added_up_in_the_order_of_samples():
     store = Store(feeds(*[(1, 2)] * 5), batchable=True, batch_size=2)
-    cut = Cut(store.batches, {"xh": "x"})
+    cut = store.cut({"xh": "x"})
 
     found = cut.reduce(lambda batch: seen("xh", batch))
 
@@ -211,10 +219,24 @@ def test_reads_are_added_up_in_the_order_of_samples():
 
 def test_a_read_may_be_computed_by_a_session():
     store = Store(feeds((1, 2), (1, 2)), batchable=True)
-    twice = session("g (float[N,2] a) => (float[N,2] b) { b = Add(a, a) }")
-    cut = Cut(store.batches, {"f_xh": Run(twice, {"a": "x"})})
+    twice = model("g (float[N,2] a) => (float[N,2] b) { b = Add(a, a) }")
+    cut = store.cut({"f_xh": Run(twice, {"a": "x"})})
 
     assert cut.reduce(lambda batch: seen("f_xh", batch)).values == (0, 4)
+
+
+@pytest.mark.parametrize("count", range(1, 18))
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_results_are_added_up_in_a_tree_that_does_not_depend_on_who_adds_which_part(count: int, size: int):
+    parts = [str(number) for number in range(count)]
+
+    def add(a: str, b: str) -> str:
+        return f"({a} {b})"
+
+    groups = [combine(parts[start : start + size], add) for start in range(0, count, size)]
+
+    assert combine(groups, add) == combine(parts, add)
+    assert combine(parts, add).replace("(", "").replace(")", "").split() == parts
 
 
 # --- moving on -------------------------------------------------------------------------------------------------------
@@ -222,11 +244,11 @@ def test_a_read_may_be_computed_by_a_session():
 
 def test_advancing_runs_the_stretch_and_drops_what_no_one_needs():
     store = Store(feeds((1, 2), (1, 2)), batchable=True)
-    half = session("g (float[N,2] a) => (float[N,2] h, float[N,2] t) { h = Add(a, a) t = Neg(a) }")
+    half = model("g (float[N,2] a) => (float[N,2] h, float[N,2] t) { h = Add(a, a) t = Neg(a) }")
 
     store.advance(Run(half, {"a": "x"}), ["h"])
 
-    (batch,) = store.batches
+    (batch,) = batches(store)
     assert {name: array.tolist() for name, array in batch.live.items()} == {"h": [[0, 0], [2, 2]]}
 
 
@@ -235,4 +257,4 @@ def test_a_stretch_that_computes_nothing_keeps_what_is_needed():
 
     store.advance(None, ["z"])
 
-    assert list(store.batches[0].live) == ["z"]
+    assert list(batches(store)[0].live) == ["z"]

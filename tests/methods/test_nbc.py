@@ -14,6 +14,7 @@ from onnxcomp.errors import DataError, RecipeError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.edit import Tape, apply
+from onnxcomp.methods import nbc
 from onnxcomp.methods.base import Fit, Outcome
 from onnxcomp.methods.nbc import NonlinearBipolarCompensation, _deviation, compensation
 from onnxcomp.numerics.affine import NOT_FINITE
@@ -162,6 +163,18 @@ def test_the_size_of_a_batch_changes_nothing(rng: np.random.Generator):
 
 
 # --- the gate and the price --------------------------------------------------------------------------------------------
+
+
+def test_of_many_samples_fewer_tokens_are_held(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(nbc, "TOTAL", 40 * TOKENS // 2)
+    x = tokens(rng)
+    errors = linear_error(rng, x)
+    others = errors.copy()
+    others[:, 1::2] = 100.0
+
+    found = NBC(weight="float").fit(BLOCK, cut(x, errors))
+
+    assert np.array_equal(fitted(found)["weight"], fitted(NBC(weight="float").fit(BLOCK, cut(x, others)))["weight"])
 
 
 def test_noise_is_declined(rng: np.random.Generator):

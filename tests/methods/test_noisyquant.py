@@ -15,6 +15,7 @@ from onnxcomp.errors import RecipeError
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.edit import Tape, apply
 from onnxcomp.graph.sites import Site
+from onnxcomp.methods import noisyquant
 from onnxcomp.methods.base import Input, Outcome
 from onnxcomp.methods.noisyquant import EVEN, FIRST, PEAK, ROWS, NoisyQuant, Rows, amplitude
 from onnxcomp.numerics.affine import QParams, Scheme
@@ -264,6 +265,15 @@ def test_evenly_spread_tokens_those_of_large_values_and_the_first_are_looked_at(
     assert at[rows.kind == PEAK].tolist() == [40, 41, 42]
     assert at[rows.kind == FIRST].tolist() == [0]
     assert len(at[rows.kind == EVEN]) <= ROWS
+
+
+def test_of_many_samples_some_fours_are_looked_at(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(noisyquant, "SAMPLES", 8)
+    x = halves(16)
+    others = x.copy()
+    others[[4, 5, 6, 7, 12, 13, 14, 15]] += 0.3
+
+    assert np.array_equal(fitted(NoisyQuant().fit(place(3), cut(x))), fitted(NoisyQuant().fit(place(3), cut(others))))
 
 
 def test_channels_of_a_conv_lie_behind_the_batch():

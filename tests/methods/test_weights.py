@@ -110,11 +110,24 @@ def test_a_token_counts_with_no_more_than_the_mean_energy_and_a_position_in_full
     site: Site, shape: tuple[int, ...], energy: float
 ):
     tokens = np.diag([1, 1, 1, 3]).astype(np.float32)[None]  # energies 1, 1, 1, 9: the mean is 3
-    read = functools.partial(weights._moments, site=site, w=np.eye(4)[None], kernel=shape[2:], attrs={}, fake=np.array)
+    how = {"site": site, "w": np.eye(4)[None], "gram": None, "kernel": shape[2:], "attrs": {}, "fake": np.array}
 
-    seen = samples(tokens).reduce(read)
+    seen = samples(tokens).reduce(functools.partial(weights._moments, **how))
 
-    np.testing.assert_allclose(seen[0, 0, :4, :4], np.diag([1, 1, 1, energy]), rtol=1e-15)
+    np.testing.assert_allclose(seen[0, 0, :4, :4], np.diag([1, 1, 1, energy]), rtol=4 * np.finfo(np.float32).eps)
+
+
+def test_a_wide_layer_sums_its_inputs_and_gets_the_moments_of_its_outputs_from_them(rng: np.random.Generator):
+    w, x = rng.normal(size=(1, 6, 9)), rng.normal(size=(8, 32, 6)).astype(np.float32)
+    how = {"site": MATMUL, "w": w, "kernel": (), "attrs": {}, "fake": np.round}
+
+    direct, through = (
+        samples(x).reduce(functools.partial(weights._moments, gram=gram, **how)) for gram in (None, w[0] @ w[0].T)
+    )
+
+    np.testing.assert_allclose(through[..., :7], direct[..., :7], rtol=1e-5)
+    scale = np.abs(direct[..., 7:]).max()
+    np.testing.assert_allclose(through[..., 7:] @ w, direct[..., 7:], rtol=0, atol=1e-5 * scale)  # float32 sums of 32 tokens
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

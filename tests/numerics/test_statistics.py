@@ -76,6 +76,20 @@ def test_a_histogram_is_the_one_of_its_definition(kind: str, limit: int, monkeyp
     assert h.counts.sum() == x.size
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("limit", [2, 37, 1 << 10])
+def test_the_sum_of_histograms_is_the_histogram_of_all_values(kind: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "BINS", limit)
+    x = samples_of(kind, np.random.default_rng(0))
+
+    whole, (first, *others) = Histogram.of(x), (Histogram.of(part) for part in np.array_split(x, [0, 3, 3, 40, 900]))
+    for other in others:
+        first = first + other
+
+    assert first.counts.tolist() == whole.counts.tolist()
+    assert (first.first, first.width, first.low, first.high) == (whole.first, whole.width, whole.low, whole.high)
+
+
 def test_an_empty_histogram_has_no_bins() -> None:
     empty = Histogram.of(np.zeros((0, 3)))
 

@@ -1,0 +1,140 @@
+"""Where live tensors lie: in memory up to a budget, beyond it in files that are mapped where they are read.
+
+One file holds one tensor of one batch and is never changed. A temporary folder is made with the first file and removed with
+the room, whatever has happened in between. In a folder that stays, every tensor is a file, and goes when it is settled that
+no step needs it any more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from onnxcomp.errors import StorageError, UsageError
+from onnxcomp.graph.weights import reason
+
+Array = np.ndarray
+Kept = Sequence[tuple[tuple[int, ...], Mapping[str, Array | Path]]]
+"""The live tensors of every batch: the samples' numbers, and each tensor or its file."""
+FREE = "Make room there, set TMPDIR to another folder, or raise --memory."
+AGAIN = "Make room there and start again: what is finished is kept."
+SMALL = 1 << 12
+"""Bytes up to which a tensor always stays in memory: a file would take as much."""
+
+
+def free_memory() -> int:
+    """Bytes of memory that no one uses; where the system does not say, those of a small machine."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) << 10
+    except OSError:
+        return 4 << 30
+
+
+class Tensors(Mapping[str, Array]):
+    """Arrays by name, some of which are files, mapped when they are read."""
+
+    def __init__(self, kept: Mapping[str, Array | Path]) -> None:
+        self.kept = dict(kept)
+
+    def __getitem__(self, name: str) -> Array:
+        found = self.kept[name]
+        return np.asarray(np.load(found, mmap_mode="r")) if isinstance(found, Path) else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.kept)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+
+class Room(ExitStack):
+    """Memory for `budget` bytes of live tensors, and a temporary folder for what is more; or a `folder` that stays, for all."""
+
+    def __init__(self, budget: float = math.inf, folder: Path | None = None) -> None:
+        super().__init__()
+        self.budget, self.folder = budget, folder
+        self.advice = FREE if folder is None else AGAIN
+        self.held = 0
+        """Bytes of the tensors in memory."""
+        self._numbers = itertools.count()
+        self._temporary: Path | None = None
+        self._dropped = list[Path]()
+        if folder is not None:
+            with storing(folder, AGAIN):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = self.enter_context((folder / "lock").open("w"))
+            with suppress(ImportError):  # Windows has none
+                import fcntl
+
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    lock.close()
+                    raise UsageError(f"{folder} is in use by another run. Wait for it, or give another folder.") from None
+
+    def adopt(self, kept: Kept) -> None:
+        """Remove every tensor of the folder but these, of which a run before has spoken last."""
+        assert self.folder is not None
+        known = {path for _, files in kept for path in files.values() if isinstance(path, Path)}
+        for path in self.folder.glob("*.npy"):
+            if path not in known:
+                path.unlink()
+        self._numbers = itertools.count(max((int(path.stem) + 1 for path in known), default=0))
+
+    def settle(self) -> None:
+        """Remove what was dropped from the folder that stays."""
+        while self._dropped:
+            self._dropped.pop().unlink()
+
+    def take(
+        self, new: Mapping[str, Array], old: Mapping[str, Array] | None = None, needed: Collection[str] | None = None
+    ) -> Tensors:
+        """The tensors of one batch: `new` ones and the `old` ones, as far as they are `needed` (None: all)."""
+        kept = old.kept if isinstance(old, Tensors) else {}
+        stay = {k: v for k, v in kept.items() if k not in new and (needed is None or k in needed)}
+        for name in kept.keys() - stay.keys():
+            self._drop(kept[name])
+        return Tensors(stay | {k: self._keep(v) for k, v in new.items() if needed is None or k in needed})
+
+    def _keep(self, array: Array) -> Array | Path:
+        if self.folder is None and (array.nbytes <= SMALL or self.held + array.nbytes <= self.budget):
+            self.held += array.nbytes
+            return array
+        where = self.folder or self._temporary
+        with storing(where or Path(tempfile.gettempdir()), self.advice):
+            if where is None:
+                folder = tempfile.TemporaryDirectory(prefix="onnxcomp-", ignore_cleanup_errors=True)
+                where = self._temporary = Path(self.enter_context(folder))
+            path, array = where / f"{next(self._numbers)}.npy", np.asarray(array, order="C")
+            with path.open("wb") as stream:
+                np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+                stream.write(array.data)
+                if self.folder is not None:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+        return path
+
+    def _drop(self, kept: Array | Path) -> None:
+        if not isinstance(kept, Path):
+            self.held -= kept.nbytes
+        elif self.folder is None:
+            kept.unlink()
+        else:
+            self._dropped.append(kept)
+
+
+@contextmanager
+def storing(where: Path, advice: str) -> Iterator[None]:
+    """Raise StorageError where something cannot be written in the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{where} cannot hold the samples' activations: {reason(error)}. {advice}") from error
