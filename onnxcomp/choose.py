@@ -19,6 +19,8 @@ from onnxcomp.targets.target import Target
 
 NO_DATA = "No data were given, so activations are quantized at run time and nothing is calibrated or compensated"
 
+NO_SAMPLES = "No data were given, so weights are rounded to nearest and nothing is compensated. Pass --data for GPTQ."
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -67,7 +69,9 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     narrow = {s.name for s in chosen if target.encoding.tables and settings[s.name].activation_bits < 8}
     chosen = tuple(replace(s, fixed_tokens=s.fixed_tokens and s.name in narrow) for s in chosen)
     convs = "; Conv activations stay float" if any(site.op == "Conv" for site in chosen) else ""
-    notes = () if with_data else (f"{NO_DATA}{convs}. Pass --data for static ranges.",)
+    is_float = all(s.activations == "float" for s in settings.values()) and recipe.bits.activations is None
+    said = NO_SAMPLES if is_float else f"{NO_DATA}{convs}. Pass --data for static ranges."
+    notes = () if with_data else (said,)
     return Choice(chosen, settings, _skipped(graph, every, chosen), notes, blocks)
 
 

@@ -284,5 +284,8 @@ def test_without_data_weights_in_blocks_are_rounded_to_nearest():
     result = quantize(WIDE.model, None, Recipe(bits=Bits(4, None), block=32))
 
     assert {(s.bits, s.activations) for s in result.report.sites} == {("w4b32", "float")}
+    assert [note for note in result.report.notes if "No data" in note] == [
+        "No data were given, so weights are rounded to nearest and nothing is compensated. Pass --data for GPTQ."
+    ]
     names = stored(result.model)
     assert names["w2/quantized.scale"].shape == (4, 64)
