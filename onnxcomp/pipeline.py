@@ -21,7 +21,7 @@ from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.prepare import prepare
-from onnxcomp.methods import rotation
+from onnxcomp.methods import copies, equalization, rotation
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Decision, Report
 from onnxcomp.verify import made_up_feed, verify
@@ -82,6 +82,12 @@ def quantize(
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
         notes += said
     choice = choose(graph, recipe, target, with_data=data is not None)
+    asked = {k: (s.weight_bits, s.activation_bits) for k, s in choice.settings.items() if s.activations in ("static", "auto")}
+    batches = [] if store is None else [dict(batch.live) for batch in store.batches]
+    if batches and recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
+        graph, said = equalization.equalize(graph, prepared.model, asked, batches, bounds=target.encoding.where == "regions")
+        notes += said
+        choice = choose(graph, recipe, target, with_data=True)
     decisions: list[Decision] = []
     if samples is not None:
         sites = confirm_tokens(graph, prepared.model, choice.sites, samples, stackable=stackable)
@@ -90,6 +96,9 @@ def quantize(
             bits = {name: s.activation_bits for name, s in choice.settings.items() if s.activations != "float"}
             sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0])
             decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
+        if recipe.equalization == "auto" and target.encoding.where == "regions":
+            sites, found = copies.copy_inputs(graph, sites, {name: width for name, (_, width) in asked.items()}, batches)
+            decisions += [account.decision(name, "copies", outcome) for name, outcome in found.items()]
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 

@@ -82,6 +82,8 @@ class Recipe:
     """How weights are rounded; auto: gptq below 8 bits where there are data."""
     rotation: Literal["auto", "folded", "none"] = "auto"
     """Mix channels by orthogonal matrices first; folded: only what costs nothing at run time."""
+    equalization: Literal["auto", "none"] = "auto"
+    """Scale and mix the channels between layers first, where that costs nothing at run time."""
     products: bool = False
     """Quantize MatMuls of two activations too."""
     include: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ FULL = Recipe(
     symmetric=True,
     rounding="gptq",
     rotation="folded",
+    equalization="none",
     products=True,
     include=("op:Conv", "/head/*"),
     exclude=("re:^/stem\\d",),
