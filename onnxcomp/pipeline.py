@@ -26,7 +26,7 @@ from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.prepare import Prepared, prepare
-from onnxcomp.methods import rotation
+from onnxcomp.methods import copies, equalization, rotation
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Decision, Report
 from onnxcomp.verify import made_up_feed, verify
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 PROOF_BATCHES = 2
 """Batches of calibration samples that the finished file is run on."""
+TRANSFORM_BATCHES = 8
+"""Batches that the equal float model is fitted to."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,12 @@ def compress(
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(files.to_bytes(prepared.model))
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
-    samples, stackable, feeds = None, False, []
+    samples, stackable, feeds, some = None, False, [], []
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable = can_stack(reference, samples)
-        feeds = [dict(batch.live) for batch in islice(batches(samples, stackable), PROOF_BATCHES)]
+        some = [dict(batch.live) for batch in islice(batches(samples, stackable), TRANSFORM_BATCHES)]
+        feeds = some[:PROOF_BATCHES]
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
     feeds = feeds or [single]
@@ -150,6 +153,11 @@ def compress(
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
         notes += said
     choice = choose(graph, recipe, target, with_data=data is not None)
+    asked = {k: (s.weight_bits, s.activation_bits) for k, s in choice.settings.items() if s.activations in ("static", "auto")}
+    if some and recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
+        graph, said = equalization.equalize(graph, prepared.model, asked, some, bounds=target.encoding.where == "regions")
+        notes += said
+        choice = choose(graph, recipe, target, with_data=True)
     decisions: list[Decision] = []
     if samples is not None:
         sites = confirm_tokens(graph, prepared.model, choice.sites, samples, stackable=stackable)
@@ -159,6 +167,9 @@ def compress(
             decided = {name: s.mixed for name, s in choice.settings.items()}
             sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0], decided)
             decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
+        if recipe.equalization == "auto" and target.encoding.where == "regions":
+            sites, found = copies.copy_inputs(graph, sites, {name: width for name, (_, width) in asked.items()}, some)
+            decisions += [account.decision(name, "copies", outcome) for name, outcome in found.items()]
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 
