@@ -3,10 +3,10 @@
     python tools/forwards.py [--data ../shared/data] [--samples 128] [--rounds 3] [--venvs FOLDER] [--peers] [--stack]
 
 The float pass runs batches of 8 with every core, before and after each `quantize`, in the same process; the median of its
-times counts. The parts are CPU seconds: running sessions (the passes), loading them, what is computed of samples besides (statistics),
-the proof, and the rest on the main thread (factorizations, searches, graphs). --stack quantizes stacks of 12, 24 and 48 equal
-blocks and gives the time per block. --peers times NNCF and ONNX Runtime's percentile calibration on the same samples, each in
-the environment that tools/peers.py made under --venvs, their imports and files not counted.
+times counts. The parts are CPU seconds: running sessions (the passes), loading them, what is computed of samples besides
+(statistics), the proof, and the rest on the main thread (factorizations, searches, graphs). --stack quantizes stacks of 12,
+24 and 48 equal blocks and gives the time per block. --peers times NNCF and ONNX Runtime's percentile calibration on the same
+samples, each in the environment that tools/peers.py made under --venvs; files read before are not counted.
 """
 
 from __future__ import annotations
@@ -144,9 +144,9 @@ def stacks(samples: int, folder: Path) -> None:
     base = np.array(seconds[12])
     for count, found in seconds.items():
         ratios = np.array(found) / base
-        print(
-            f"| {count} blocks | {np.median(found):.3f} s a block | {np.median(ratios):.3f} of 12 ({min(ratios):.2f}-{max(ratios):.2f}) |"
-        )
+        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
+        figures = f"{np.median(found):.3f} s a block | {np.median(ratios):.3f} of 12 ({spread})"
+        print(f"| {count} blocks | {figures} |")
 
 
 def peers(model: Path, feeds: Sequence[Feed], batches: Sequence[Feed], venvs: Path, folder: Path, rounds: int) -> None:
@@ -169,9 +169,9 @@ def peers(model: Path, feeds: Sequence[Feed], batches: Sequence[Feed], venvs: Pa
     for name, found in times.items():
         ratios = np.array(found) / times["onnxcomp w8a8 auto"]
         spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-        print(
-            f"| {name} | {np.median(found):.1f} s | {np.median(found) / np.median(passes):.1f} | {np.median(ratios):.2f} of ours ({spread}) |"
-        )
+        forwards = np.median(found) / np.median(passes)
+        figures = f"{forwards:.1f} forwards | {np.median(ratios):.2f} of ours ({spread})"
+        print(f"| {name} | {np.median(found):.1f} s | {figures} |")
 
 
 def main() -> None:
