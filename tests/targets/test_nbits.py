@@ -10,11 +10,14 @@ from onnx import ModelProto, TensorProto
 from tiny import Tiny, bias, build, dense, feeds, weight
 
 from onnxcomp import runtime
+from onnxcomp.account import frozen
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.weights import tensor_bytes
 from onnxcomp.methods.xint import XInt
 from onnxcomp.pipeline import Result, quantize
 from onnxcomp.recipe import Bits, Recipe, SiteRule
+from onnxcomp.report import text
+from onnxcomp.strip import strip
 from onnxcomp.targets import openvino, tensorrt
 
 Array = np.ndarray
@@ -190,9 +193,7 @@ def test_where_the_last_block_would_be_shorter_there_is_a_scale_per_channel(targ
     assert site.bits == "w4"
 
 
-def test_a_bias_behind_a_product_in_blocks_is_folded_and_taken_out_again(tmp_path: object):
-    from onnxcomp.strip import strip
-
+def test_a_bias_behind_a_product_in_blocks_is_folded_and_taken_out_again():
     plain, biased = in_blocks("ort-x86", compensate=()), in_blocks("ort-x86")
     adopted = {d.site for d in biased.report.decisions if d.adopted}
 
@@ -206,13 +207,14 @@ def test_a_bias_behind_a_product_in_blocks_is_folded_and_taken_out_again(tmp_pat
 
 def test_an_embedding_is_a_site_that_patterns_and_rules_name():
     rng = np.random.default_rng(0)
-    text = """<ir_version: 10, opset_import: ["" : 21]> g (int64[N,T] ids) => (float[N,T,24] y) {
+    graph = """<ir_version: 10, opset_import: ["" : 21]> g (int64[N,T] ids) => (float[N,T,24] y) {
         [words] e = Gather(table, ids) [head] y = MatMul(e, w) }"""
     weights = {"table": bias(rng, 50, 32), "w": weight(rng, 32, 24, fan_in=32)}
-    tiny = build("embedding", text, weights, [{"ids": rng.integers(0, 50, size=(1, 6))} for _ in range(8)])
+    tiny = build("embedding", graph, weights, [{"ids": rng.integers(0, 50, size=(1, 6))} for _ in range(8)])
     recipe = Recipe(bits=Bits(4, None), block=16, embeddings=True, site=(SiteRule("words", bits=Bits(8, None)),))
 
-    report = quantize(tiny.model, tiny.samples, recipe).report
+    result = quantize(tiny.model, tiny.samples, recipe)
+    report, again = result.report, quantize(tiny.model, tiny.samples, frozen(result.report))
     without = quantize(tiny.model, tiny.samples, Recipe(bits=Bits(4, None), block=16)).report
 
     assert [(s.name, s.kind, s.bits, s.kernel) for s in report.sites] == [
@@ -220,6 +222,7 @@ def test_an_embedding_is_a_site_that_patterns_and_rules_name():
     ]  # fmt: skip
     assert report.sites[0].weight_bytes == 50 * 32 + 50 * 2 * 4
     assert [s.name for s in without.sites] == ["head"]
+    assert again.model.graph == result.model.graph
 
 
 @pytest.mark.parametrize("target", ["ort-x86", "qnn", "tensorrt"])
@@ -275,8 +278,6 @@ def test_a_target_without_tables_of_codes_refuses_embeddings():
 
 
 def test_the_report_says_how_many_weights_are_read_as_codes():
-    from onnxcomp.report import text
-
     assert "2 of 2 read the codes of their weights" in text.report(in_blocks("ort-x86").report, all_sites=True)
 
 
