@@ -275,11 +275,6 @@ class Damage:
         return self.weights_cumulative + self.activations_cumulative
 
     @property
-    def damage(self) -> float:
-        """What the sites are ranked by."""
-        return self.isolated + self.cumulative
-
-    @property
     def figures(self) -> tuple[float, ...]:
         """Isolated and cumulative, each for the site, its weights, and its activations."""
         alone = (self.isolated, self.weights_isolated, self.activations_isolated)
