@@ -14,6 +14,10 @@ from onnxcomp.errors import UsageError
 
 if TYPE_CHECKING:
     from onnxcomp.recipe import Recipe
+    from onnxcomp.report.model import Forecast
+
+LONG = 60
+"""Seconds from which a run says in front what it will take."""
 
 
 @main.command()
@@ -43,10 +47,11 @@ if TYPE_CHECKING:
 @click.option("--cluster", metavar="ADDRESS", help="Run samples on a Dask cluster: tcp://HOST:PORT, or local:N processes.")
 @THREADS
 @click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done and what it would take; write nothing.")
 @click.option("--split", is_flag=True, help="Write a model of each weight term too; for xint of granularity 'model'.")
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
 def quantize(
-    model: str, data: str | None, output: str | None, *, max_drop: float | None, labels: str | None,
+    model: str, data: str | None, output: str | None, *, max_drop: float | None, labels: str | None, dry_run: bool,
     memory: int | None, work: str | None, cluster: str | None, force: bool, split: bool, all_sites: bool, **options: Any,
 ) -> tuple[object, ...]:  # fmt: skip
     """Quantize MODEL and write the result once it is proven to run.
@@ -69,23 +74,22 @@ def quantize(
     from onnxcomp.graph import files
     from onnxcomp.report import text
 
+    def announce(found: Forecast) -> None:
+        if (found.disk_bytes and work is None) or found.seconds > LONG:
+            click.echo(text.forecast(found), err=True)
+
     files.check_output(destination, path, force=force)
     kept = "Nothing is kept; --work DIR would." if work is None else f"Start it again, with --work {work}, and it goes on."
     click.get_current_context().meta["interrupted"] = kept
     with progress_bar() as progress:
         written = None if max_drop is not None else destination
+        if dry_run:
+            plan = pipeline.foresee(path, data, recipe, memory=memory, work=work)
+            return plan, text.plan(plan, all_sites=all_sites)
         result = pipeline.quantize(
-            path,
-            data,
-            recipe,
-            output=written,
-            force=force,
-            split=split,
-            memory=memory,
-            work=work,
-            cluster=cluster,
-            progress=progress,
-        )
+            path, data, recipe, output=written, force=force, split=split, progress=progress, announce=announce,
+            memory=memory, work=work, cluster=cluster,
+        )  # fmt: skip
         if max_drop is not None:
             found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
             demand(found, max_drop)
