@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,9 +17,10 @@ from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
 from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
-from onnxcomp.calibrate.samples import Store, batches, can_stack, confirm_tokens, one_thread
+from onnxcomp.calibrate.samples import BATCH, Store, batches, can_stack, confirm_tokens, one_thread
 from onnxcomp.calibrate.work import Work
 from onnxcomp.choose import Choice, choose
+from onnxcomp.compress.forecast import forecast
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data, Feed, InputSpec, open_data
 from onnxcomp.finish import find_kernels, finish, fix
@@ -28,7 +29,7 @@ from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.prepare import Prepared, prepare
 from onnxcomp.methods import copies, equalization, rotation
 from onnxcomp.recipe import Recipe
-from onnxcomp.report.model import Decision, Report
+from onnxcomp.report.model import Decision, Forecast, Plan, Report
 from onnxcomp.verify import made_up_feed, verify
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def quantize(
     model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
     output: str | Path | None = None, force: bool = False, split: bool = False, memory: int | None = None,
     work: str | Path | None = None, cluster: str | None = None, progress: runtime.Progress = runtime.ignore,
+    announce: Callable[[Forecast], None] | None = None,
 ) -> Result:  # fmt: skip
     """Quantize `model` as `recipe` says, calibrated on `data`, and write it to `output` once it is proven to run.
 
@@ -69,13 +71,14 @@ def quantize(
     memory  bytes for the samples' activations; what is more lies in temporary files. None: a quarter of the free memory
     work    a folder, trusted, that keeps what is finished, so that the same call goes on there after whatever has stopped it
     cluster the Dask cluster whose workers hold the samples and run them: tcp://HOST:PORT, or local:N for N processes here
+    announce gets, in front of the walk, what it will take; what it raises ends the call with nothing done
 
     Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError,
     ResourceError.
     """
     files.check_output(output, model, force=force)
     with one_thread():
-        made = compress(model, data, recipe, progress, memory=memory, work=work, cluster=cluster)
+        made = compress(model, data, recipe, progress, memory=memory, work=work, cluster=cluster, announce=announce)
     recipe, walk, target, feeds, prepared = made.recipe, made.walk, made.walk.target, made.feeds, made.prepared
 
     terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
@@ -129,6 +132,7 @@ class Compressed:
 def compress(
     model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
     *, memory: int | None = None, work: str | Path | None = None, cluster: str | None = None,
+    announce: Callable[[Forecast], None] | None = None,
 ) -> Compressed:  # fmt: skip
     """Prepare `model`, choose what is quantized, and walk; arguments as those of `quantize`."""
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
@@ -173,9 +177,14 @@ def compress(
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 
+    memory = free_memory() // 4 if memory is None else memory
+    if announce is not None and samples is not None:
+        ahead = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, None, blocks=choice.blocks)
+        count = -(-len(samples) // (BATCH if stackable else 1))
+        announce(forecast(ahead, feeds[0], count, memory, stays=work is not None))
     kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
     with ExitStack() as calibrating:
-        past = Work(calibrating.enter_context(Room(free_memory() // 4 if memory is None else memory, kept)))
+        past = Work(calibrating.enter_context(Room(memory, kept)))
         store = None if samples is None else Store(samples, stackable, work=past)
         if samples is not None and cluster is not None:
             store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, past)
@@ -184,3 +193,27 @@ def compress(
         walk.run(progress)
         expected = None if store is None else walk.expected(len(feeds))
     return Compressed(source, recipe, prepared, reference, samples, single, feeds, choice, walk, expected, notes)
+
+
+def foresee(
+    model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
+    memory: int | None = None, work: str | Path | None = None,
+) -> Plan:  # fmt: skip
+    """What `quantize` would do and what it would take, with nothing written. The sites are those of a rehearsal on one batch,
+    without compensation; a range per token or a rotated input may be decided otherwise on all samples.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
+    found = list[Forecast]()
+
+    def stop(forecast: Forecast) -> None:
+        found.append(forecast)
+        raise _ForeseenError
+
+    with suppress(_ForeseenError):
+        quantize(model, data if recipe.samples else None, recipe, memory=memory, work=work, announce=stop)
+    few = dataclasses.replace(recipe, samples=min(recipe.samples, BATCH), rounding="nearest", compensate=())
+    return Plan(quantize(model, data, few).report.sites, found[0] if found else None)
+
+
+class _ForeseenError(Exception):
+    """Ends a call in front of its walk."""

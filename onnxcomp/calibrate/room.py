@@ -31,11 +31,20 @@ SMALL = 1 << 12
 
 def free_memory() -> int:
     """Bytes of memory that no one uses; where the system does not say, those of a small machine."""
+    return _read("/proc/meminfo", "MemAvailable:", 4 << 30)
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has held; 0 where the system does not say."""
+    return _read("/proc/self/status", "VmHWM:", 0)
+
+
+def _read(path: str, name: str, otherwise: int) -> int:
     try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) << 10
+        lines = Path(path).read_text("utf-8").splitlines()
     except OSError:
-        return 4 << 30
+        return otherwise
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) << 10
 
 
 class Tensors(Mapping[str, Array]):

@@ -78,7 +78,8 @@ class Run:
     feeds: Mapping[str, str]
 
     @functools.cached_property
-    def _session(self) -> Session:
+    def session(self) -> Session:
+        """The loaded model."""
         return Session(self.model, threads=1)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,7 +88,7 @@ class Run:
 
     def outputs(self, live: Mapping[str, Array]) -> dict[str, Array]:
         """The tensors, of one batch."""
-        return self._session.run({k: live[v] for k, v in self.feeds.items()})
+        return self.session.run({k: live[v] for k, v in self.feeds.items()})
 
     def output(self, live: Mapping[str, Array]) -> Array:
         """The one tensor that it computes, of one batch."""

@@ -68,6 +68,24 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """What a run will take: bytes of the samples' activations, of the process at its peak, and on disk; seconds."""
+
+    live_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, and what it would take; None where nothing is calibrated."""
+
+    sites: tuple[SiteReport, ...]
+    forecast: Forecast | None
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A quantizable operator that stays float, and why."""
 
