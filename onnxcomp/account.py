@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from onnxcomp import __version__, runtime
 from onnxcomp import recipe as recipes
@@ -133,13 +134,11 @@ def frozen(report: Report) -> Recipe:
     """
     recipe, kept = recipes.loads(report.recipe), {(d.site, d.method) for d in report.decisions if d.adopted}
     names = [recipes.method_name(method) for method in recipe.compensate if method.scope == "layer"]
-    rules = [
-        SiteRule(
-            glob.escape(site.name), activations=site.activations, rounding=site.rounding or None,
-            mixed=(site.name, "rotation") in kept, methods=tuple(name for name in names if (site.name, name) in kept),
-        )
-        for site in report.sites if site.kind != "join"
-    ]  # fmt: skip
+    rules: list[SiteRule] = []
+    for site in (site for site in report.sites if site.kind != "join"):
+        own: dict[str, Any] = {"activations": site.activations, "rounding": site.rounding or None}
+        methods = tuple(name for name in names if (site.name, name) in kept)
+        rules.append(SiteRule(glob.escape(site.name), mixed=(site.name, "rotation") in kept, methods=methods, **own))
     return dataclasses.replace(recipe, site=tuple(dict.fromkeys((*recipe.site, *rules))))
 
 

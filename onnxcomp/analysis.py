@@ -8,12 +8,14 @@ float model's own tensors, and what it does to those that the compressed model c
     isolated    sum |g_s|^2 at m = 0, errors of the float model's tensors: this part alone, everything else float
     cumulative  sum 2 (y - y_0).g_s at m = 1/2, errors of the compressed model's: its share of |y_1 - y_0|^2, to second order
 
-over the outputs of all samples, relative to |y_0|^2. All g_s are read from the same passes: m is moved by random signs,
-dy_k = sum_s sign_ks g_s, and what correlates with a part's sign is its own:
+over the outputs of all samples, relative to |y_0|^2. Sites are ranked by the second. All g_s are read from the same passes: in
+pass k every m moves by a sign, that of its part's column of an orthogonal matrix, and the part has what correlates with it:
 
-    dy_k.dy_l ~ sum_s sign_ks sign_ls |g_s|^2        2 (y - y_0).dy_k ~ sum_s sign_ks cumulative_s        by least squares
+    dy_k = sum_s sign_ks g_s        g_s = sum_k sign_ks dy_k / passes
 
-Cost    `PASSES` passes over the float model for each of the two, on `SAMPLES` samples, whatever the depth.
+Parts that are more than columns share these, with other partners and signs in every sample; least squares part them again.
+
+Cost    `PASSES` passes over the float model for each of the two, `RUNS` runs of one sample, whatever the depth.
 Limits  first order: an error that saturates what follows counts as if it went on growing. Estimates of parts far below the
         largest are noise of either sign. What compensates blocks or inputs is left out of the walk.
 """
@@ -46,7 +48,10 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 Feed = Mapping[str, Array]
-PASSES, SAMPLES = 64, 16
+PASSES, RUNS = 128, 1024
+"""Columns of signs at most, and of samples as many as make so many runs: fewer where parts need more columns of their own."""
+LARGEST = 32
+"""Samples at most."""
 STEP = 0.125
 """By how much m is moved: small, since y(m) is smooth."""
 TURNS = 3
@@ -77,25 +82,24 @@ def analyze(
     layers = tuple(method for method in recipe.compensate if method.scope == "layer")
     made = pipeline.compress(model, data, dataclasses.replace(recipe, compensate=layers), progress)
     assert made.samples is not None
-    walk, feeds = made.walk, [made.samples[i] for i in range(min(SAMPLES, len(made.samples)))]
+    walk, samples = made.walk, made.samples
     graph, parts = blend(walk)
     outputs = [t.name for t in walk.reference.outputs if t.dtype == np.float32]
     if not outputs:
         raise ModelError("The model has no output of type float32, so damage cannot be measured there.")
     passes = min(PASSES, 1 << max(len(parts) - 1, 0).bit_length())
+    feeds = [samples[i] for i in range(min(RUNS // passes, LARGEST, len(samples)))]
     total, alone, shares = _measure(_sessions(graph, walk, parts, outputs), parts, feeds, passes, progress)
-    numbers = {name: math.prod(tensor.shape or ()) for name, tensor in walk.reference.tensors().items()}
-    found, energies = list[Damage](), np.diag(alone)
+    tensors, found, energies = walk.reference.tensors(), list[Damage](), np.diag(alone)
     for site in walk.plan.sites:
         own = np.array(
             [[(site.name in p.sites) / max(len(p.sites), 1) * (p.is_weight == w) for p in parts] for w in (True, False)]
         )
         common = own.sum(axis=0) @ (alone - np.diag(energies)) @ own.sum(axis=0)
         figures = map(float, (energies @ own.sum(axis=0) + common, *(own @ energies), *(own @ shares)))
-        found.append(
-            Damage(site.name, site.op, site.kind, account.bits(site, walk), numbers.get(site.weight or "", 0), *figures)
-        )
-    found.sort(key=lambda row: -row.damage)
+        numbers = 0 if site.weight is None else math.prod(tensors[site.weight].shape)
+        found.append(Damage(site.name, site.op, site.kind, account.bits(site, walk), numbers, *figures))
+    found.sort(key=lambda row: -row.cumulative)
     worst = [row.name for row in found if row.kind == "layer"][:SUGGESTED]
     suggestion = "\n".join(f'[[site]]\nwhere = {json.dumps(glob.escape(name))}\nbits = "w8a8"\n' for name in worst)
     title = Path(model).name if isinstance(model, str | Path) else "model"

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,25 +44,11 @@ PRICES = np.geomspace(1e-8, 1e4, 400)
 """Of all weights as bytes of 8 bits, over the damage of all."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One bound, and what a file has of it."""
-
-    option: str
-    value: float
-    most: float
-    text: str
-
-    @property
-    def excess(self) -> float:
-        """How far it misses the bound, as a share of it."""
-        return (self.value - self.most) / max(abs(self.most), 0.01)
-
-
 def quantize(
     model: str | Path, data: object, recipe: Recipe, *, max_drop: float | None = None, max_size: float | None = None,
     max_latency: float | None = None, labels: str | None = None, output: str | Path | None = None, force: bool = False,
-    memory: int | None = None, work: str | Path | None = None, progress: runtime.Progress = runtime.ignore,
+    memory: int | None = None, work: str | Path | None = None, cluster: str | None = None,
+    progress: runtime.Progress = runtime.ignore,
 ) -> tuple[pipeline.Result, tuple[str, ...]]:  # fmt: skip
     """The model within the bounds, written to `output` beside the recipe that gives it again, and what was measured.
 
@@ -81,33 +65,24 @@ def quantize(
     kept = min(recipe.samples, 3 * len(samples) // 4)
     recipe = dataclasses.replace(recipe, bits=Bits(8, 8), samples=kept)
 
-    def measure(result: pipeline.Result) -> Iterator[Measured]:
+    limits = {"--max-size": max_size, "--max-latency": max_latency, "--max-drop": max_drop}
+    limits = {option: limit for option, limit in limits.items() if limit is not None}
+    whole = files.size(model) if max_size is not None and max_size < 1 else 1
+
+    def measure(result: pipeline.Result) -> dict[str, tuple[float, str]]:
+        found: dict[str, tuple[float, str]] = {}
         if max_size is not None:
-            size = result.report.output_bytes / (files.size(model) if max_size < 1 else 1)
-            yield Measured(
-                "--max-size",
-                size,
-                max_size,
-                f"takes {size:.3g} of the float file" if max_size < 1 else f"takes {size:.0f} bytes",
-            )
+            size = result.report.output_bytes / whole
+            found["--max-size"] = size, f"takes {size:.0f} bytes" if whole == 1 else f"takes {size:.3g} of the float file"
         if max_latency is not None:
             ratio = runtime.measure([model, files.to_bytes(result.model)], [samples[0]])[1].ratio
-            yield Measured("--max-latency", ratio, max_latency, f"takes {ratio:.3f} of the float model's time")
+            found["--max-latency"] = ratio, f"takes {ratio:.3f} of the float model's time"
         if max_drop is not None:
-            found = compare(
-                model,
-                result.model,
-                data,
-                labels=labels,
-                limit=HELD_OUT,
-                preprocess=recipe.preprocess,
-                seed=recipe.seed,
-                skip=kept,
-            )
-            points, what = lost(found)
-            yield Measured(
-                "--max-drop", points, max_drop, f"loses {points:.2f} points of {what} on {found.samples} held-out samples"
-            )
+            unseen = {"labels": labels, "limit": HELD_OUT, "preprocess": recipe.preprocess, "seed": recipe.seed, "skip": kept}
+            compared = compare(model, result.model, data, **unseen)
+            points, what = lost(compared)
+            found["--max-drop"] = points, f"loses {points:.2f} points of {what} on {compared.samples} held-out samples"
+        return found
 
     analysis = analyze(model, data, dataclasses.replace(recipe, bits=Bits(4, 4)), progress=progress)
     ways = (recipe, dataclasses.replace(recipe, activations="static", rotation="folded"))
@@ -117,19 +92,17 @@ def quantize(
         low, high = 0, len(rungs) - 1
         while low <= high and (best is None or way is recipe):
             middle = (low + high) // 2
-            result = pipeline.quantize(model, data, rungs[middle], memory=memory, work=work, progress=progress)
-            measured = tuple(measure(result))
-            misses = [one for one in measured if one.excess > 0]
-            is_lossy = any(one.option == "--max-drop" for one in misses)
+            result = pipeline.quantize(model, data, rungs[middle], memory=memory, work=work, cluster=cluster, progress=progress)
+            found = measure(result)
+            excess = {option: (found[option][0] - limit) / max(abs(limit), 0.01) for option, limit in limits.items()}
+            misses = [option for option in limits if excess[option] > 0]
             if not misses:
-                best = result, rungs[middle], tuple(f"{one.option} {one.most:g}: {one.text}" for one in measured)
-            elif max(one.excess for one in misses) < closest:
-                closest = max(one.excess for one in misses)
-                missed = " and ".join(f"{one.text}, more than {one.option} {one.most:g}" for one in misses)
-            if is_lossy or (not misses and max_drop is None):
-                high = middle - 1
-            else:
-                low = middle + 1
+                best = result, rungs[middle], tuple(f"{option} {limits[option]:g}: {found[option][1]}" for option in limits)
+            elif max(excess.values()) < closest:
+                closest = max(excess.values())
+                missed = " and ".join(f"{found[option][1]}, more than {option} {limits[option]:g}" for option in misses)
+            is_narrower = "--max-drop" not in misses and (bool(misses) or max_drop is not None)
+            low, high = (middle + 1, high) if is_narrower else (low, middle - 1)
     if best is None:
         raise BoundError(f"No choice of bits keeps the bounds: the closest {missed}. Nothing was written.")
     result, rung, said = best
@@ -153,7 +126,7 @@ def ladder(found: Analysis, recipe: Recipe, encoding: Encoding) -> list[Recipe]:
     choices = dict.fromkeys(tuple(WIDTHS[i] for i in np.argmin(damage + price * sizes, axis=1)) for price in prices)
     rungs = [widths for widths in choices if set(widths) != {FLOAT}]
     few = [rungs[i] for i in np.unique(np.linspace(0, len(rungs) - 1, RUNGS).round().astype(int))]
-    return [_recipe(recipe, dict(zip([glob.escape(row.name) for row in sites], widths, strict=True))) for widths in few]
+    return [_recipe(recipe, {glob.escape(s.name): w for s, w in zip(sites, widths, strict=True)}) for widths in few]
 
 
 def _recipe(recipe: Recipe, widths: dict[str, int]) -> Recipe:

@@ -55,8 +55,8 @@ class BoundError(OnnxcompError):
     exit_code = 6
 
 
-class StorageError(OnnxcompError):
-    """The machine has no room left for what a run must keep."""
+class ResourceError(OnnxcompError):
+    """The machine has no room left for what a run must keep, or a cluster is lost."""
 
     exit_code = 7
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,19 +15,21 @@ import numpy as np
 
 from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
+from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
-from onnxcomp.calibrate.samples import Store, batches, can_stack, confirm_tokens, one_thread
+from onnxcomp.calibrate.samples import BATCH, Store, batches, can_stack, confirm_tokens, one_thread
 from onnxcomp.calibrate.work import Work
 from onnxcomp.choose import Choice, choose
+from onnxcomp.compress.forecast import forecast
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data, Feed, InputSpec, open_data
 from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.prepare import Prepared, prepare
-from onnxcomp.methods import rotation
+from onnxcomp.methods import copies, equalization, rotation
 from onnxcomp.recipe import Recipe
-from onnxcomp.report.model import Decision, Report
+from onnxcomp.report.model import Decision, Forecast, Plan, Report
 from onnxcomp.verify import made_up_feed, verify
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 PROOF_BATCHES = 2
 """Batches of calibration samples that the finished file is run on."""
+TRANSFORM_BATCHES = 8
+"""Batches that the equal float model is fitted to."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,15 @@ class Result:
     report: Report
     terms: tuple[onnx.ModelProto, ...] = ()
     """The low-bit model of every weight term, where `split` asked for them."""
+    traffic: Sequence[tuple[str, int, int]] = ()
+    """Of a cluster, for every step: its site, the bytes sent from here, and those that workers have sent."""
 
 
 def quantize(
     model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
     output: str | Path | None = None, force: bool = False, split: bool = False, memory: int | None = None,
-    work: str | Path | None = None, progress: runtime.Progress = runtime.ignore,
+    work: str | Path | None = None, cluster: str | None = None, progress: runtime.Progress = runtime.ignore,
+    announce: Callable[[Forecast], None] | None = None,
 ) -> Result:  # fmt: skip
     """Quantize `model` as `recipe` says, calibrated on `data`, and write it to `output` once it is proven to run.
 
@@ -63,13 +70,15 @@ def quantize(
             beside `output` as NAME.term1.onnx and so on
     memory  bytes for the samples' activations; what is more lies in temporary files. None: a quarter of the free memory
     work    a folder, trusted, that keeps what is finished, so that the same call goes on there after whatever has stopped it
+    cluster the Dask cluster whose workers hold the samples and run them: tcp://HOST:PORT, or local:N for N processes here
+    announce gets, in front of the walk, what it will take; what it raises ends the call with nothing done
 
     Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError,
-    StorageError.
+    ResourceError.
     """
     files.check_output(output, model, force=force)
     with one_thread():
-        made = compress(model, data, recipe, progress, memory=memory, work=work)
+        made = compress(model, data, recipe, progress, memory=memory, work=work, cluster=cluster, announce=announce)
     recipe, walk, target, feeds, prepared = made.recipe, made.walk, made.walk.target, made.feeds, made.prepared
 
     terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
@@ -96,7 +105,7 @@ def quantize(
         for number, term in enumerate(terms, 1):
             files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
     progress("verifying", 1, 1)
-    return Result(finished, report, terms)
+    return Result(finished, report, terms, walk.store.traffic if isinstance(walk.store, Cluster) else ())
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,8 @@ class Compressed:
 
 def compress(
     model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
-    *, memory: int | None = None, work: str | Path | None = None,
+    *, memory: int | None = None, work: str | Path | None = None, cluster: str | None = None,
+    announce: Callable[[Forecast], None] | None = None,
 ) -> Compressed:  # fmt: skip
     """Prepare `model`, choose what is quantized, and walk; arguments as those of `quantize`."""
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
@@ -133,11 +143,12 @@ def compress(
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(files.to_bytes(prepared.model))
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
-    samples, stackable, feeds = None, False, []
+    samples, stackable, feeds, some = None, False, [], []
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable = can_stack(reference, samples)
-        feeds = [dict(batch.live) for batch in islice(batches(samples, stackable), PROOF_BATCHES)]
+        some = [dict(batch.live) for batch in islice(batches(samples, stackable), TRANSFORM_BATCHES)]
+        feeds = some[:PROOF_BATCHES]
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
     feeds = feeds or [single]
@@ -146,6 +157,11 @@ def compress(
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
         notes += said
     choice = choose(graph, recipe, target, with_data=data is not None)
+    asked = {k: (s.weight_bits, s.activation_bits) for k, s in choice.settings.items() if s.activations in ("static", "auto")}
+    if some and recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
+        graph, said = equalization.equalize(graph, prepared.model, asked, some, bounds=target.encoding.where == "regions")
+        notes += said
+        choice = choose(graph, recipe, target, with_data=True)
     decisions: list[Decision] = []
     if samples is not None:
         sites = confirm_tokens(graph, prepared.model, choice.sites, samples, stackable=stackable)
@@ -155,15 +171,49 @@ def compress(
             decided = {name: s.mixed for name, s in choice.settings.items()}
             sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0], decided)
             decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
+        if recipe.equalization == "auto" and target.encoding.where == "regions":
+            sites, found = copies.copy_inputs(graph, sites, {name: width for name, (_, width) in asked.items()}, some)
+            decisions += [account.decision(name, "copies", outcome) for name, outcome in found.items()]
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 
+    memory = free_memory() // 4 if memory is None else memory
+    if announce is not None and samples is not None:
+        ahead = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, None, blocks=choice.blocks)
+        count = -(-len(samples) // (BATCH if stackable else 1))
+        announce(forecast(ahead, feeds[0], count, memory, stays=work is not None))
     kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
-    with Room(free_memory() // 4 if memory is None else memory, kept) as room:
-        past = Work(room)
+    with ExitStack() as calibrating:
+        past = Work(calibrating.enter_context(Room(memory, kept)))
         store = None if samples is None else Store(samples, stackable, work=past)
+        if samples is not None and cluster is not None:
+            store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, past)
         how = graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, past
         walk = Walk(*how, choice.blocks, decisions=decisions)
         walk.run(progress)
         expected = None if store is None else walk.expected(len(feeds))
     return Compressed(source, recipe, prepared, reference, samples, single, feeds, choice, walk, expected, notes)
+
+
+def foresee(
+    model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
+    memory: int | None = None, work: str | Path | None = None,
+) -> Plan:  # fmt: skip
+    """What `quantize` would do and what it would take, with nothing written. The sites are those of a rehearsal on one batch,
+    without compensation; a range per token or a rotated input may be decided otherwise on all samples.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
+    found = list[Forecast]()
+
+    def stop(forecast: Forecast) -> None:
+        found.append(forecast)
+        raise _ForeseenError
+
+    with suppress(_ForeseenError):
+        quantize(model, data if recipe.samples else None, recipe, memory=memory, work=work, announce=stop)
+    few = dataclasses.replace(recipe, samples=min(recipe.samples, BATCH), rounding="nearest", compensate=())
+    return Plan(quantize(model, data, few).report.sites, found[0] if found else None)
+
+
+class _ForeseenError(Exception):
+    """Ends a call in front of its walk."""

@@ -98,6 +98,8 @@ class Recipe:
     """Asymmetric weights: a zero point per block too."""
     embeddings: bool = False
     """Quantize the tables that Gather reads rows of too."""
+    equalization: Literal["auto", "none"] = "auto"
+    """Scale and mix the channels between layers first, where that costs nothing at run time."""
     products: bool = False
     """Quantize MatMuls of two activations too."""
     include: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ round, so that it stays out of the comparison.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 import time
@@ -37,6 +38,7 @@ Progress = Callable[[str, int, int], None]
 
 _CPU = "CPUExecutionProvider"
 _providers: ContextVar[tuple[str, ...]] = ContextVar("providers", default=(_CPU,))
+_threads: ContextVar[int] = ContextVar("threads", default=0)
 
 _KINDS = [kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception)]
 _FAILURES = (*_KINDS, RuntimeError, ValueError)
@@ -61,10 +63,10 @@ class Latency:
 class Session:
     """A loaded model, ready to run on the CPU. `inputs` and `outputs` are (name, type) pairs in the model's order.
 
-    `threads` 0 leaves their number to the runtime. `faithful`: int8 activations stay int8, as they do on ARM, where the runtime
-    would turn them into uint8 here (which 1.32 cannot load behind a Reshape from opset 21 on), and a float bias stays float
-    (which 1.32 quantizes wrongly where scales are float16). `options` replace all others. Raises ModelError for a model that
-    cannot be loaded.
+    `threads` 0 leaves their number to `threads()`, else to the runtime. `faithful`: int8 activations stay int8, as they do on
+    ARM, where the runtime would turn them into uint8 here (which 1.32 cannot load behind a Reshape from opset 21 on), and a
+    float bias stays float (which 1.32 quantizes wrongly where scales are float16). `options` replace all others. Raises
+    ModelError for a model that cannot be loaded.
     """
 
     def __init__(
@@ -104,6 +106,26 @@ def provider(name: str) -> Iterator[None]:
         yield
     finally:
         _providers.reset(token)
+
+
+def current_provider() -> str:
+    """The name of the execution provider that sessions run on."""
+    return _providers.get()[0].removesuffix("ExecutionProvider").lower()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let sessions that name no number of threads have so many."""
+    token = _threads.set(count)
+    try:
+        yield
+    finally:
+        _threads.reset(token)
+
+
+def cores() -> int:
+    """How many threads may run at once: as many as `threads` says, else as this process has cores."""
+    return _threads.get() or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def ignore(stage: str, done: int, total: int) -> None:
@@ -188,7 +210,7 @@ def _options(threads: int, *, optimize: bool = True, faithful: bool = True) -> o
     levels = ort.GraphOptimizationLevel
     options = ort.SessionOptions()
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or _threads.get()
     options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
     if faithful:

@@ -25,6 +25,7 @@ FULL = Recipe(
     block=64,
     zero_points=True,
     embeddings=True,
+    equalization="none",
     products=True,
     include=("op:Conv", "/head/*"),
     exclude=("re:^/stem\\d",),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxcomp.errors import StorageError, UsageError
+from onnxcomp.errors import ResourceError, UsageError
 from onnxcomp.graph.weights import reason
 
 Array = np.ndarray
@@ -31,11 +31,20 @@ SMALL = 1 << 12
 
 def free_memory() -> int:
     """Bytes of memory that no one uses; where the system does not say, those of a small machine."""
+    return _read("/proc/meminfo", "MemAvailable:", 4 << 30)
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has held; 0 where the system does not say."""
+    return _read("/proc/self/status", "VmHWM:", 0)
+
+
+def _read(path: str, name: str, otherwise: int) -> int:
     try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) << 10
+        lines = Path(path).read_text("utf-8").splitlines()
     except OSError:
-        return 4 << 30
+        return otherwise
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) << 10
 
 
 class Tensors(Mapping[str, Array]):
@@ -133,8 +142,8 @@ class Room(ExitStack):
 
 @contextmanager
 def storing(where: Path, advice: str) -> Iterator[None]:
-    """Raise StorageError where something cannot be written in the folder."""
+    """Raise ResourceError where something cannot be written in the folder."""
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{where} cannot hold the samples' activations: {reason(error)}. {advice}") from error
+        raise ResourceError(f"{where} cannot hold the samples' activations: {reason(error)}. {advice}") from error

@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,7 +37,7 @@ from onnxcomp.graph.files import ModelProto, to_bytes
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array
 from onnxcomp.numerics.arrays import energies, sqnr_db
-from onnxcomp.runtime import Session
+from onnxcomp.runtime import Session, cores
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
@@ -66,6 +65,10 @@ class LiveBatch:
         source = self.reads.get(name, name)
         return split(self.live[source] if isinstance(source, str) else source.output(self.live), len(self.indices))
 
+    def __sizeof__(self) -> int:
+        """Bytes of the live tensors, by which a cluster plans."""
+        return sum(array.nbytes for array in self.live.values())
+
 
 @dataclass(frozen=True)
 class Run:
@@ -75,7 +78,8 @@ class Run:
     feeds: Mapping[str, str]
 
     @functools.cached_property
-    def _session(self) -> Session:
+    def session(self) -> Session:
+        """The loaded model."""
         return Session(self.model, threads=1)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,7 +88,7 @@ class Run:
 
     def outputs(self, live: Mapping[str, Array]) -> dict[str, Array]:
         """The tensors, of one batch."""
-        return self._session.run({k: live[v] for k, v in self.feeds.items()})
+        return self.session.run({k: live[v] for k, v in self.feeds.items()})
 
     def output(self, live: Mapping[str, Array]) -> Array:
         """The one tensor that it computes, of one batch."""
@@ -142,8 +146,8 @@ class Store:
         """What `fn` makes of the first batches."""
         return [fn(batch) for batch in self._batches[:count]]
 
-    def finish(self) -> None:
-        """Keep what is needed to go on from here."""
+    def finish(self, name: str = "") -> None:
+        """Keep what is needed to go on behind the step called `name`."""
         self._work.finish([(batch.indices, batch.live.kept) for batch in self._batches if isinstance(batch.live, Tensors)])
 
     def _move(self, compute: Callable[[Mapping[str, Array]], Mapping[str, Array]], needed: Collection[str] | None) -> None:
@@ -154,11 +158,10 @@ class Store:
 
 def _each(fn: Callable[[LiveBatch], S], batches: Iterable[LiveBatch]) -> Iterator[S]:
     """`fn` of every batch, in their order; as many at once as there are cores, each on one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    begun = deque[Future[S]]()
-    with one_thread(), ThreadPoolExecutor(cores) as pool:
+    count, begun = cores(), deque[Future[S]]()
+    with one_thread(), ThreadPoolExecutor(count) as pool:
         for batch in batches:
-            if len(begun) > cores:  # results wait for their turn, and are not small
+            if len(begun) > count:  # results wait for their turn, and are not small
                 yield begun.popleft().result()
             begun.append(pool.submit(copy_context().run, fn, batch))
         while begun:

@@ -198,7 +198,7 @@ def list_recipes() -> tuple[object, ...]:
 @recipe.command("show")
 @click.argument("name", metavar="NAME|FILE")
 def show_recipe(name: str) -> tuple[object, ...]:
-    """Print a recipe as TOML, or the one that made a quantized file.
+    """Print a recipe as TOML, or that of a quantized file.
 
     onnxcomp recipe show base > mine.toml
     onnxcomp recipe show vit.w4a4.onnx > frozen.toml

@@ -6,12 +6,18 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcomp.cli.shell import PREPROCESS, PROVIDER, main, progress_bar, read_recipe, size
+from onnxcomp.cli.shell import PREPROCESS, PROVIDER, THREADS, main, progress_bar, read_recipe, size
 from onnxcomp.errors import UsageError
+
+if TYPE_CHECKING:
+    from onnxcomp.report.model import Forecast
+
+LONG = 60
+"""Seconds from which a run says in front what it will take."""
 
 
 @main.command()
@@ -46,14 +52,18 @@ from onnxcomp.errors import UsageError
     "--memory", metavar="SIZE", callback=size, help="For the samples' activations, 2GB say; a quarter of what is free."
 )
 @click.option("--work", type=click.Path(), metavar="DIR", help="Keep what is finished there; the same command goes on.")
+@click.option("--cluster", metavar="ADDRESS", help="Run samples on a Dask cluster: tcp://HOST:PORT, or local:N processes.")
+@THREADS
 @click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done and what it would take; write nothing.")
 @click.option("--split", is_flag=True, help="Write a model of each weight term too; for xint of granularity 'model'.")
 @click.option("--report", "page", type=click.Path(), metavar="FILE.html", help="Write the report as a web page too.")
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
 def quantize(
     model: str, data: str | None, output: str | None, *, max_drop: float | None, max_size: float | None,
-    max_latency: float | None, labels: str | None, memory: int | None, work: str | None, force: bool, split: bool,
-    page: str | None, all_sites: bool, **options: Any,
+    max_latency: float | None, labels: str | None, memory: int | None, work: str | None, cluster: str | None,
+    dry_run: bool, force: bool,
+    split: bool, page: str | None, all_sites: bool, **options: Any,
 ) -> tuple[object, ...]:  # fmt: skip
     """Quantize MODEL and write the result once it is proven to run.
 
@@ -83,25 +93,34 @@ def quantize(
     from onnxcomp.graph import files
     from onnxcomp.report import html, text
 
+    def announce(found: Forecast) -> None:
+        if (found.disk_bytes and work is None) or found.seconds > LONG:
+            click.echo(text.forecast(found), err=True)
+
     files.check_output(destination, path, force=force)
     files.check_output(page, path, force=force)
     said: dict[str, Sequence[str]] = {}
     kept = "Nothing is kept; --work DIR would." if work is None else f"Start it again, with --work {work}, and it goes on."
     click.get_current_context().meta["interrupted"] = kept
     with progress_bar() as progress:
-        how = {"force": force, "memory": memory, "work": work, "progress": progress}
+        if dry_run:
+            plan = pipeline.foresee(path, data, recipe, memory=memory, work=work)
+            return plan, text.plan(plan, all_sites=all_sites)
+        how = {"force": force, "memory": memory, "work": work, "cluster": cluster, "progress": progress}
         if is_auto:
             result, said["Bounds"] = automatic.quantize(path, data, recipe, labels=labels, output=destination, **bounds, **how)
             said["Recipe"] = [str(destination.with_suffix(".recipe.toml"))]
         else:
             written = None if max_drop is not None else destination
-            result = pipeline.quantize(path, data, recipe, output=written, split=split, **how)
+            result = pipeline.quantize(path, data, recipe, output=written, split=split, announce=announce, **how)
         if max_drop is not None and not is_auto:
             found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
             demand(found, max_drop)
             files.save(result.model, destination, force=force, source=path)
     if page is not None:
         files.save_text(html.page(result.report), page)
+    if result.traffic:
+        click.echo(text.traffic(result.traffic, all_steps=all_sites), err=True)
     shown, following = result.report, ["compare", model, str(destination), "--data", "TEST_DATA"]
     if recipe.preprocess is not None:
         following += ["--preprocess", str(recipe.preprocess)]

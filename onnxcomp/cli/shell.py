@@ -92,6 +92,13 @@ def _provider(ctx: click.Context, parameter: click.Parameter, value: str | None)
         ctx.with_resource(runtime.provider(value))
 
 
+def _limit_threads(ctx: click.Context, parameter: click.Parameter, value: int | None) -> None:
+    if value is not None:
+        from onnxcomp import runtime
+
+        ctx.with_resource(runtime.threads(value))
+
+
 def shapes(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Read --shape NAME=1x3x224x224."""
     found = {}
@@ -116,6 +123,10 @@ def size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> i
 PROVIDER = click.option(
     "--provider", callback=_provider, expose_value=False, metavar="NAME",
     help="ONNX Runtime's execution provider: cpu by default, cuda, tensorrt.",
+)  # fmt: skip
+THREADS = click.option(
+    "--threads", callback=_limit_threads, expose_value=False, type=click.IntRange(min=1), metavar="N",
+    help="Threads of ONNX Runtime; every core by default. They change no byte.",
 )  # fmt: skip
 PREPROCESS = click.option("--preprocess", callback=_steps, metavar='"KEY=VALUE ..."', help="From pixels to the model's input.")
 

@@ -25,7 +25,7 @@ from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph, Node, Tape, apply, extract, tensors_of
 from onnxcomp.graph.files import ModelProto, to_bytes
 from onnxcomp.graph.offsets import fold_offset
-from onnxcomp.graph.schedule import schedule
+from onnxcomp.graph.schedule import Step, schedule
 from onnxcomp.graph.sites import Site, matches
 from onnxcomp.graph.tidy import fold_bias
 from onnxcomp.methods import weights, xint
@@ -77,11 +77,12 @@ class Walk:
 
     def run(self, progress: Progress) -> None:
         """Quantize every site of the plan."""
-        steps = schedule(self.reference, self._heads())
+        steps = self.steps()
         results = {t.name for t in self.reference.outputs}
         unfinished, macs = list(self.blocks), 0
         for step, following in zip(steps, [*steps[1:], None], strict=True):
-            progress("quantizing", step.index, len(steps))
+            name = "" if step.site is None else step.site.name
+            progress(f"quantizing {name}", step.index, len(steps))
             for point in self.quantizers.due(step):
                 self.quantizers.put(point, self._cut(point.tensor))
             layer = step.site if step.site is not None and step.site.kind == "layer" else None
@@ -95,13 +96,13 @@ class Walk:
             kept = {name for block in unfinished for name in block.inputs}
             kept |= results if following is None else set(following.live_in)
             if not self.work.is_ahead:
-                run = self._run(self.compressed, self._entries(step.live_in), step.computed) if step.computed else None
+                run = self.run_of(self.compressed, self._entries(step.live_in), step.computed) if step.computed else None
                 self.store.advance(run, kept)
             for block in ended:
                 self._compensate_block(replace(block, macs=macs))
                 unfinished.remove(block)
                 macs = 0
-            self.store.finish()
+            self.store.finish(name)
         for point in self.quantizers.due(None):
             self.quantizers.put(point, self._cut(point.tensor))
         if self.store is not None:
@@ -116,7 +117,7 @@ class Walk:
         assert self.store is not None
         outputs = {t.name for t in self.reference.outputs}
         behind = sorted(self.quantizers.entries.keys() & outputs)
-        runs = [self._run(self.compressed, self._entries([name]), [name]) for name in behind]
+        runs = [self.run_of(self.compressed, self._entries([name]), [name]) for name in behind]
 
         def read(batch: LiveBatch) -> Mapping[str, Array]:
             live = {name: batch.live[name] for name in outputs & batch.live.keys()}
@@ -131,11 +132,11 @@ class Walk:
         k, layers = self.methods[0].weight_terms, [site for site in self.plan.sites if site.kind == "layer"]
         return xint.split(self.compressed, layers, k)
 
-    def _heads(self) -> dict[str, Site | None]:
-        """Where the walk stops: at the plan's heads and at the first reader of every tensor between two blocks."""
+    def steps(self) -> tuple[Step, ...]:
+        """The walk stops at the plan's heads and at the first reader of every tensor between two blocks."""
         ends = {name for block in self.blocks for name in (block.y, *block.inputs)}
         first = {t.name: node.name for node in reversed(self.reference.nodes) for t in node.inputs if t.name in ends}
-        return dict.fromkeys(first.values()) | dict(self.plan.heads)
+        return schedule(self.reference, dict.fromkeys(first.values()) | dict(self.plan.heads))
 
     # --- one layer -------------------------------------------------------------------------------------------------
 
@@ -314,7 +315,7 @@ class Walk:
             before = tensors_of(self.compressed).keys() & {f"{block.y}/before-{label}"}
             live = self._entries(block.inputs) | dict.fromkeys(before, block.y)
             if not self.work.is_ahead:
-                self.store.add(block.y, self._run(self.compressed, live, [block.y]))
+                self.store.add(block.y, self.run_of(self.compressed, live, [block.y]))
             if stored is not None:
                 self.quantizers.store_again(block, label, stored, self.store.cut({"xh": block.y}))
 
@@ -336,13 +337,13 @@ class Walk:
     def _site_cut(self, site: Site) -> Cut:
         """The samples with the site's float and compressed output, both fed with what the compressed model computes."""
         assert self.store is not None
-        compressed = self._run(self.compressed, self._entries(site.inputs), [site.y])
+        compressed = self.run_of(self.compressed, self._entries(site.inputs), [site.y])
         return self.store.cut({"xh": site.x, "f_xh": self._float(site), "g_xh": compressed})
 
     def _float(self, place: Site | Block) -> Run:
-        return self._run(self.reference, {name: name for name in place.inputs}, [place.y])
+        return self.run_of(self.reference, {name: name for name in place.inputs}, [place.y])
 
-    def _run(self, graph: Graph, live: Mapping[str, str], outputs: Sequence[str]) -> Run:
+    def run_of(self, graph: Graph, live: Mapping[str, str], outputs: Sequence[str]) -> Run:
         """What computes `outputs` in the graph; `live`: the live tensor that each of its inputs is fed with."""
         part = extract(graph, list(live), list(outputs))
         return Run(self._bytes(part), {t.name: live[t.name] for t in part.inputs})

@@ -201,8 +201,8 @@ def _rows(x: Array, site: Site, groups: int, kernel: tuple[int, ...], attrs: Map
     """What the weight is multiplied with, at some tokens of a sample: float32 [groups, n, K]."""
     if site.op != "Conv":
         return x[_spread(x.shape[:-1], ROWS_PER_SAMPLE)][None]
-    patches = _patches(x, kernel, attrs)
-    return patches.reshape(len(patches), groups, -1).swapaxes(0, 1)
+    found = patches(x, kernel, attrs)
+    return found.reshape(len(found), groups, -1).swapaxes(0, 1)
 
 
 def _spread(shape: tuple[int, ...], limit: int) -> tuple[Array, ...]:
@@ -214,7 +214,7 @@ def _spread(shape: tuple[int, ...], limit: int) -> tuple[Array, ...]:
     return np.unravel_index(np.arange(0, count, stride), shape)
 
 
-def _patches(x: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any]) -> Array:
+def patches(x: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any], limit: int = ROWS_PER_SAMPLE) -> Array:
     """What a convolution multiplies its weight with, at some of its positions: [n, C, kernel]."""
     rank = len(kernel)
     pads = attrs.get("pads") or [0] * 2 * rank
@@ -226,4 +226,4 @@ def _patches(x: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any]) -> Arr
         (slice(None), slice(None), *(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
     ]
     windows = np.moveaxis(windows, 1, 1 + rank)  # [N, positions, C, kernel]
-    return windows[_spread(windows.shape[: 1 + rank], ROWS_PER_SAMPLE)]
+    return windows[_spread(windows.shape[: 1 + rank], limit)]

@@ -68,6 +68,24 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """What a run will take: bytes of the samples' activations, of the process at its peak, and on disk; seconds."""
+
+    live_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, and what it would take; None where nothing is calibrated."""
+
+    sites: tuple[SiteReport, ...]
+    forecast: Forecast | None
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A quantizable operator that stays float, and why."""
 
@@ -273,11 +291,6 @@ class Damage:
     def cumulative(self) -> float:
         """Its share of what the compressed model loses."""
         return self.weights_cumulative + self.activations_cumulative
-
-    @property
-    def damage(self) -> float:
-        """What the sites are ranked by."""
-        return self.isolated + self.cumulative
 
     @property
     def figures(self) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ Everything here returns plain text, the same for a terminal, a file or a pipe: e
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -95,6 +96,28 @@ def benchmark(value: model.Benchmark) -> str:
             floor = f"{figures(t.floor_ms)} ms, its integer kernels and the float work of {value.models[0].model}"
             parts[-1] += f"\nFloor: {floor}; all its operators take {total / t.floor_ms:.3f} of that."
     return "\n\n".join(parts)
+
+
+def plan(value: model.Plan, *, all_sites: bool = False) -> str:
+    """The sites without what is measured, and what a run would take."""
+    rows = [dataclasses.replace(site, before_db=None, after_db=None) for site in value.sites]
+    last = "" if value.forecast is None else f"\n\n{forecast(value.forecast)}"
+    return sites(rows, all_sites=all_sites) + last
+
+
+def forecast(value: model.Forecast) -> str:
+    """One line."""
+    time = f"{value.seconds:.0f} s" if value.seconds < 120 else f"{value.seconds / 60:.0f} minutes"
+    activations = f"{size(value.live_bytes)} of activations, {size(value.disk_bytes)} of files"
+    return f"Foretold: {time}, {size(value.memory_bytes)} of memory; {activations}."
+
+
+def traffic(rows: Sequence[tuple[str, int, int]], *, all_steps: bool = False) -> str:
+    """What a cluster has cost: every step where they are asked for, then all together."""
+    sent, moved = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    text = f"Cluster: {size(sent)} sent from here, {size(moved)} by workers to one another and home."
+    steps = [[name or "-", size(out), size(between)] for name, out, between in rows]
+    return f"{table(['Step', 'Sent', 'By workers'], steps, right=('Sent', 'By workers'))}\n{text}" if all_steps else text
 
 
 def sites(rows: Sequence[model.SiteReport], *, all_sites: bool = False) -> str:

@@ -107,14 +107,19 @@ def tail(tensor: Tensor, results: set[str]) -> Tensor:
     graph's outputs.
     """
     readers = tensor.outputs
-    is_absorbed = tensor.name not in results and len(readers) == 1 and clip_bounds(readers[0])[0] == 0.0
-    return readers[0].outputs[0] if is_absorbed else tensor
+    bounds = clip_bounds(readers[0]) if tensor.name not in results and len(readers) == 1 else (None, None)
+    is_absorbed = bounds[0] == 0.0 or (bounds[1] is not None and readers[0].op == "Min")
+    return tail(readers[0].outputs[0], results) if is_absorbed else tensor
 
 
 def clip_bounds(node: Node) -> tuple[float | None, float | None]:
-    """The constant bounds of a Relu or Clip; None for a bound that is absent or no constant, and for other operators."""
+    """The constant bounds of a Relu, a Clip or a Min, of which the least; None for a bound that is absent or no constant, and
+    for other operators.
+    """
     if node.op == "Relu":
         return 0.0, None
+    if node.op == "Min" and len(node.inputs) == 2 and isinstance(node.inputs[1], Constant):
+        return None, float(node.inputs[1].values.min())
     given = [float(t.values.reshape(())) if isinstance(t, Constant) else None for t in node.inputs[1:3] if node.op == "Clip"]
     low, high, *_ = *given, None, None
     return low, high

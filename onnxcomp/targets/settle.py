@@ -96,7 +96,7 @@ def _absorb(graph: Graph, quantize: Node) -> None:
     if len(x.inputs) != 1 or len(x.outputs) != 1 or any(t is x for t in graph.outputs):
         return
     clip, reader = x.inputs[0], quantize.outputs[0].outputs[0]
-    if clip.op not in ("Relu", "Clip") or any(isinstance(t, Variable) and not t.is_empty() for t in clip.inputs[1:]):
+    if clip.op not in ("Relu", "Clip", "Min") or any(isinstance(t, Variable) and not t.is_empty() for t in clip.inputs[1:]):
         return
     step, zero, codes = float(scale.values), int(zero_point.values), np.iinfo(zero_point.dtype)
     smallest, largest = (codes.min, codes.max) if reader.op != "Clip" else (int(t.values) for t in reader.inputs[1:3])
@@ -111,6 +111,7 @@ def _absorb(graph: Graph, quantize: Node) -> None:
     if not x.name.endswith("/before-quantize"):
         dequantize = reader if reader.op != "Clip" else reader.outputs[0].outputs[0]
         dequantize.outputs[0].name = x.name  # the tensor's name goes on naming its best approximation
+    _absorb(graph, quantize)
 
 
 def _keep_integer(graph: Graph, node: Node) -> None:

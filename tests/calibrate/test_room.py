@@ -16,7 +16,8 @@ import tiny
 from onnxcomp.calibrate import room
 from onnxcomp.calibrate.room import FREE, SMALL, Room, free_memory
 from onnxcomp.calibrate.samples import Store
-from onnxcomp.errors import StorageError
+from onnxcomp.calibrate.work import Work
+from onnxcomp.errors import ResourceError
 from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import NAMED, Bits
 
@@ -87,7 +88,7 @@ def test_the_folder_goes_with_the_room_whatever_happens(scratch: Path, error: ty
 
 def test_nothing_is_made_on_disk_where_memory_suffices(scratch: Path):
     with Room() as here:
-        Store([{"x": TENSOR}], batchable=False, room=here)
+        Store([{"x": TENSOR}], batchable=False, work=Work(here))
 
         assert [*scratch.iterdir()] == []
 
@@ -96,11 +97,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(scratch: Path, monkeypat
     monkeypatch.setattr(room, "SMALL", 0)
     subject = tiny.models()["transformer"]
 
-    with largest_file(100), pytest.raises(StorageError) as caught:
+    with largest_file(100), pytest.raises(ResourceError) as caught:
         quantize(subject.model, subject.samples, memory=0)
 
     (folder, _, rest) = str(caught.value).partition(" ")
-    assert Path(folder).parent == scratch
+    assert Path(folder) == scratch
     assert rest == f"cannot hold the samples' activations: file too large. {FREE}"
     assert FREE == "Make room there, set TMPDIR to another folder, or raise --memory."
     assert [*scratch.iterdir()] == []
@@ -110,7 +111,7 @@ def test_a_folder_that_cannot_be_made_is_the_same_error(scratch: Path, monkeypat
     monkeypatch.setattr(tempfile, "tempdir", str(scratch / "gone"))
 
     with (
-        pytest.raises(StorageError, match=r"/gone cannot hold the samples' activations: no such file or directory\."),
+        pytest.raises(ResourceError, match=r"/gone cannot hold the samples' activations: no such file or directory\."),
         Room(0) as here,
     ):
         here.take({"a": TENSOR})

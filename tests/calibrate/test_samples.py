@@ -71,6 +71,12 @@ def test_a_feed_is_not_changed_by_its_store():
     assert list(feed) == ["x"]
 
 
+def test_a_batch_says_how_much_it_holds():
+    (batch,) = batches(Store(feeds((1, 100), (1, 100)), batchable=True))
+
+    assert batch.__sizeof__() == 800
+
+
 def test_no_samples_are_refused():
     with pytest.raises(DataError) as caught:
         Store([], batchable=True)

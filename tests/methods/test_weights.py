@@ -203,7 +203,7 @@ def test_the_patches_of_a_conv_are_what_its_weight_is_multiplied_with(
     model = parse(f"g (float[{axes}] x) => (float y) {{ y = Conv{written}(x, w) }}", {"w": w}, opset=21)
     y = run(model, {"x": x})["y"]
 
-    rows = weights._patches(x, kernel, attrs).reshape(-1, groups, w[0].size)
+    rows = weights.patches(x, kernel, attrs).reshape(-1, groups, w[0].size)
     found = np.stack([rows[:, g] @ w.reshape(groups, 8 // groups, -1)[g].T for g in range(groups)], axis=1)
 
     np.testing.assert_array_equal(np.moveaxis(found.reshape(*y.shape[2:], 8), -1, 0), y[0])
