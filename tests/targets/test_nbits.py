@@ -277,6 +277,18 @@ def test_a_target_without_tables_of_codes_refuses_embeddings():
     assert str(caught.value) == "qnn takes no embedding tables of codes. Leave embeddings = true out."
 
 
+@pytest.mark.parametrize(("bits", "least"), [(3, "1.23"), (4, "1.18"), (5, "1.23"), (8, "1.18")])
+def test_a_file_with_blocks_says_what_it_needs(bits: int, least: str):
+    """Run in 1.18 to 1.31: 1.18 loads no `block_size`, 1.22 and older no Cast to int4, 1.24 and older no kernel for int8."""
+    first, *_, blocks, accuracy = in_blocks("ort-x86", bits, 32).report.requirements
+
+    assert first == f"ONNX Runtime {least} or newer, with graph optimizations enabled (the default)."
+    assert blocks == (
+        "ONNX Runtime 1.19 or newer for weights in blocks, whose kernels read codes of 4 bits; those of more bits from 1.28 on."
+    )
+    assert 'session.qdq_matmulnbits_accuracy_level = "1" keeps them float.' in accuracy
+
+
 def test_the_report_says_how_many_weights_are_read_as_codes():
     assert "2 of 2 read the codes of their weights" in text.report(in_blocks("ort-x86").report, all_sites=True)
 
