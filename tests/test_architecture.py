@@ -61,7 +61,7 @@ THIRD_PARTY = {
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 7079
+LIBRARY_LINES = 7075
 
 
 @dataclass(frozen=True)
