@@ -3,20 +3,22 @@
 One walk quantizes the model. Then every part that loses something, an activation quantizer x -> x + e or a weight with its
 bias y -> y + e, becomes x + m e with a number m of its own: all m = 0 are the float model, all m = 1 the compressed one, and in
 between lies a smooth function y(m), for the errors e stand still. Two sets of them are recorded: what quantizing does to the
-float model's own tensors, and what it does to those that the compressed model computes. With g_s = dy/dm_s
+float model's own tensors, and what it does to those that the compressed model computes.
 
-    isolated    sum |g_s|^2 at m = 0, errors of the float model's tensors: this part alone, everything else float
-    cumulative  sum 2 (y - y_0).g_s at m = 1/2, errors of the compressed model's: its share of |y_1 - y_0|^2, to second order
+    isolated    |y(m_s = 1/2) - y(m_s = -1/2)|^2 around m = 0, the float model's errors: this part alone, the rest float
+    cumulative  what |y - y_0|^2 falls by without the part, half of the others being there, the compressed model's errors
 
-over the outputs of all samples, relative to |y_0|^2. Sites are ranked by the second. All g_s are read from the same passes: in
-pass k every m moves by a sign, that of its part's column of an orthogonal matrix, and the part has what correlates with it:
+over the outputs of all samples, relative to |y_0|^2. Cumulative shares add up to the damage of all, as far as y is linear;
+sites are ranked by them. All parts move at once: in pass k part s has the sign of row k of its column of an orthogonal matrix,
+and its own is what correlates with that. Each pass is run with all signs turned round too, which takes out what two parts do
+together:
 
-    dy_k = sum_s sign_ks g_s        g_s = sum_k sign_ks dy_k / passes
+    y(m_k) - y(-m_k) = sum_s sign_ks effect_s        effect_s = sum_k sign_ks (y(m_k) - y(-m_k)) / passes
 
 Parts that are more than columns share these, with other partners and signs in every sample; least squares part them again.
 
-Cost    `PASSES` passes over the float model for each of the two, `RUNS` runs of one sample, whatever the depth.
-Limits  first order: an error that saturates what follows counts as if it went on growing. Estimates of parts far below the
+Cost    `PASSES` pairs of passes over the float model for each of the two, on `SAMPLES` samples, whatever the depth.
+Limits  isolated effects are those among small errors everywhere, not in an untouched model. Estimates of parts far below the
         largest are noise of either sign. What compensates blocks or inputs is left out of the walk.
 """
 
@@ -48,12 +50,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 Feed = Mapping[str, Array]
-PASSES, RUNS = 128, 1024
-"""Columns of signs at most, and of samples as many as make so many runs: fewer where parts need more columns of their own."""
-LARGEST = 32
-"""Samples at most."""
-STEP = 0.125
-"""By how much m is moved: small, since y(m) is smooth."""
+PASSES, SAMPLES = 64, 12
+"""Pairs of passes at most, and samples."""
 TURNS = 3
 """Of least squares, a row counting the less the more is expected of it."""
 SUGGESTED = 3
@@ -88,7 +86,7 @@ def analyze(
     if not outputs:
         raise ModelError("The model has no output of type float32, so damage cannot be measured there.")
     passes = min(PASSES, 1 << max(len(parts) - 1, 0).bit_length())
-    feeds = [samples[i] for i in range(min(RUNS // passes, LARGEST, len(samples)))]
+    feeds = [samples[i] for i in range(min(SAMPLES, len(samples)))]
     total, alone, shares = _measure(_sessions(graph, walk, parts, outputs), parts, feeds, passes, progress)
     tensors, found, energies = walk.reference.tensors(), list[Damage](), np.diag(alone)
     for site in walk.plan.sites:
@@ -103,7 +101,7 @@ def analyze(
     worst = [row.name for row in found if row.kind == "layer"][:SUGGESTED]
     suggestion = "\n".join(f'[[site]]\nwhere = {json.dumps(glob.escape(name))}\nbits = "w8a8"\n' for name in worst)
     title = Path(model).name if isinstance(model, str | Path) else "model"
-    count = 2 * passes + 3
+    count = 4 * passes + 2
     return Analysis(title, str(recipe.bits), walk.target.name, len(feeds), count, total, tuple(found), suggestion)
 
 
@@ -191,11 +189,11 @@ def _measure(
         progress("analyzing", number, len(feeds))
         (y0, alone), (y1, together) = (record(feed, np.full(count, m)) for m in (0.0, 1.0))
         signal, total = signal + float(y0 @ y0), total + float((y1 - y0) @ (y1 - y0))
-        middle, _ = inject(together, np.full(count, 0.5))
         column, sign = rng.permutation(count) % passes, rng.choice([-1.0, 1.0], count)
-        signs, member = STEP * columns[:, column] * sign, (column == np.arange(passes)[:, None]) * sign
-        effects = columns @ np.array([inject(alone, row)[0] - y0 for row in signs]) / (STEP * passes)
-        shares = columns @ [(inject(together, 0.5 + row)[0] - middle) @ (middle - y0) for row in signs] * 2 / (STEP * passes)
+        signs, member = columns[:, column] * sign / 2, (column == np.arange(passes)[:, None]) * sign
+        effects = columns @ np.array([inject(alone, row)[0] - inject(alone, -row)[0] for row in signs]) / passes
+        lost = [[np.square(inject(together, 0.5 + m)[0] - y0).sum() for m in (row, -row)] for row in signs]
+        shares = columns @ np.subtract(*np.transpose(lost)) / passes
         gram = effects @ effects.T
         rows.append((member, np.diag(gram), shares))
         apart = column[:, None] != column

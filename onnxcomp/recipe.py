@@ -73,6 +73,8 @@ class SiteRule:
 
     def __post_init__(self) -> None:
         check_types(self)
+        for name in self.methods or ():
+            methods.find(name)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from onnxcomp import automatic, pipeline, recipe, targets
 from onnxcomp.analysis import analyze
 from onnxcomp.cli import main
-from onnxcomp.errors import BoundError, DataError
+from onnxcomp.errors import BoundError, DataError, RecipeError
 from onnxcomp.recipe import Bits, Recipe, SiteRule
 
 ENCODING = targets.find("ort-x86").encoding
@@ -180,6 +180,17 @@ def test_a_frozen_recipe_stays_as_it_is(net: Path, data: Path, tmp_path: Path) -
     run("quantize", net, "--data", data, "--recipe", frozen, "-o", second)
 
     assert run("recipe", "show", second).stdout == frozen.read_text()
+
+
+def test_a_method_that_a_rule_keeps_must_exist() -> None:
+    with pytest.raises(RecipeError, match=r"^mine: \[\[site\]\] #1: Unknown method 'bais'\. The methods are: bias, "):
+        recipe.loads('[[site]]\nwhere = "*"\nmethods = ["bais"]\n', where="mine")
+
+
+def test_no_method_is_fitted_that_a_rule_does_not_keep(net: Path, data: Path) -> None:
+    result = pipeline.quantize(net, data, Recipe(bits=Bits(4, 4), site=(SiteRule("fc1", methods=()),)))
+
+    assert {decision.site for decision in result.report.decisions if decision.method == "bias"} == {"fc2"}
 
 
 def test_a_float_file_holds_no_recipe(net: Path) -> None:
