@@ -102,7 +102,10 @@ def quantize(
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 
-    walk = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, choice.blocks, decisions=decisions)
+    walk = Walk(
+        graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, choice.blocks,
+        matched=recipe.moments == "auto", decisions=decisions,
+    )  # fmt: skip
     walk.run(progress)
 
     expected = None if store is None else walk.expected(len(feeds))

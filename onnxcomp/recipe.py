@@ -84,6 +84,8 @@ class Recipe:
     """Mix channels by orthogonal matrices first; folded: only what costs nothing at run time."""
     equalization: Literal["auto", "none"] = "auto"
     """Scale and mix the channels between layers first, where that costs nothing at run time."""
+    moments: Literal["auto", "none"] = "auto"
+    """Give every channel of a CNN below 8 bits back its mean and its spread."""
     products: bool = False
     """Quantize MatMuls of two activations too."""
     include: tuple[str, ...] = ()

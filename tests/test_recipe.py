@@ -23,6 +23,7 @@ FULL = Recipe(
     rounding="gptq",
     rotation="folded",
     equalization="none",
+    moments="none",
     products=True,
     include=("op:Conv", "/head/*"),
     exclude=("re:^/stem\\d",),
