@@ -238,13 +238,13 @@ class Walk:
         self.results[site.name] = replace(measured[-1], before_db=measured[0].before_db)
 
     def _measure(self) -> dict[str, Array]:
-        """The moments, in the float model, of what every layer of a network of Convs makes that has fewer than 8 bits."""
+        """The moments, in the float model, of what every layer of a network of Convs makes from fewer than 8 bits."""
         assert self.store is not None
         layers = [site for site in self.plan.sites if site.kind == "layer"]
         if {site.op for site in layers} - {"Gemm"} != {"Conv"}:
             return {}
         asked = {site.y: self.plan.settings[site.name] for site in layers}
-        names = [y for y, s in asked.items() if s.activations != "float" and min(s.weight_bits, s.activation_bits) < 8]
+        names = [y for y, s in asked.items() if s.activations != "float" and s.activation_bits < 8]
         if not names:
             return {}
         run, totals = self._run(self.reference, {t.name: t.name for t in self.reference.inputs}, names), dict[str, Array]()

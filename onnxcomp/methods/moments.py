@@ -8,7 +8,7 @@ up, though every layer by itself is fitted to what it sees. Two numbers per chan
 Source  re-estimated BatchNormalization; of means alone Nagel et al. 2019, arXiv:1906.04721, section 4.2.
 Cost    nothing: a goes into the scales of the weight, b into the bias.
 Gate    held-out samples must come closer in both moments; a lies between 4/5 and 5/4.
-Limits  networks whose layers are Convs and Gemms, below 8 bits: behind a LayerNormalization the local target is the better one.
+Limits  networks whose layers are Convs and Gemms, activations below 8 bits: with LayerNormalization the local target is better.
 """
 
 import numpy as np
