@@ -102,6 +102,8 @@ class Recipe:
     """Quantize the tables that Gather reads rows of too."""
     equalization: Literal["auto", "none"] = "auto"
     """Scale and mix the channels between layers first, where that costs nothing at run time."""
+    moments: Literal["auto", "none"] = "auto"
+    """Give every channel of a CNN whose activations have fewer than 8 bits back its mean and its spread."""
     products: bool = False
     """Quantize MatMuls of two activations too."""
     include: tuple[str, ...] = ()

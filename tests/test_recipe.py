@@ -26,6 +26,7 @@ FULL = Recipe(
     zero_points=True,
     embeddings=True,
     equalization="none",
+    moments="none",
     products=True,
     include=("op:Conv", "/head/*"),
     exclude=("re:^/stem\\d",),

@@ -88,7 +88,9 @@ def _see(graph: Graph, like: ModelProto, groups: Sequence[Group], feeds: Sequenc
     means = {name for group in groups if group.linear for name in group.shifted}
     names = list(dict.fromkeys([*(node.inputs[0].name for node in readers.values()), *sorted(means)]))
     part = extract(graph, [t.name for t in graph.inputs], names)
-    session, rows, sums = Session(to_bytes(to_model(part, like))), {name: [] for name in readers}, dict.fromkeys(means, 0.0)
+    session = Session(to_bytes(to_model(part, like)))
+    rows: dict[str, list[Array]] = {name: [] for name in readers}
+    sums: dict[str, Array] = {name: np.zeros(1) for name in means}
     for feed in feeds:
         live = session.run({t.name: feed[t.name] for t in part.inputs})
         for name, node in readers.items():

@@ -112,7 +112,14 @@ def wide(op: str) -> Tiny:
 
 def narrow(tiny: Tiny, bits: int) -> Result:
     recipe = Recipe(
-        target="ort-x86", bits=Bits(bits, 8), rounding="nearest", activations="static", compensate=(), rotation="none"
+        target="ort-x86",
+        bits=Bits(bits, 8),
+        rounding="nearest",
+        activations="static",
+        compensate=(),
+        rotation="none",
+        equalization="none",
+        moments="none",
     )
     return quantize(tiny.model, tiny.samples, recipe)
 
