@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from onnxcomp import cli
 from onnxcomp.pipeline import foresee, quantize
-from onnxcomp.recipe import NAMED, Bits
+from onnxcomp.recipe import NAMED
 from onnxcomp.report import text
 from onnxcomp.report.model import Forecast
 
