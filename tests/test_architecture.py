@@ -63,7 +63,7 @@ THIRD_PARTY = {
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 7200
+LIBRARY_LINES = 7189
 
 
 @dataclass(frozen=True)
