@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 HOUSE = (ROOT / "onnxcomp" / "README.md").read_text(encoding="utf-8")
 PROSE = re.sub(r"^```.*?^```", "", TEXT, flags=re.DOTALL | re.MULTILINE)
-SYSTEM = ("python3", "pip", "pytest")
+SYSTEM = ("python3", "pip", "pytest", "dask")
 """What is called in the README and is not ours."""
 
 ELLIPSIS = "..."
