@@ -203,8 +203,7 @@ def aimet(job: Job, weights: int, activations: int, **settings: Any) -> None:
 def quark(job: Job, kind: str) -> None:
     onnx_api = tool("quark.onnx")
     base = tool("onnxruntime.quantization").CalibrationDataReader
-    config = onnx_api.get_default_config(kind)
-    quantizer = onnx_api.ModelQuantizer(tool("quark.onnx.quantization.config.config").Config(global_quant_config=config))
+    quantizer = onnx_api.ModelQuantizer(onnx_api.QConfig.get_default_config(kind))
     quantizer.quantize_model(str(job.model), str(job.output), reader(base, job.feeds))
 
 
