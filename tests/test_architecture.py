@@ -59,7 +59,7 @@ THIRD_PARTY = {
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 7010
+LIBRARY_LINES = 7020
 
 
 @dataclass(frozen=True)
