@@ -286,7 +286,7 @@ class Walk:
             return False
         found = self.work.once(lambda: self._site_cut(site).reduce(functools.partial(moments.sums, name="g_xh")))
         outcome = moments.fit(self._moments[site.y], moments.moments(found))
-        self.decisions.append(Decision(site.name, "moments", outcome.fit is not None, outcome.reason, None, 0))
+        self.decisions.append(Decision(site.name, "moments", outcome.fit is not None, outcome.reason, outcome.gain_db, 0))
         if outcome.fit is None:
             return False
         gain, shift, scale = outcome.fit["gain"], outcome.fit["shift"], makers[0].inputs[1]

@@ -44,8 +44,13 @@ def copy_inputs(
         if len(x.outputs) > 1 or w.shape[1] > CHANNELS or node.attrs.get("group", 1) > 1:
             continue
         values = np.concatenate([subsample(feed[site.x], VALUES_PER_SAMPLE) for feed in feeds])
-        step = float(choose(Histogram.of(values), Scheme(bits[site.name])).scale)
-        offsets = np.repeat((np.arange(count) - (count - 1) / 2) * step / count, w.shape[1]).astype(np.float32)
+        q = choose(Histogram.of(values), Scheme(bits[site.name]))
+        shifts = ((np.arange(count) - (count - 1) / 2) * float(q.scale) / count).astype(np.float32)
+        mean = np.mean([q.fake(values + shift) for shift in shifts], axis=0)
+        one, all_copies = (max(float(np.square(y - values).mean()), 1e-30) for y in (q.fake(values), mean))
+        if one <= all_copies:
+            continue
+        offsets = np.repeat(shifts, w.shape[1])
         tape = Tape(f"{site.name}/copies")
         stacked = tape("Concat", *[site.x] * count, axis=1)
         made = tape("Add", stacked, tape.constant("offsets", offsets.reshape(-1, *[1] * (w.ndim - 2))))
@@ -53,5 +58,7 @@ def copy_inputs(
         node.inputs[0].shape = [x.shape[0], len(offsets), *x.shape[2:]]
         set_constant(node, 1, np.concatenate([w / count] * count, axis=1))
         changed[site.name] = replace(site, inputs=(made,))
-        found[site.name] = Outcome({"offsets": offsets}, f"{count} copies, each shifted by a part of a step")
+        found[site.name] = Outcome(
+            {"offsets": offsets}, f"{count} copies, each shifted by a part of a step", 10 * float(np.log10(one / all_copies))
+        )
     return tuple(changed.get(site.name, site) for site in sites), found

@@ -43,14 +43,15 @@ def fit(wanted: Array, found: Array) -> Outcome:
     """The factor and the shift [C] that give a layer of moments `found` those that are `wanted`."""
     (mean, spread), (target, width) = found[0], wanted[0]
     factor = np.where((spread > 0) & (width > 0), width / np.maximum(spread, 1e-30), 1.0).clip(1 / MOST, MOST)
-    best, least = None, _distance(wanted[1], found[1])
+    before = least = _distance(wanted[1], found[1])
+    best = None
     for part in PARTS:
         gain = factor**part
         shift = mean + part * (target - mean) - gain * mean
         left = _distance(wanted[1], np.stack([gain * found[1, 0] + shift, gain * found[1, 1]]))
         best, least = ({"gain": gain, "shift": shift}, left) if left < least else (best, least)
     near = "the float model's mean and deviation per channel" if best else "held-out samples do not come closer"
-    return Outcome(best, near)
+    return Outcome(best, near, float(10 * np.log10(max(before, 1e-30) / max(least, 1e-30))))
 
 
 def _distance(wanted: Array, found: Array) -> float:
