@@ -5,7 +5,8 @@
     disk      the live tensors beyond the budget; all of two cuts in a folder that stays
     seconds   batches * (passes * a float pass + statistics) + solves of the weights that are fitted to inputs
 
-Limits: memory within a factor of 1.5, time within a factor of 4 on the models that it was tried on, without a cluster.
+Limits: memory within a factor of 1.5, time within a factor of 4, on the models that it was tried on, on a machine that does
+nothing else and without a cluster.
 """
 
 import math
