@@ -15,18 +15,19 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from onnxcomp.analysis import analyze
     from onnxcomp.comparison import compare
     from onnxcomp.errors import OnnxcompError
     from onnxcomp.pipeline import Result, quantize
     from onnxcomp.recipe import Bits, Recipe
     from onnxcomp.report.model import Report
 
-__all__ = ["Bits", "OnnxcompError", "Recipe", "Report", "Result", "__version__", "compare", "quantize"]
+__all__ = ["Bits", "OnnxcompError", "Recipe", "Report", "Result", "__version__", "analyze", "compare", "quantize"]
 
 _HOME = {
     "Bits": "onnxcomp.recipe", "Recipe": "onnxcomp.recipe", "OnnxcompError": "onnxcomp.errors",
     "Report": "onnxcomp.report.model", "Result": "onnxcomp.pipeline",
-    "compare": "onnxcomp.comparison", "quantize": "onnxcomp.pipeline",
+    "analyze": "onnxcomp.analysis", "compare": "onnxcomp.comparison", "quantize": "onnxcomp.pipeline",
 }  # fmt: skip
 
 try:

@@ -1,10 +1,12 @@
 """The account: what the walk, the audit and the proof found out, gathered into one report and stored in the file."""
 
 import dataclasses
+import glob
 import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from onnxcomp import __version__, runtime
 from onnxcomp import recipe as recipes
@@ -12,18 +14,18 @@ from onnxcomp.choose import Choice
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data
 from onnxcomp.graph import files
-from onnxcomp.graph.edit import Graph, Node
+from onnxcomp.graph.edit import Graph, Node, tensors_of
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.sites import Site
 from onnxcomp.graph.strip import dump_folds
 from onnxcomp.graph.tidy import Fold, is_load_time
 from onnxcomp.methods.base import Outcome
-from onnxcomp.recipe import Recipe
+from onnxcomp.recipe import Recipe, SiteRule
 from onnxcomp.report.json import to_stored
 from onnxcomp.report.model import Decision, Report, SiteReport, Verification
 from onnxcomp.targets.audit import Kernel
 from onnxcomp.targets.base import Plan
-from onnxcomp.targets.lowering import stored_bits
+from onnxcomp.targets.nbits import stored_bits
 from onnxcomp.targets.target import Target
 
 NOTHING = Outcome(None, "nothing was measured")
@@ -95,21 +97,49 @@ def decision(place: str, method: str, outcome: Outcome) -> Decision:
     return Decision(place, method, outcome.fit is not None, outcome.reason, outcome.gain_db, added)
 
 
+def bits(site: Site, walk: Walk) -> str:
+    """The widths of a site, as `SiteReport.bits` has them."""
+    settings = walk.plan.settings.get(site.name)
+    activations = "a8" if settings is None else f"a{settings.activation_bits}"
+    if settings is None or site.weight is None:
+        return activations
+    block = f"b{settings.block}" if settings.block else ""
+    return f"w{settings.weight_bits}{'' if settings.activations == 'float' else activations}{block}"
+
+
 def _site_report(site: Site, walk: Walk, kernel: Kernel) -> SiteReport:
-    settings, result = walk.plan.settings.get(site.name), walk.results.get(site.name, NOTHING)
+    settings, result, stored = walk.plan.settings.get(site.name), walk.results.get(site.name, NOTHING), 0
     activations = "static" if settings is None else settings.activations
     if activations == "auto":
         activations = walk.quantizers.granularity.get(site.name, "static")
-    bits, stored = "a8" if settings is None else f"a{settings.activation_bits}", 0
     if settings is not None and site.weight is not None:
-        bits = f"w{settings.weight_bits}{'' if activations == 'float' else bits}"
-        shape = walk.reference.tensors()[site.weight].shape
-        codes = math.ceil(math.prod(shape) * stored_bits(settings.weight_bits, math.prod(shape), walk.target.encoding) / 8)
-        stored = codes + 5 * shape[site.weight_axis]  # a float scale and an int8 zero point per channel
+        shape, encoding, block = tensors_of(walk.reference)[site.weight].shape, walk.target.encoding, settings.block
+        width = stored_bits(settings.weight_bits, math.prod(shape), encoding, in_blocks=block > 0)
+        # A float scale and an int8 zero point per channel; of blocks the zero points of at least 4 bits are optional.
+        ranges = 5.0 * shape[site.weight_axis]
+        if block:
+            zeros = max(4, width) / 8 if settings.zero_points else 0
+            ranges = (4 + zeros) * shape[site.weight_axis] * math.ceil(shape[1 - site.weight_axis] / block)
+        stored = math.ceil(math.prod(shape) * width / 8 + ranges)
     return SiteReport(
-        site.name, site.op, site.kind, bits, activations, result.before_db, result.after_db,
+        site.name, site.op, site.kind, bits(site, walk), activations, result.before_db, result.after_db,
         kernel.op, kernel.integer, kernel.reason, stored,
+        "" if settings is None else settings.rounding,
     )  # fmt: skip
+
+
+def frozen(report: Report) -> Recipe:
+    """The recipe of a report with every automatic choice at its layers written out. On the same model and data it gives the
+    same file, but for what the account in its metadata says of choices.
+    """
+    recipe, kept = recipes.loads(report.recipe), {(d.site, d.method) for d in report.decisions if d.adopted}
+    names = [recipes.method_name(method) for method in recipe.compensate if method.scope == "layer"]
+    rules: list[SiteRule] = []
+    for site in (site for site in report.sites if site.kind != "join"):
+        own: dict[str, Any] = {"activations": site.activations, "rounding": site.rounding or None}
+        methods = tuple(name for name in names if (site.name, name) in kept)
+        rules.append(SiteRule(glob.escape(site.name), mixed=(site.name, "rotation") in kept, methods=methods, **own))
+    return dataclasses.replace(recipe, site=tuple(dict.fromkeys((*recipe.site, *rules))))
 
 
 def stamp(model: ModelProto, account: Report, folds: Sequence[Fold]) -> Report:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from onnxcomp.errors import ModelError, RecipeError, UnsupportedSite
 from onnxcomp.graph.blocks import Block, find_blocks
 from onnxcomp.graph.edit import Constant, Graph, Node
-from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, matches, select
+from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, find_tables, matches, select
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Skipped
 from onnxcomp.targets.base import Settings
 from onnxcomp.targets.target import Target
 
 NO_DATA = "No data were given, so activations are quantized at run time and nothing is calibrated or compensated"
+
+NO_SAMPLES = "No data were given, so weights are rounded to nearest and nothing is compensated. Pass --data for GPTQ."
 
 
 @dataclass(frozen=True)
@@ -40,32 +43,35 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     """
     if recipe.half and not target.half:
         raise RecipeError(f"{target.name} takes no float16 beside codes. Leave --half out, or use --target tensorrt.")
-    every = find_sites(graph)
+    every = (*find_sites(graph), *find_tables(graph))
     names = [node.name for node in graph.nodes]
     for rule in recipe.site:
         check_pattern(rule.where, every, names, required=False)
     scopes = {method.scope for method in recipe.compensate} if with_data else set()
-    blocks = find_blocks(graph, every) if "block" in scopes else ()
+    blocks = find_blocks(graph, find_sites(graph)) if "block" in scopes else ()
     blocks += _outputs(graph, every) if "output" in scopes else ()
     for method in recipe.compensate:
         places = [b for b in blocks if b.kind == method.scope] if method.scope in ("block", "output") else every
         if places:
             check_pattern(method.where, places, names, required=False)
     chosen = select(every, recipe.include, recipe.exclude, names)
-    chosen = tuple(s for s in chosen if s.kind == "layer" or recipe.products or _is_included(s, recipe))
+    wanted = {"layer": True, "product": recipe.products, "table": recipe.embeddings}
+    chosen = tuple(s for s in chosen if wanted[s.kind] or (s.kind == "product" and _is_included(s, recipe)))
     if any(node.op in ("QuantizeLinear", "DynamicQuantizeLinear") for node in graph.nodes):
         raise ModelError("The model is quantized already. Give the float model that it was made from.")
     if not chosen:
         raise UnsupportedSite(
             "No Conv, Gemm or MatMul with a constant float32 weight is left to quantize. Check include and exclude."
         )
-    settings = {site.name: _settings(site, recipe, target, with_data=with_data) for site in chosen}
-    chosen = tuple(s for s in chosen if s.kind == "layer" or settings[s.name].activations != "float")
+    settings = {site.name: _settings(graph, site, recipe, target, with_data=with_data) for site in chosen}
+    chosen = tuple(s for s in chosen if s.kind != "product" or settings[s.name].activations != "float")
     # A table per token is read at every run; beside codes of 8 bits it repairs too little for that.
     narrow = {s.name for s in chosen if target.encoding.tables and settings[s.name].activation_bits < 8}
     chosen = tuple(replace(s, fixed_tokens=s.fixed_tokens and s.name in narrow) for s in chosen)
     convs = "; Conv activations stay float" if any(site.op == "Conv" for site in chosen) else ""
-    notes = () if with_data else (f"{NO_DATA}{convs}. Pass --data for static ranges.",)
+    is_float = all(s.activations == "float" for s in settings.values()) and recipe.bits.activations is None
+    said = NO_SAMPLES if is_float else f"{NO_DATA}{convs}. Pass --data for static ranges."
+    notes = () if with_data else (said,)
     return Choice(chosen, settings, _skipped(graph, every, chosen), notes, blocks)
 
 
@@ -86,11 +92,14 @@ def _is_included(site: Site, recipe: Recipe) -> bool:
     return any(pattern != "*" and matches(pattern, site) for pattern in recipe.include)
 
 
-def _settings(site: Site, recipe: Recipe, target: Target, *, with_data: bool) -> Settings:
+def _settings(graph: Graph, site: Site, recipe: Recipe, target: Target, *, with_data: bool) -> Settings:
+    own: dict[str, Any] = {}
     for rule in recipe.site:
         if matches(rule.where, site):
-            recipe = replace(recipe, **{k: v for k, v in vars(rule).items() if k != "where" and v is not None})
-    activations, rounding = recipe.activations, recipe.rounding
+            own |= {key: value for key, value in vars(rule).items() if value is not None}
+    decided = {key: own.pop(key) for key in ("mixed", "methods") if key in own}
+    recipe = replace(recipe, **{key: value for key, value in own.items() if key != "where"})
+    activations, rounding = "float" if recipe.bits.activations is None else recipe.activations, recipe.rounding
     if site.op == "Conv" and activations in ("dynamic", "token", "auto"):
         activations = "static"  # no runtime has an integer Conv with a range measured at run time
     if site.kind == "product" and activations in ("token", "auto"):
@@ -102,12 +111,43 @@ def _settings(site: Site, recipe: Recipe, target: Target, *, with_data: bool) ->
         activations = "static"
     if activations in ("dynamic", "token") and activations not in target.encoding.run_time:
         raise RecipeError(f"{target.name} takes no ranges measured at run time ('{activations}'). Calibrate with --data.")
-    if recipe.bits.activations > 8 and activations != "float" and not target.encoding.wide:
-        raise RecipeError(f"{target.name} takes activations of 2 to 8 bits, not {recipe.bits.activations}.")
+    widths = recipe.bits.weights, recipe.bits.activations or 8
+    if widths[1] > 8 and activations != "float" and not target.encoding.wide:
+        raise RecipeError(f"{target.name} takes activations of 2 to 8 bits, not {widths[1]}.")
     if rounding == "auto":  # at 8 bits rounding to nearest loses nothing that can be measured
         rounding = "gptq" if with_data and recipe.bits.weights < 8 else "nearest"
-    widths = recipe.bits.weights, recipe.bits.activations
-    return Settings(*widths, activations, recipe.ranges, recipe.percentile, recipe.symmetric, rounding)
+    block = _block(graph, site, recipe, target, activations)
+    zeros = recipe.zero_points and block > 0
+    if site.kind == "table":  # a row is read as it is, whatever the samples
+        activations, rounding = "float", "nearest"
+    more = recipe.ranges, recipe.percentile, recipe.symmetric, rounding, block, zeros
+    return Settings(*widths, activations, *more, **decided)
+
+
+def _block(graph: Graph, site: Site, recipe: Recipe, target: Target, activations: str) -> int:
+    """How many inputs share a scale of the site's weight; 0 where all do.
+
+    Raises RecipeError for blocks that the target, or what else the recipe asks for, does not take.
+    """
+    encoding, shape = target.encoding, graph.tensors()[site.weight].shape if site.weight is not None else [0, 0]
+    if site.kind == "table" and not encoding.embeddings:
+        raise RecipeError(f"{target.name} takes no embedding tables of codes. Leave embeddings = true out.")
+    if recipe.zero_points and (not recipe.block or encoding.symmetric):
+        why = f"{target.name} takes symmetric weights" if recipe.block else "Only weights in blocks have them"
+        raise RecipeError(f"zero_points = true cannot be written: {why}. Leave it out.")
+    if site.kind == "table":
+        return recipe.block if recipe.block and shape[1] % recipe.block == 0 else shape[1]
+    if not recipe.block or site.op == "Conv" or site.kind == "product":
+        return 0
+    bits, taken = recipe.bits.weights, ", ".join(map(str, encoding.blocks))
+    if recipe.block not in encoding.blocks or bits > encoding.block_bits:
+        which = f", only blocks of {taken} and {encoding.block_bits} bits or fewer" if taken else ". Leave block out"
+        raise RecipeError(f"{target.name} takes no weights of {bits} bits in blocks of {recipe.block}{which}.")
+    if activations != "float":
+        raise RecipeError(f"{site.name}: weights in blocks stand beside float activations alone. Write bits = 'w{bits}'.")
+    if any(method.scope == "terms" and matches(method.where, site) for method in recipe.compensate):
+        raise RecipeError(f"{site.name}: the terms of xint have one scale per output channel. Leave xint or block out.")
+    return recipe.block if encoding.partial or shape[0] % recipe.block == 0 else 0
 
 
 def _skipped(graph: Graph, every: tuple[Site, ...], chosen: tuple[Site, ...]) -> tuple[Skipped, ...]:

@@ -36,13 +36,14 @@ Model = str | Path | bytes | files.ModelProto
 def compare(
     reference: Model, other: Model, data: object, *,
     labels: str | os.PathLike[str] | Array | None = None, limit: int | None = None, preprocess: Preprocess | None = None,
-    progress: Progress = ignore,
+    seed: int = 0, skip: int = 0, progress: Progress = ignore,
 ) -> Comparison:  # fmt: skip
     """Run both models on `data` and compare their outputs.
 
     data    whatever `onnxcomp.data.open_data` takes; integer labels that it carries itself are used where they fit
     labels  one whole number per answer: an array, .npy, .npz, or a `file,label` CSV; they must fit an output
-    limit   compare on this many samples only, chosen at random but always the same
+    limit   compare on this many samples only, chosen at random by the seed
+    skip    leave out those that are chosen first: the ones that as large a limit, and calibration, takes
 
     Raises ModelError for models that do not match, DataError for data or labels that do not fit.
     """
@@ -52,7 +53,7 @@ def compare(
     left, right = (Session(model) for model in models)
     _check_ports(left, right)
     specs = [InputSpec(name, kind.dtype, kind.shape) for name, kind in left.inputs if kind.dtype is not None]
-    opened = open_data(data, specs, preprocess=preprocess, labels=labels, limit=limit)
+    opened = open_data(data, specs, preprocess=preprocess, labels=labels, limit=limit, seed=seed, skip=skip)
     outputs = [_Output(name) for name, kind in left.outputs if kind.dtype is not None and kind.dtype.kind != "O"]
     for number, feed in enumerate(opened, 1):
         r, o = left.run(feed), right.run(feed)
@@ -139,14 +140,19 @@ def _check_ports(left: Session, right: Session) -> None:
 
 def demand(found: Comparison, max_drop: float) -> None:
     """Raise BoundError where more is lost than `max_drop` points."""
-    shares = [output.agreement for output in found.outputs if output.agreement is not None]
-    if found.accuracy is None and not shares:
-        raise UsageError("--max-drop needs an output with classes, and the model has none.")
-    drop, what = 100 * (1 - min(shares, default=0)), "top-1 agreement"
-    if found.accuracy is not None:
-        drop, what = found.accuracy.drop_points, "accuracy"
+    drop, what = lost(found)
     if drop > max_drop:
         raise BoundError(
             f"The quantized model loses {drop:.2f} points of {what} on {found.samples} samples, more than "
             f"--max-drop {max_drop:g}. Nothing was written. Try more bits, or --exclude the worst sites."
         )
+
+
+def lost(found: Comparison) -> tuple[float, str]:
+    """Points that are lost, and of what: accuracy where there are labels, else agreement with the reference."""
+    shares = [output.agreement for output in found.outputs if output.agreement is not None]
+    if found.accuracy is None and not shares:
+        raise UsageError("--max-drop needs an output with classes, and the model has none.")
+    if found.accuracy is not None:
+        return found.accuracy.drop_points, "accuracy"
+    return 100 * (1 - min(shares, default=0)), "top-1 agreement"

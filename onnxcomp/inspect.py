@@ -21,7 +21,7 @@ from onnxcomp.graph.convert import to_graph
 from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.opset import standard_opset
 from onnxcomp.graph.prepare import prepare
-from onnxcomp.graph.sites import find_sites
+from onnxcomp.graph.sites import find_sites, find_tables
 from onnxcomp.graph.types import Tensor
 from onnxcomp.numerics.arrays import describe
 from onnxcomp.report.json import from_json
@@ -67,7 +67,10 @@ def _sites(model: files.ModelProto, graph: Graph, notes: list[str]) -> tuple[Fou
     except ModelError as error:
         notes.append(f"This model cannot be quantized as it is. {error}")
     tensors = graph.tensors()
-    shapes = {site: None if site.weight is None else tuple(tensors[site.weight].shape) for site in find_sites(graph)}
+    shapes = {
+        site: None if site.weight is None else tuple(tensors[site.weight].shape)
+        for site in (*find_sites(graph), *find_tables(graph))
+    }
     return tuple(FoundSite(site.name, site.op, site.kind, shape) for site, shape in shapes.items())
 
 

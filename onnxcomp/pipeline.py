@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -17,17 +17,17 @@ from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
 from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
-from onnxcomp.calibrate.samples import BATCH, Store, batches, can_stack, confirm_tokens
+from onnxcomp.calibrate.samples import BATCH, Store, batches, can_stack, confirm_tokens, one_thread
 from onnxcomp.calibrate.work import Work
-from onnxcomp.choose import choose
+from onnxcomp.choose import Choice, choose
 from onnxcomp.compress.forecast import forecast
 from onnxcomp.compress.walk import Walk
-from onnxcomp.data import InputSpec, open_data
+from onnxcomp.data import Data, Feed, InputSpec, open_data
 from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.prepare import prepare
-from onnxcomp.methods import rotation
+from onnxcomp.graph.prepare import Prepared, prepare
+from onnxcomp.methods import copies, equalization, rotation
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Decision, Forecast, Plan, Report
 from onnxcomp.verify import made_up_feed, verify
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 PROOF_BATCHES = 2
 """Batches of calibration samples that the finished file is run on."""
+TRANSFORM_BATCHES = 8
+"""Batches that the equal float model is fitted to."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,79 @@ def quantize(
     Raises the kinds of `onnxcomp.errors`: ModelError, DataError, RecipeError, UsageError, VerificationError,
     ResourceError.
     """
+    files.check_output(output, model, force=force)
+    with one_thread():
+        made = compress(model, data, recipe, progress, memory=memory, work=work, cluster=cluster, announce=announce)
+    recipe, walk, target, feeds, prepared = made.recipe, made.walk, made.walk.target, made.feeds, made.prepared
+
+    terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
+    lowered = target.lower(walk.compressed)
+    finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
+    progress("verifying", 0, 1)
+    with ExitStack() as proving:
+        folder = proving.enter_context(tempfile.TemporaryDirectory())
+        proof = proving.enter_context(files.PendingFile(finished, Path(folder) / "model.onnx"))
+        proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
+        verification = verify(proof.path, made.reference, feeds, made.expected)
+        kernels, by, said = find_kernels(
+            proof.path, target, lowered, account.audit_sites(lowered, walk.plan), feeds, made.reference
+        )
+    if target.fixed:
+        fix(finished, made.single)
+    notes = [*made.notes, *said]
+    report = account.report(made.source, model, made.samples, recipe, made.choice, walk, notes, kernels, by, verification)
+    report = account.stamp(finished, report, walk.quantizers.folds)
+    if output is not None:
+        with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
+            runtime.Session(pending.path).run(made.single)
+            pending.commit()
+        for number, term in enumerate(terms, 1):
+            files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
+    progress("verifying", 1, 1)
+    return Result(finished, report, terms, walk.store.traffic if isinstance(walk.store, Cluster) else ())
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A model behind its walk: both graphs, everything that was fitted, and nothing proven yet."""
+
+    source: onnx.ModelProto
+    recipe: Recipe
+    prepared: Prepared
+    reference: runtime.Session
+    """The float model."""
+    samples: Data | None
+    single: Feed
+    """One sample, or a made-up one."""
+    feeds: list[Feed]
+    """What the file is proven on."""
+    choice: Choice
+    walk: Walk
+    expected: Sequence[Mapping[str, np.ndarray]] | None
+    """What the walk arrived at for these feeds; None without samples."""
+    notes: list[str]
+
+
+def compress(
+    model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
+    *, memory: int | None = None, work: str | Path | None = None, cluster: str | None = None,
+    announce: Callable[[Forecast], None] | None = None,
+) -> Compressed:  # fmt: skip
+    """Prepare `model`, choose what is quantized, and walk; arguments as those of `quantize`."""
     recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
     data = data if recipe.samples else None
     target = targets.find(recipe.target)
     source = files.load(model)
-    files.check_output(output, model, force=force)
     progress("preparing", 0, 1)
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(files.to_bytes(prepared.model))
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
-    samples, stackable, feeds = None, False, []
+    samples, stackable, feeds, some = None, False, [], []
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable = can_stack(reference, samples)
-        feeds = [dict(batch.live) for batch in islice(batches(samples, stackable), PROOF_BATCHES)]
+        some = [dict(batch.live) for batch in islice(batches(samples, stackable), TRANSFORM_BATCHES)]
+        feeds = some[:PROOF_BATCHES]
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
     feeds = feeds or [single]
@@ -96,14 +157,23 @@ def quantize(
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
         notes += said
     choice = choose(graph, recipe, target, with_data=data is not None)
+    asked = {k: (s.weight_bits, s.activation_bits) for k, s in choice.settings.items() if s.activations in ("static", "auto")}
+    if some and recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
+        graph, said = equalization.equalize(graph, prepared.model, asked, some, bounds=target.encoding.where == "regions")
+        notes += said
+        choice = choose(graph, recipe, target, with_data=True)
     decisions: list[Decision] = []
     if samples is not None:
         sites = confirm_tokens(graph, prepared.model, choice.sites, samples, stackable=stackable)
         blocks = confirm_tokens(graph, prepared.model, choice.blocks, samples, stackable=stackable)
         if recipe.rotation == "auto":
             bits = {name: s.activation_bits for name, s in choice.settings.items() if s.activations != "float"}
-            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0])
+            decided = {name: s.mixed for name, s in choice.settings.items()}
+            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0], decided)
             decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
+        if recipe.equalization == "auto" and target.encoding.where == "regions":
+            sites, found = copies.copy_inputs(graph, sites, {name: width for name, (_, width) in asked.items()}, some)
+            decisions += [account.decision(name, "copies", outcome) for name, outcome in found.items()]
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 
@@ -118,43 +188,11 @@ def quantize(
         store = None if samples is None else Store(samples, stackable, work=past)
         if samples is not None and cluster is not None:
             store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, past)
-        walk = Walk(
-            graph,
-            graph.copy(),
-            prepared.model,
-            plan,
-            target,
-            recipe.compensate,
-            store,
-            past,
-            choice.blocks,
-            decisions=decisions,
-        )
+        how = graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, past
+        walk = Walk(*how, choice.blocks, matched=recipe.moments == "auto", decisions=decisions)
         walk.run(progress)
         expected = None if store is None else walk.expected(len(feeds))
-    terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
-    lowered = target.lower(walk.compressed)
-    finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
-    progress("verifying", 0, 1)
-    with ExitStack() as proving:
-        folder = proving.enter_context(tempfile.TemporaryDirectory())
-        proof = proving.enter_context(files.PendingFile(finished, Path(folder) / "model.onnx"))
-        proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
-        verification = verify(proof.path, reference, feeds, expected)
-        kernels, by, said = find_kernels(proof.path, target, lowered, account.audit_sites(lowered, plan), feeds, reference)
-    if target.fixed:
-        fix(finished, single)
-    notes += said
-    report = account.report(source, model, samples, recipe, choice, walk, notes, kernels, by, verification)
-    report = account.stamp(finished, report, walk.quantizers.folds)
-    if output is not None:
-        with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
-            runtime.Session(pending.path).run(single)
-            pending.commit()
-        for number, term in enumerate(terms, 1):
-            files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
-    progress("verifying", 1, 1)
-    return Result(finished, report, terms, store.traffic if isinstance(store, Cluster) else ())
+    return Compressed(source, recipe, prepared, reference, samples, single, feeds, choice, walk, expected, notes)
 
 
 def foresee(

@@ -27,28 +27,31 @@ Ranges = Literal["mse", "percentile", "minmax"]
 Activations = Literal["auto", "static", "dynamic", "token", "float"]
 """Activation ranges: static or per token, whichever suits the site; fixed at calibration; per tensor at run time; per token
 at run time; or not quantized."""
+Block = Literal[0, 16, 32, 64, 128]
+"""How many inputs of an output channel share a scale; 0: all."""
+Rounding = Literal["auto", "nearest", "gptq"]
 
 
 @dataclass(frozen=True)
 class Bits:
-    """Widths of weights, 2 to 8 bits, and of activations, 2 to 8 or 16, written `w4a8`."""
+    """Widths of weights, 2 to 8 bits, and of activations, 2 to 8 or 16, written `w4a8`; `w4` leaves activations float."""
 
     weights: int = 8
-    activations: int = 8
+    activations: int | None = 8
 
     @classmethod
     def parse(cls, text: str) -> Bits:
-        """Read `w4a8`.
+        """Read `w4a8` or `w4`.
 
         Raises RecipeError for anything else, or another width.
         """
-        found = re.fullmatch(r"w([2-8])a([2-8]|16)", text.strip().lower())
+        found = re.fullmatch(r"w([2-8])(?:a([2-8]|16))?", text.strip().lower())
         if found is None:
             raise RecipeError(f"bits = '{text}' is not understood. Write wXaY, X and Y from 2 to 8 (or Y 16), such as w4a8.")
-        return cls(int(found[1]), int(found[2]))
+        return cls(int(found[1]), int(found[2]) if found[2] else None)
 
     def __str__(self) -> str:
-        return f"w{self.weights}a{self.activations}"
+        return f"w{self.weights}" if self.activations is None else f"w{self.weights}a{self.activations}"
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,18 @@ class SiteRule:
     ranges: Ranges | None = None
     activations: Activations | None = None
     symmetric: bool | None = None
+    block: Block | None = None
+    zero_points: bool | None = None
+    rounding: Rounding | None = None
+    mixed: bool | None = None
+    """Whether the channels of its input are mixed, where `rotation` is auto."""
+    methods: tuple[str, ...] | None = None
+    """The methods on layers that are kept here, of those that the recipe lists; others are not fitted."""
 
     def __post_init__(self) -> None:
         check_types(self)
+        for name in self.methods or ():
+            methods.find(name)
 
 
 @dataclass(frozen=True)
@@ -78,10 +90,20 @@ class Recipe:
     activations: Activations = "auto"
     symmetric: bool = False
     """Symmetric activations (zero point in the middle) instead of asymmetric ones."""
-    rounding: Literal["auto", "nearest", "gptq"] = "auto"
+    rounding: Rounding = "auto"
     """How weights are rounded; auto: gptq below 8 bits where there are data."""
     rotation: Literal["auto", "folded", "none"] = "auto"
     """Mix channels by orthogonal matrices first; folded: only what costs nothing at run time."""
+    block: Block = 0
+    """Weights of MatMul and Gemm with a scale per so many inputs, beside float activations; 0: one per output channel."""
+    zero_points: bool = False
+    """Asymmetric weights: a zero point per block too."""
+    embeddings: bool = False
+    """Quantize the tables that Gather reads rows of too."""
+    equalization: Literal["auto", "none"] = "auto"
+    """Scale and mix the channels between layers first, where that costs nothing at run time."""
+    moments: Literal["auto", "none"] = "auto"
+    """Give every channel of a CNN whose activations have fewer than 8 bits back its mean and its spread."""
     products: bool = False
     """Quantize MatMuls of two activations too."""
     include: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ round, so that it stays out of the comparison.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 import time
@@ -120,6 +121,11 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         _threads.reset(token)
+
+
+def cores() -> int:
+    """How many threads may run at once: as many as `threads` says, else as this process has cores."""
+    return _threads.get() or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def ignore(stage: str, done: int, total: int) -> None:

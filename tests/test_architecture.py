@@ -30,6 +30,8 @@ LAYERS = (
     ("finish",),
     ("account",),
     ("pipeline", "comparison", "inspect", "bench", "manual", "strip", "export"),
+    ("analysis",),
+    ("automatic",),
     ("cli",),
 )
 """From the ground up. Imports reach into the layers below and into one's own package, never sideways or up."""
@@ -63,7 +65,7 @@ THIRD_PARTY = {
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 7189
+LIBRARY_LINES = 8320
 
 
 @dataclass(frozen=True)

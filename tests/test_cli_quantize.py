@@ -135,6 +135,15 @@ def test_options_override_the_recipe_and_exclude_adds_to_it(net: Path, data: Pat
     assert run("quantize", net, "--data", data, "--recipe", path, "-o", output, "--exclude", "fc2").exit_code != 0
 
 
+def test_weights_alone_are_asked_for_by_their_bits_and_may_be_in_blocks(net: Path) -> None:
+    found = run("quantize", net, "--bits", "w4", "--block", "16", "-o", net.with_name("w4.onnx"), "--json")
+
+    report = from_json(found.stdout)
+    assert {(site.bits, site.activations) for site in report.sites} == {("w4b16", "float")}
+    said = "No data were given, so weights are rounded to nearest and nothing is compensated. Pass --data for GPTQ."
+    assert said in found.stderr
+
+
 def test_excluded_sites_stay_float_and_the_output_is_named_by_its_bits(net: Path, data: Path) -> None:
     found = from_json(run("quantize", net, "--data", data, "--bits", "w4a8", "--exclude", "fc2", "--json").stdout)
 

@@ -54,6 +54,8 @@ RECIPES: dict[str, Recipe] = {
     "products": Recipe("products", ranges="percentile", products=True),
     "dynamic": Recipe("dynamic", bits=Bits(8, 6), activations="dynamic"),
     "w4": Recipe("w4", bits=Bits(4, 8), activations="float"),
+    "w4-blocks": Recipe("w4-blocks", bits=Bits(4, None), block=32, embeddings=True),
+    "w3-blocks": Recipe("w3-blocks", bits=Bits(3, None), block=16, zero_points=True, embeddings=True, compensate=()),
 }
 NO_DATA = "no-data"
 
@@ -162,6 +164,16 @@ def test_more_bits_mean_less_error(name: str, more: str, fewer: str):
     errors = [sum(energy(plain_outputs(name, how), float_)) for how in (more, fewer)]
 
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("how", ["w4-blocks", "w3-blocks"])
+@every_model
+def test_whatever_has_a_weight_in_blocks_has_a_kernel_that_reads_its_codes(name: str, how: str):
+    report = quantized(name, how).report
+
+    assert {s.op for s in report.sites if not s.in_blocks} <= {"Conv"}
+    assert {s.kernel for s in report.sites if s.in_blocks} <= {"MatMulNBits", "Gather"}
+    assert not any("foretold" in note or "would object" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("how", ["auto", "base", "bc", "w4a4", "w4a8-token", "products", "dynamic", NO_DATA])

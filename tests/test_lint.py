@@ -145,10 +145,12 @@ def test_the_targets_are_listed_with_what_they_take():
     assert all(target["summary"] and target["needs"] for target in answer)
     takes = {target["name"]: target["takes"] for target in answer}
     assert takes["ort-x86"] == (
-        "activations uint8, ranges fixed, dynamic, token; narrow weights stored as 2 to 6 bits each; bias int32"
+        "activations uint8, ranges fixed, dynamic, token; narrow weights stored as 2 to 6 bits each, "
+        "or in blocks of 16, 32, 64, 128 beside float activations; bias int32"
     )
     assert takes["tensorrt"] == (
-        "activations int8, symmetric, ranges fixed, token; narrow weights stored as int8; bias float; float16"
+        "activations int8, symmetric, ranges fixed, token; narrow weights stored as int8, "
+        "or in blocks of 64, 128 beside float activations; bias float; float16"
     )
     assert takes["qnn"] == (
         "activations uint8 or uint16, ranges fixed; narrow weights stored as int4; bias int32; fixed shapes"

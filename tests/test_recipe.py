@@ -22,6 +22,11 @@ FULL = Recipe(
     symmetric=True,
     rounding="gptq",
     rotation="folded",
+    block=64,
+    zero_points=True,
+    embeddings=True,
+    equalization="none",
+    moments="none",
     products=True,
     include=("op:Conv", "/head/*"),
     exclude=("re:^/stem\\d",),
@@ -30,7 +35,10 @@ FULL = Recipe(
     target="ort-x86",
     half=True,
     preprocess=Preprocess(256, 224, mean=(0.485, 0.456, 0.406), std=0.25, scale=1.0, layout="nhwc", color="bgr"),
-    site=(SiteRule("/head/*", bits=Bits(4, 8)), SiteRule("*", ranges="minmax", activations="dynamic", symmetric=False)),
+    site=(
+        SiteRule("/head/*", bits=Bits(4, None), block=32, zero_points=True),
+        SiteRule("*", ranges="minmax", activations="dynamic", symmetric=False),
+    ),
     compensate=(BiasCompensation(where="op:Conv", keep="always", significance=1e-7), BiasCompensation()),
 )
 EMPTIED = dataclasses.replace(FULL, compensate=(), site=(), include=(), preprocess=Preprocess())
@@ -70,7 +78,8 @@ def test_recipe_file_without_a_name_is_called_by_its_stem(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("text", "bits"), [("w4a8", Bits(4, 8)), ("W2A3", Bits(2, 3)), ("w8a16", Bits(8, 16)), (" w8a8 ", Bits(8, 8))]
+    ("text", "bits"),
+    [("w4a8", Bits(4, 8)), ("W2A3", Bits(2, 3)), ("w8a16", Bits(8, 16)), ("w4", Bits(4, None)), (" w8a8 ", Bits(8, 8))],
 )
 def test_bits_are_read_and_written(text: str, bits: Bits) -> None:
     assert Bits.parse(text) == bits

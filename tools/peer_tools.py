@@ -32,7 +32,7 @@ TOOLS = {
     "ort": Tool(("onnxruntime", "onnx", "sympy"), "onnxruntime"),
     "nncf": Tool(("nncf", "onnx", "onnxruntime"), "nncf"),
     "onnxsim": Tool(("onnxsim", "onnx", "onnxruntime"), "onnxsim"),
-    "inc": Tool(("onnx-neural-compressor", "onnx", "onnxruntime", "prettytable"), "onnx-neural-compressor"),
+    "inc": Tool(("onnx-neural-compressor", "onnx", "onnxruntime", "prettytable", "scipy"), "onnx-neural-compressor"),
     "modelopt": Tool((CPU_TORCH, "nvidia-modelopt[onnx]", "onnxruntime"), "nvidia-modelopt"),
     "aimet": Tool((CPU_TORCH, "aimet-onnx"), "aimet-onnx"),
     "quark": Tool((CPU_TORCH, "amd-quark", "onnxruntime", "onnx"), "amd-quark"),

@@ -3,6 +3,7 @@
     python peer_worker.py TOOL SETTING MODEL.onnx FEEDS.npz OUT.onnx
 
 FEEDS holds the calibration samples: the array of input NAME of sample I is called "I/NAME". What a tool raises is the answer.
+The seconds that it took, imports included, end the log.
 """
 
 # Every tool is imported where it is used: each environment holds one of them.
@@ -12,6 +13,7 @@ import dataclasses
 import importlib
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -201,8 +203,7 @@ def aimet(job: Job, weights: int, activations: int, **settings: Any) -> None:
 def quark(job: Job, kind: str) -> None:
     onnx_api = tool("quark.onnx")
     base = tool("onnxruntime.quantization").CalibrationDataReader
-    config = onnx_api.get_default_config(kind)
-    quantizer = onnx_api.ModelQuantizer(tool("quark.onnx.quantization.config.config").Config(global_quant_config=config))
+    quantizer = onnx_api.ModelQuantizer(onnx_api.QConfig.get_default_config(kind))
     quantizer.quantize_model(str(job.model), str(job.output), reader(base, job.feeds))
 
 
@@ -265,7 +266,9 @@ def main() -> None:
         for key in archive.files:
             number, _, called = key.partition("/")
             samples.setdefault(number, {})[called] = archive[key]
-    SETTINGS[name][setting](Job(Path(model), list(samples.values()), Path(output)))
+    job, start = Job(Path(model), list(samples.values()), Path(output)), time.perf_counter()
+    SETTINGS[name][setting](job)
+    print(f"\nseconds: {time.perf_counter() - start:.2f}")
 
 
 if __name__ == "__main__":

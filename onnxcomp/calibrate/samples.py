@@ -17,7 +17,11 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,7 +37,7 @@ from onnxcomp.graph.files import ModelProto, to_bytes
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array
 from onnxcomp.numerics.arrays import energies, sqnr_db
-from onnxcomp.runtime import Session
+from onnxcomp.runtime import Session, cores
 
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
@@ -76,7 +80,7 @@ class Run:
     @functools.cached_property
     def session(self) -> Session:
         """The loaded model."""
-        return Session(self.model)
+        return Session(self.model, threads=1)
 
     def __getstate__(self) -> dict[str, Any]:
         """The model travels, the session that has loaded it stays."""
@@ -110,8 +114,7 @@ class Cut:
 
     def reduce(self, fn: Callable[[LiveBatch], S]) -> S:
         """Map every batch with `fn` and add up the results, in sample order."""
-        with _libraries().limit(limits=1, user_api="blas"):  # threads of a matrix product add up in another order
-            return combine(fn(replace(batch, reads=self.reads)) for batch in self.batches)
+        return combine(_each(fn, (replace(batch, reads=self.reads) for batch in self.batches)))
 
 
 class Store:
@@ -148,9 +151,26 @@ class Store:
         self._work.finish([(batch.indices, batch.live.kept) for batch in self._batches if isinstance(batch.live, Tensors)])
 
     def _move(self, compute: Callable[[Mapping[str, Array]], Mapping[str, Array]], needed: Collection[str] | None) -> None:
-        for number, batch in enumerate(self._batches):
-            live = self._work.room.take(compute(batch.live), batch.live, needed)
-            self._batches[number] = replace(batch, live=live)
+        for number, new in enumerate(_each(lambda batch: compute(batch.live), list(self._batches))):
+            batch = self._batches[number]
+            self._batches[number] = replace(batch, live=self._work.room.take(new, batch.live, needed))
+
+
+def _each(fn: Callable[[LiveBatch], S], batches: Iterable[LiveBatch]) -> Iterator[S]:
+    """`fn` of every batch, in their order; as many at once as there are cores, each on one."""
+    count, begun = cores(), deque[Future[S]]()
+    with one_thread(), ThreadPoolExecutor(count) as pool:
+        for batch in batches:
+            if len(begun) > count:  # results wait for their turn, and are not small
+                yield begun.popleft().result()
+            begun.append(pool.submit(copy_context().run, fn, batch))
+        while begun:
+            yield begun.popleft().result()
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """Matrix products on one core each: several would add up in another order, and wait for one another."""
+    return _libraries().limit(limits=1, user_api="blas")
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from onnxcomp.cli.shell import PREPROCESS, PROVIDER, main, progress_bar, shapes
+from onnxcomp.cli.shell import PREPROCESS, PROVIDER, main, progress_bar, read_recipe, shapes
 from onnxcomp.errors import BoundError, UsageError
 
 
@@ -32,6 +32,30 @@ def compare(reference: str, other: str, data: str, **options: Any) -> tuple[obje
     with progress_bar() as progress:
         found = compare_models(reference, other, data, progress=progress, **options)
     return found, text.comparison(found)
+
+
+@main.command()
+@click.argument("model", type=click.Path())
+@click.option("--data", type=click.Path(), required=True, help="Calibration samples, as for quantize.")
+@click.option("--bits", metavar="wXaY", help="Width to judge at; w4a4 by default.")
+@click.option("--recipe", "recipe_name", default="auto", metavar="NAME|FILE.toml", help="See `onnxcomp recipe list`.")
+@click.option("--target", metavar="NAME", help="The runtime to quantize for; this machine's by default.")
+@click.option("--samples", type=int, metavar="N", help="Calibrate on at most N samples; 128 by default.")
+@PREPROCESS
+@PROVIDER
+@click.option("--all", "all_sites", is_flag=True, help="Show every site.")
+def analyze(model: str, data: str, *, all_sites: bool, **options: Any) -> tuple[object, ...]:
+    """Rank the sites by what quantizing them does to the output.
+
+    onnxcomp analyze vit.onnx --data calib.npz --bits w4a4
+    """
+    from onnxcomp.analysis import analyze as rank
+    from onnxcomp.report import text
+
+    options["bits"] = options["bits"] or (None if Path(options["recipe_name"]).suffix == ".toml" else "w4a4")
+    with progress_bar() as progress:
+        found = rank(model, data, read_recipe(**options), progress=progress)
+    return found, text.damages(found, all_sites=all_sites)
 
 
 @main.command()
@@ -97,17 +121,25 @@ def targets() -> tuple[object, ...]:
 
 @main.command()
 @click.argument("model", type=click.Path())
+@click.option("--report", "page", type=click.Path(), metavar="FILE.html", help="Write the report as a web page too.")
+@click.option("--force", is_flag=True, help="Overwrite FILE.html.")
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
-def inspect(model: str, all_sites: bool) -> tuple[object, ...]:
+def inspect(model: str, page: str | None, force: bool, all_sites: bool) -> tuple[object, ...]:
     """Show a model's sites, or how it was quantized.
 
     onnxcomp inspect vit.onnx --all
-    onnxcomp inspect vit.w8a8.onnx --json
+    onnxcomp inspect vit.w8a8.onnx --report vit.html
     """
+    from onnxcomp.graph import files
     from onnxcomp.inspect import inspect as inspect_file
-    from onnxcomp.report import text
+    from onnxcomp.report import html, text
 
+    files.check_output(page, model, force=force)
     found = inspect_file(model)
+    if page is not None:
+        if found.report is None:
+            raise UsageError(f"{model} has no report, for onnxcomp did not quantize it. Leave --report out.")
+        files.save_text(html.page(found.report), page)
     return found, text.inspection(found, all_sites=all_sites)
 
 
@@ -166,13 +198,22 @@ def list_recipes() -> tuple[object, ...]:
 @recipe.command("show")
 @click.argument("name", metavar="NAME|FILE")
 def show_recipe(name: str) -> tuple[object, ...]:
-    """Print a recipe as TOML, every key written out.
+    """Print a recipe as TOML, or that of a quantized file.
 
     onnxcomp recipe show base > mine.toml
+    onnxcomp recipe show vit.w4a4.onnx > frozen.toml
     """
+    from onnxcomp import account
     from onnxcomp import recipe as recipes
+    from onnxcomp.inspect import inspect as inspect_file
 
-    found = recipes.find(name)
+    if Path(name).suffix != ".onnx":
+        found = recipes.find(name)
+    else:
+        report = inspect_file(name).report
+        if report is None:
+            raise UsageError(f"{name} was not quantized by onnxcomp, so it holds no recipe. Give a file that `quantize` wrote.")
+        found = account.frozen(report)
     return {"name": found.name, "toml": recipes.dumps(found)}, recipes.dumps(found)
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcomp.cli.shell import PREPROCESS, PROVIDER, THREADS, main, progress_bar, size
+from onnxcomp.cli.shell import PREPROCESS, PROVIDER, THREADS, main, progress_bar, read_recipe, size
 from onnxcomp.errors import UsageError
 
 if TYPE_CHECKING:
-    from onnxcomp.recipe import Recipe
     from onnxcomp.report.model import Forecast
 
 LONG = 60
@@ -24,7 +24,11 @@ LONG = 60
 @click.argument("model", type=click.Path())
 @click.option("--data", type=click.Path(), help="Calibration samples: .npz, .npy, a folder of either, or of images.")
 @click.option("-o", "--output", type=click.Path(), help="Where the result goes; by default MODEL's name with the bits.")
-@click.option("--bits", metavar="wXaY", help="Width of weights and activations, 2 to 8 bits each; w8a8 by default.")
+@click.option(
+    "--bits", metavar="wXaY", help="Width of weights and activations, 2 to 8 bits each; w8a8 by default. auto: per site."
+)
+@click.option("--block", type=int, metavar="N", help="A scale per 16, 32, 64 or 128 inputs of a weight; for --bits wX.")
+@click.option("--embeddings", is_flag=True, default=None, help="Quantize embedding tables too.")
 @click.option("--recipe", "recipe_name", default="auto", metavar="NAME|FILE.toml", help="See `onnxcomp recipe list`.")
 @click.option("--compensate", metavar="auto|none|NAME,...", help="Exactly these methods, in this order.")
 @click.option("--target", metavar="NAME", help="The runtime to write for (see `onnxcomp targets`); this machine's by default.")
@@ -39,6 +43,10 @@ LONG = 60
 @PROVIDER
 @click.option("--seed", type=int, metavar="N", help="Decides which samples are used; 0 by default.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Write nothing if more of the answers on --data change.")
+@click.option(
+    "--max-size", type=float, metavar="BYTES|RATIO", help="With --bits auto: the file at most; below 1 of MODEL's size."
+)
+@click.option("--max-latency", type=float, metavar="RATIO", help="With --bits auto: time at most, over MODEL's.")
 @click.option("--labels", type=click.Path(), help="Let --max-drop count right answers instead: .npy, .npz or .csv.")
 @click.option(
     "--memory", metavar="SIZE", callback=size, help="For the samples' activations, 2GB say; a quarter of what is free."
@@ -49,10 +57,13 @@ LONG = 60
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done and what it would take; write nothing.")
 @click.option("--split", is_flag=True, help="Write a model of each weight term too; for xint of granularity 'model'.")
+@click.option("--report", "page", type=click.Path(), metavar="FILE.html", help="Write the report as a web page too.")
 @click.option("--all", "all_sites", is_flag=True, help="Show every site.")
 def quantize(
-    model: str, data: str | None, output: str | None, *, max_drop: float | None, labels: str | None, dry_run: bool,
-    memory: int | None, work: str | None, cluster: str | None, force: bool, split: bool, all_sites: bool, **options: Any,
+    model: str, data: str | None, output: str | None, *, max_drop: float | None, max_size: float | None,
+    max_latency: float | None, labels: str | None, memory: int | None, work: str | None, cluster: str | None,
+    dry_run: bool, force: bool,
+    split: bool, page: str | None, all_sites: bool, **options: Any,
 ) -> tuple[object, ...]:  # fmt: skip
     """Quantize MODEL and write the result once it is proven to run.
 
@@ -65,35 +76,49 @@ def quantize(
         raise UsageError("--split writes its files at once, and --max-drop decides later. Give one of them.")
     if labels is not None and max_drop is None:
         raise UsageError("--labels is for --max-drop. Pass both, or compare the result with `onnxcomp compare`.")
-    recipe, path = _recipe(**options), Path(model)
-    destination = Path(output) if output is not None else path.with_name(f"{path.stem}.{recipe.bits}.onnx")
+    bounds = {"max_drop": max_drop, "max_size": max_size, "max_latency": max_latency}
+    is_auto = options["bits"] == "auto"
+    if is_auto and (data is None or split or set(bounds.values()) == {None}):
+        raise UsageError("--bits auto needs --data and a bound, --max-drop, --max-size or --max-latency, and takes no --split.")
+    if not is_auto and (max_size, max_latency) != (None, None):
+        raise UsageError("--max-size and --max-latency choose bits. Pass --bits auto.")
+    options["bits"] = None if is_auto else options["bits"]
+    recipe, path = read_recipe(**options), Path(model)
+    widths = "auto" if is_auto else recipe.bits
+    destination = Path(output) if output is not None else path.with_name(f"{path.stem}.{widths}.onnx")
 
-    from onnxcomp import pipeline
+    from onnxcomp import automatic, pipeline
     from onnxcomp.comparison import compare as compare_models
     from onnxcomp.comparison import demand
     from onnxcomp.graph import files
-    from onnxcomp.report import text
+    from onnxcomp.report import html, text
 
     def announce(found: Forecast) -> None:
         if (found.disk_bytes and work is None) or found.seconds > LONG:
             click.echo(text.forecast(found), err=True)
 
     files.check_output(destination, path, force=force)
+    files.check_output(page, path, force=force)
+    said: dict[str, Sequence[str]] = {}
     kept = "Nothing is kept; --work DIR would." if work is None else f"Start it again, with --work {work}, and it goes on."
     click.get_current_context().meta["interrupted"] = kept
     with progress_bar() as progress:
-        written = None if max_drop is not None else destination
         if dry_run:
             plan = pipeline.foresee(path, data, recipe, memory=memory, work=work)
             return plan, text.plan(plan, all_sites=all_sites)
-        result = pipeline.quantize(
-            path, data, recipe, output=written, force=force, split=split, progress=progress, announce=announce,
-            memory=memory, work=work, cluster=cluster,
-        )  # fmt: skip
-        if max_drop is not None:
+        how = {"force": force, "memory": memory, "work": work, "cluster": cluster, "progress": progress}
+        if is_auto:
+            result, said["Bounds"] = automatic.quantize(path, data, recipe, labels=labels, output=destination, **bounds, **how)
+            said["Recipe"] = [str(destination.with_suffix(".recipe.toml"))]
+        else:
+            written = None if max_drop is not None else destination
+            result = pipeline.quantize(path, data, recipe, output=written, split=split, announce=announce, **how)
+        if max_drop is not None and not is_auto:
             found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
             demand(found, max_drop)
             files.save(result.model, destination, force=force, source=path)
+    if page is not None:
+        files.save_text(html.page(result.report), page)
     if result.traffic:
         click.echo(text.traffic(result.traffic, all_steps=all_sites), err=True)
     shown, following = result.report, ["compare", model, str(destination), "--data", "TEST_DATA"]
@@ -102,17 +127,9 @@ def quantize(
     if data is None:
         click.echo(shown.notes[0], err=True)
         shown, following = dataclasses.replace(shown, notes=shown.notes[1:]), ["bench", model, str(destination)]
-    return result.report, text.report(shown, all_sites=all_sites), f"\n{destination}\nNext: onnxcomp {shlex.join(following)}"
-
-
-def _recipe(recipe_name: str, compensate: str | None, exclude: tuple[str, ...], **changes: Any) -> Recipe:
-    """The recipe of that name or file, with what was given on the command line in place of its own values."""
-    from onnxcomp import recipe as recipes
-
-    recipe = recipes.find(recipe_name)
-    changes = {key: value for key, value in changes.items() if value is not None and value != ()}
-    methods = None if compensate is None else recipes.parse_compensate(compensate)
-    if methods is not None:
-        # A list means these methods and nothing chosen automatically, so on plain ranges too.
-        changes = {"ranges": "mse", "activations": "static"} | changes | {"compensate": methods}
-    return dataclasses.replace(recipe, exclude=(*recipe.exclude, *exclude), **changes)
+    return (
+        result.report,
+        text.report(shown, all_sites=all_sites),
+        said,
+        f"\n{destination}\nNext: onnxcomp {shlex.join(following)}",
+    )

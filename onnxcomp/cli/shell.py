@@ -7,6 +7,7 @@ Everything heavy is imported inside the commands, so that help is instant.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import traceback
@@ -23,6 +24,7 @@ from onnxcomp.errors import OnnxcompError, UsageError
 
 if TYPE_CHECKING:
     from onnxcomp.preprocess import Preprocess
+    from onnxcomp.recipe import Recipe
 
 INTERRUPTED = 130
 
@@ -46,7 +48,7 @@ class Command(click.Command):
         from onnxcomp.report import json
         from onnxcomp.report.text import facts
 
-        lines = "\n".join(facts(part) if isinstance(part, dict) else part for part in shown)
+        lines = "\n".join(facts(part) if isinstance(part, dict) else part for part in shown if part)
         text = json.to_json(answer) if as_json else lines.rstrip("\n")
         encoding = sys.stdout.encoding or "utf-8"
         click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -146,3 +148,18 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=is_quiet) as bar:
         task = bar.add_task("", total=None)
         yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+
+
+def read_recipe(
+    recipe_name: str, compensate: str | None = None, exclude: tuple[str, ...] = (), **changes: Any
+) -> Recipe:  # fmt: skip
+    """The recipe of that name or file, with what was given on the command line in place of its own values."""
+    from onnxcomp import recipe as recipes
+
+    recipe = recipes.find(recipe_name)
+    changes = {key: value for key, value in changes.items() if value is not None and value != ()}
+    methods = None if compensate is None else recipes.parse_compensate(compensate)
+    if methods is not None:
+        # A list means these methods and nothing chosen automatically, so on plain ranges too.
+        changes = {"ranges": "mse", "activations": "static"} | changes | {"compensate": methods}
+    return dataclasses.replace(recipe, exclude=(*recipe.exclude, *exclude), **changes)

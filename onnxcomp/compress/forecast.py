@@ -18,6 +18,7 @@ import numpy as np
 from onnxcomp.calibrate.room import peak_memory
 from onnxcomp.compress.walk import Walk
 from onnxcomp.graph.convert import to_model
+from onnxcomp.graph.edit import tensors_of
 from onnxcomp.graph.files import to_bytes
 from onnxcomp.graph.finish import fix_axes
 from onnxcomp.graph.types import TensorType
@@ -49,7 +50,7 @@ def forecast(walk: Walk, feed: Mapping[str, Array], batches: int, budget: int, *
     worked = [_bytes(types.get(site.x)) + _bytes(types.get(site.y)) for site in layers]
     sums, solving = [0], 0.0
     for site in (s for s in layers if walk.plan.settings[s.name].rounding == "gptq"):
-        shape = walk.reference.tensors()[site.weight or ""].shape
+        shape = tensors_of(walk.reference)[site.weight or ""].shape
         outs = shape[site.weight_axis]
         ins = math.prod(shape) // outs
         sums.append(16 * ins * (ins + outs))

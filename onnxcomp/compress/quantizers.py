@@ -9,7 +9,7 @@ import numpy as np
 
 from onnxcomp.calibrate.samples import Cut
 from onnxcomp.graph.blocks import Block
-from onnxcomp.graph.edit import Graph, Tape, apply
+from onnxcomp.graph.edit import Graph, Tape, apply, tensors_of
 from onnxcomp.graph.schedule import Step
 from onnxcomp.graph.sites import Site, matches
 from onnxcomp.graph.tidy import Fold
@@ -128,7 +128,7 @@ class Quantizers:
         sites = tuple(s for s in self.plan.sites if s.kind == "layer" and s.name in (point.consumers or ()))
         only_layers = len(sites) == len(point.consumers or ())  # a product has no bias to take it out with
         for method in [m for m in self.methods if only_layers and any(matches(m.where, site) for site in sites)]:
-            tensors, label = self.reference.tensors(), method_name(method)
+            tensors, label = tensors_of(self.reference), method_name(method)
             place = Input(point.tensor, q, sites, tuple(tensors[s.weight].values for s in sites if s.weight is not None))
             outcome = self.once(lambda method=method, place=place: method.fit(place, cut))
             if outcome.fit is None or q is None:

@@ -22,13 +22,13 @@ from onnxcomp.compress.quantizers import Quantizers
 from onnxcomp.errors import UsageError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.edit import Graph, Node, Tape, apply, extract
+from onnxcomp.graph.edit import Constant, Graph, Node, Tape, apply, extract, tensors_of
 from onnxcomp.graph.files import ModelProto, to_bytes
 from onnxcomp.graph.offsets import fold_offset
 from onnxcomp.graph.schedule import Step, schedule
 from onnxcomp.graph.sites import Site, matches
 from onnxcomp.graph.tidy import fold_bias
-from onnxcomp.methods import weights, xint
+from onnxcomp.methods import moments, weights, xint
 from onnxcomp.methods.base import Array, Compensation, InputMethod, Outcome, add_bias
 from onnxcomp.methods.bias import TRIM, BiasCompensation, SampleErrors, decibel
 from onnxcomp.methods.xint import XInt
@@ -63,10 +63,14 @@ class Walk:
     """What was found out before, and keeps what is found out."""
     blocks: tuple[Block, ...] = ()
     """The stretches that block methods are fitted to; the last may be the whole model."""
+    matched: bool = False
+    """Whether layers of few bits get back the moments of their channels."""
     decisions: list[Decision] = field(default_factory=list)
     results: dict[str, Outcome] = field(default_factory=dict)
     """What was measured at each layer: before the first method and behind the last."""
     quantizers: Quantizers = field(init=False)
+    _moments: Mapping[str, Array] = field(default_factory=dict)
+    """What a layer makes -> its `moments` in the float model."""
     _series: Mapping[str, XInt] = field(init=False)
     """Layer -> the method that adds residual terms to it."""
 
@@ -80,15 +84,16 @@ class Walk:
         steps = self.steps()
         results = {t.name for t in self.reference.outputs}
         unfinished, macs = list(self.blocks), 0
+        self._moments = self._measure() if self.matched and self.store is not None else {}
         for step, following in zip(steps, [*steps[1:], None], strict=True):
             name = "" if step.site is None else step.site.name
             progress(f"quantizing {name}", step.index, len(steps))
             for point in self.quantizers.due(step):
                 self.quantizers.put(point, self._cut(point.tensor))
             layer = step.site if step.site is not None and step.site.kind == "layer" else None
-            if layer is not None:
-                self._quantize_weight(layer)
-                self._compensate(layer)
+            if step.site is not None and step.site.weight is not None:
+                self._quantize_weight(step.site)
+                self._compensate(step.site)
             if self.store is None:
                 continue
             macs += self._macs(layer) if layer is not None and unfinished else 0
@@ -141,11 +146,11 @@ class Walk:
     # --- one layer -------------------------------------------------------------------------------------------------
 
     def _quantize_weight(self, site: Site) -> None:
-        settings, tensors = self.plan.settings, self.compressed.tensors()
-        bits = settings[site.name].weight_bits
+        settings, tensors = self.plan.settings[site.name], tensors_of(self.compressed)
+        bits = settings.weight_bits
         assert site.weight is not None
         if site.weight in tensors and not tensors[site.weight].inputs:  # else it is shared and already stored as codes
-            same = [s.name for s in self.plan.sites if s.weight == site.weight and settings[s.name].weight_bits == bits]
+            same = [s.name for s in self.plan.sites if s.weight == site.weight and self._is_stored_alike(s, site)]
             everyone = {n.name for n in tensors[site.weight].outputs} <= set(same)
             tape = Tape(f"{site.weight}/quantized" if everyone else f"{site.name}/weight")
             w, series = tensors[site.weight].values, not self._series.keys().isdisjoint(same)
@@ -154,8 +159,14 @@ class Walk:
                 bits, reason = 7, "sums of two products of 8-bit weights may leave 16 bits, so these have 7"
                 fitted = self._round(site, w, bits)
                 self.decisions.append(Decision(site.name, "7-bit weights", True, reason, None, 0))
-            apply(self.compressed, "quantize", tape, weights.build(tape, site, fitted, bits), None if everyone else same)
+            new = weights.build(tape, site, fitted, bits, settings.block)
+            apply(self.compressed, "quantize", tape, new, None if everyone else same)
         self._expand(site)
+
+    def _is_stored_alike(self, *sites: Site) -> bool:
+        """Whether one set of codes serves these sites, which read one weight."""
+        asked = [self.plan.settings[site.name] for site in sites]
+        return len({(s.kind, a.weight_bits, a.block, a.zero_points) for s, a in zip(sites, asked, strict=True)}) == 1
 
     def _expand(self, site: Site) -> None:
         """Add residual terms to the site, and take out again what a method has added to its input."""
@@ -190,13 +201,13 @@ class Walk:
         return found
 
     def _round(self, site: Site, w: Array, bits: int) -> Mapping[str, Array]:
-        cut = self._cut(site.x)
-        if cut is None or self.plan.settings[site.name].rounding == "nearest":
-            return weights.fit(site, w, bits)
+        cut, settings = self._cut(site.x), self.plan.settings[site.name]
+        if cut is None or settings.rounding == "nearest":
+            return weights.fit(site, w, bits, settings.block, zero_points=settings.zero_points)
         centred = any(isinstance(m, BiasCompensation) and m.scope == "layer" and matches(m.where, site) for m in self.methods)
-        fake = self.quantizers.fake(site)
-        attrs = self._node(site).attrs
-        return self.work.once(lambda: weights.fit_gptq(site, w, bits, cut, attrs, fake, centred=centred))
+        how = (self._node(site).attrs, self.quantizers.fake(site), settings.block)
+        more = {"zero_points": settings.zero_points, "centred": centred}
+        return self.work.once(lambda: weights.fit_gptq(site, w, bits, cut, *how, **more))
 
     def _saturates(self, site: Site, codes: Array) -> bool:
         """Whether products of these 8-bit codes may be added wrongly, on the samples; see `numerics.saturation`."""
@@ -232,9 +243,13 @@ class Walk:
         """Fit the site methods in their order; without one, measure the site's error all the same."""
         if self.store is None:
             return
-        measured: list[Outcome] = []
+        measured, matched = list[Outcome](), self._match(site)
+        kept = self.plan.settings[site.name].methods
         for method in self.methods:
-            if method.scope == "layer" and matches(method.where, site):
+            if matched and isinstance(method, BiasCompensation):
+                continue  # it would put the mean of the compressed model's own input back
+            is_asked = method.scope == "layer" and site.kind == "layer" and matches(method.where, site)
+            if is_asked and (kept is None or method_name(method) in kept):
                 measured.append(self.work.once(lambda method=method: method.fit(site, self._site_cut(site))))
                 self._decide(site, method, measured[-1])
         if not measured:
@@ -243,6 +258,42 @@ class Walk:
             found = decibel(errors.energy, errors.error)
             measured.append(Outcome(None, "nothing to fit", None, found, found))
         self.results[site.name] = replace(measured[-1], before_db=measured[0].before_db)
+
+    def _measure(self) -> dict[str, Array]:
+        """The moments, in the float model, of what every layer of a network of Convs makes from fewer than 8 bits."""
+        assert self.store is not None
+        cut, layers = self.store.cut({}), [site for site in self.plan.sites if site.kind == "layer"]
+        asked = {y: s for y, s in ((site.y, self.plan.settings[site.name]) for site in layers) if s.activations != "float"}
+        names = [y for y, s in asked.items() if s.activation_bits < 8]
+        if not names or {site.op for site in layers} - {"Gemm"} != {"Conv"}:
+            return {}
+        run = self.run_of(self.reference, {t.name: t.name for t in self.reference.inputs}, names)
+
+        def read(batch: LiveBatch) -> Array:
+            seen = LiveBatch(batch.indices, run.outputs(batch.live))
+            return np.concatenate([moments.sums(seen, name) for name in names], axis=2)
+
+        total = self.work.once(lambda: cut.reduce(read))
+        widths = [self._weight(site).shape[site.weight_axis] for site in layers if site.y in names]
+        parts = np.split(total, np.cumsum(widths)[:-1], axis=2)
+        return {name: moments.moments(part) for name, part in zip(names, parts, strict=True)}
+
+    def _match(self, site: Site) -> bool:
+        """Give every channel of the site the mean and the deviation that it has in the float model; whether that was done."""
+        node = next(node for node in self.compressed.nodes if node.name == site.name)
+        makers = node.inputs[1].inputs
+        if site.y not in self._moments or len(makers) != 1 or makers[0].op != "Dequantize" or len(node.inputs[1].outputs) > 1:
+            return False
+        found = self.work.once(lambda: self._site_cut(site).reduce(functools.partial(moments.sums, name="g_xh")))
+        outcome = moments.fit(self._moments[site.y], moments.moments(found))
+        self.decisions.append(Decision(site.name, "moments", outcome.fit is not None, outcome.reason, outcome.gain_db, 0))
+        if outcome.fit is None:
+            return False
+        gain, shift, scale = outcome.fit["gain"], outcome.fit["shift"], makers[0].inputs[1]
+        makers[0].inputs[1] = Constant(scale.name, (scale.values * gain).astype(np.float32))
+        bias = node.inputs[2].values if len(node.inputs) > 2 else np.zeros(len(gain))
+        self._write(site, "moments", lambda tape: add_bias(tape, site, shift + (gain - 1) * bias))
+        return True
 
     def _decide(self, place: Site | Block, method: Compensation, outcome: Outcome, series: xint.Terms | None = None) -> None:
         """Write what a method has fitted to the place, or to the `series` there, into the graph and the report."""
@@ -254,7 +305,7 @@ class Walk:
 
     def _price(self, place: Site | Block, label: str) -> float | None:
         """Milliseconds that the operators of an edit take for one sample; None where it has none, or no sample is there."""
-        tensors = self.compressed.tensors()
+        tensors = tensors_of(self.compressed)
         before = next((name for name in tensors if name.startswith(f"{place.y}/before-{label}")), None)
         if before is None or self.store is None:
             return None
@@ -304,7 +355,7 @@ class Walk:
             self._decide(block, method, outcome)
             if outcome.fit is None:
                 continue
-            before = self.compressed.tensors().keys() & {f"{block.y}/before-{label}"}
+            before = tensors_of(self.compressed).keys() & {f"{block.y}/before-{label}"}
             live = self._entries(block.inputs) | dict.fromkeys(before, block.y)
             if not self.work.is_ahead:
                 self.store.add(block.y, self.run_of(self.compressed, live, [block.y]))

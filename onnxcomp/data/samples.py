@@ -21,12 +21,15 @@ from onnxcomp.preprocess import Preprocess
 def open_data(
     source: object, inputs: Sequence[InputSpec], *, preprocess: Preprocess | None = None,
     labels: str | os.PathLike[str] | np.ndarray | None = None, limit: int | None = None, seed: int = 0,
+    skip: int = 0,
 ) -> Data:  # fmt: skip
     """Open `source` as samples for a model that takes `inputs`.
 
     preprocess  used on image files, and on uint8 arrays [N, H, W, C] or [N, H, W] for inputs of rank 4
     labels      an array, .npy or .npz with one label a row, or a `file,label` CSV; replaces labels found in the source
     limit       keep this many samples, the first of a seeded permutation, in their original order
+
+    skip        leave out those that a limit of so many keeps
 
     Raises DataError if the data cannot be read or do not fit, UsageError for a limit below 1.
     """
@@ -45,7 +48,7 @@ def open_data(
     found = _join_labels(parts) if labels is None else _read_labels(labels, parts)
     if found is not None and batch > 1:
         found = found[: total * batch].reshape(total, batch, *found.shape[1:])
-    chosen = np.sort(np.random.default_rng(seed).permutation(total)[:limit])
+    chosen = np.sort(np.random.default_rng(seed).permutation(total)[skip:][:limit])
     places = [(f"sample {i}", rows[i * batch : (i + 1) * batch]) for i in chosen]
     data = Data(model, places, None if found is None else found[chosen])
     _ = data[0]

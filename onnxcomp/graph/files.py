@@ -136,6 +136,17 @@ def save(model: ModelProto, path: Location, *, force: bool = False, source: Loca
         pending.commit()
 
 
+def save_text(text: str, path: Location) -> None:
+    """Write `text` to `path` in one step, over what is there. Raises ModelError where writing fails."""
+    path = Path(path)
+    with _writing(path), TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as folder:
+        part = Path(folder) / path.name
+        with part.open("wb") as stream:
+            stream.write(text.encode())
+            _settle(stream)
+        part.replace(path)
+
+
 class PendingFile(AbstractContextManager["PendingFile"]):
     """A model written beside its destination, ready to be run, and moved there by `commit`.
 

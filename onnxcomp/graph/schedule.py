@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from onnxcomp.graph.edit import outer_reads
+from onnxcomp.graph.edit import outer_reads, tensors_of
 from onnxcomp.graph.sites import Site
 
 
@@ -40,7 +40,7 @@ def schedule(graph: gs.Graph, heads: Mapping[str, Site | None]) -> tuple[Step, .
         if node.name in heads:
             stretches.append((node, []))
         stretches[-1][1].append(node)
-    tensors = graph.tensors()
+    tensors = tensors_of(graph)
     last_read = {t.name: len(stretches) for t in graph.outputs}
     for index, (_, nodes) in enumerate(stretches):
         for node in nodes:

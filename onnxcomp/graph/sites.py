@@ -2,7 +2,7 @@
 
 A site is one Conv, Gemm or MatMul with a constant weight together with the bias Add behind it (a *layer*), a MatMul of
 two activations (a *product*), or an operator that joins or pools quantized activations and has an integer kernel of its
-own (a *join*). Reading is all that happens here.
+own (a *join*), or a Gather of the rows of a constant (a *table*). Reading is all that happens here.
 """
 
 import fnmatch
@@ -33,7 +33,7 @@ class Site:
     """The node's name: what patterns and reports speak of."""
     op: str
     kind: str
-    """`layer`, `product` or `join`."""
+    """`layer`, `product`, `join` or `table`."""
     inputs: tuple[str, ...]
     """The activations it reads, in order; `x` is the first."""
     raw: str
@@ -67,6 +67,17 @@ def find_sites(graph: gs.Graph) -> tuple[Site, ...]:
     fixed = all(t.shape and all(isinstance(n, int) for n in t.shape[1:]) for t in graph.inputs)
     sites = (site for node in graph.nodes if (site := _layer(node) or _product(node)) is not None)
     return tuple(replace(site, fixed_tokens=fixed and site.op == "MatMul") for site in sites)
+
+
+def find_tables(graph: gs.Graph) -> tuple[Site, ...]:
+    """Every Gather of the rows of a constant matrix in the main graph, in graph order."""
+    return tuple(
+        Site(node.name, "Gather", "table", (node.inputs[1].name,), y.name, y.name, -1, len(y.shape), weight=node.inputs[0].name)
+        for node in graph.nodes
+        if is_op(node, "Gather") and is_weight(node.inputs[0]) and isinstance(node.inputs[1], gs.Variable)
+        for y in node.outputs
+        if node.attrs.get("axis", 0) == 0 and len(node.inputs[0].shape) == 2 and None not in (y.shape, node.inputs[1].shape)
+    )
 
 
 def _layer(node: gs.Node) -> Site | None:

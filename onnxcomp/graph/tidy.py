@@ -80,4 +80,5 @@ def is_load_time(tensor: gs.Tensor) -> bool:
     """Whether `tensor` is made of constants alone, so that the runtime computes it when it loads the file."""
     if isinstance(tensor, gs.Constant):
         return True
-    return len(tensor.inputs) == 1 and all(is_load_time(t) for t in tensor.inputs[0].inputs)
+    read = tensor.inputs[0].inputs if tensor.inputs else []
+    return len(read) > 0 and all(is_load_time(t) for t in read)

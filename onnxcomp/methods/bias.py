@@ -58,17 +58,22 @@ class SampleErrors:
         pairs = list(zip(batch.read("f_xh"), batch.read("g_xh"), strict=True))
         first, index = pairs[0][0], np.array(batch.indices[: len(pairs)])
         length, channels = first.shape[1] if per_token and first.ndim == 3 else 0, first.shape[channel_axis]
+        # tokens along an axis of their own, in the order in which they lie: [N, T, C], or behind a Conv [N, C, T]
+        names, shape = ("ntc", (1, -1, channels)) if channel_axis == -1 else ("nct", (len(first), channels, -1))
         rows, tokens = [], np.zeros((2, length, channels + 2))
         for number, pair in zip(index, pairs, strict=True):
-            f, g = (np.moveaxis(a, channel_axis, -1).reshape(-1, channels) for a in pair)
+            f, g = (a.reshape(shape) for a in pair)
             e = f - g
-            errors = np.einsum("tc,tc->t", e, e, dtype=np.float64)
-            n = max(int(np.ceil(len(e) * (1.0 - trim))), 1)
-            kept = np.sort(np.argpartition(errors, n - 1)[:n])
-            energy = float(np.einsum("tc,tc->", f[kept], f[kept], dtype=np.float64))
-            rows.append((e[kept].mean(axis=0, dtype=np.float64), float(errors[kept].mean()), energy / n))
+            errors, energies = (np.einsum(f"{names},{names}->nt", a, a) for a in (e, f))
+            count = errors.size
+            n = max(int(np.ceil(count * (1.0 - trim))), 1)
+            kept = np.ones(errors.shape, np.float32)
+            if n < count:
+                kept.reshape(-1)[np.argpartition(errors.reshape(-1), n - 1)[n:]] = 0.0
+            sums = (float(np.sum(a * kept, dtype=np.float64)) / n for a in (errors, energies))
+            rows.append((np.einsum(f"nt,{names}->c", kept, e).astype(np.float64) / n, *sums))
             if length:
-                columns = np.column_stack([e, errors, np.ones(len(e))])
+                columns = np.concatenate([e[0], errors[0, :, None], np.ones((count, 1))], axis=1, dtype=np.float64)
                 tokens[int(is_held_out(number))] += columns.reshape(-1, length, channels + 2).sum(axis=0)
         mean, error, energy = (np.array(column) for column in zip(*rows, strict=True))
         return cls(index, mean, error, energy, tokens)
@@ -144,7 +149,7 @@ class BiasCompensation(Compensation):
         fitted, judge = errors.tokens
         table, held_out = fitted[:, :-2] / fitted[:, -1:], judge[0, -1]
         centre = table.mean(axis=0)
-        left = np.linalg.svd(table - centre, full_matrices=False)[0][:, : self.rank or len(table)]
+        left = np.linalg.eigh((table - centre) @ (table - centre).T)[1][:, ::-1][:, : self.rank or len(table)]
         left *= np.sign(left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])])  # which sign they have is arbitrary
         right = left.T @ (table - centre)
 

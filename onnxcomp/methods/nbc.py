@@ -42,6 +42,9 @@ from onnxcomp.numerics.regression import Regression, rows, times
 INF = math.inf
 GRID = ((1.0, 1.0), (3.0, 3.0), (10.0, 10.0), (INF, 1.0), (INF, 3.0), (INF, INF))
 """The c of x and of the error that are tried."""
+Grid = Sequence[tuple[float, float]]
+FINALISTS = 3
+"""Pairs of c that are tried with every form of W, by what one is worth."""
 SHARES = (16, 8, 4)
 """Low ranks that are tried: the width divided by these."""
 GROUP = 64
@@ -96,29 +99,45 @@ class NonlinearBipolarCompensation(Compensation):
         always = self.keep == "always"
         fitted = [s for s in seen if always or not is_held_out(s.number)]
         judges = [s for s in seen if not always and is_held_out(s.number)] or seen
-        branches, tokens = dict(self._branches(place, seen, fitted)), sum(s.tokens for s in seen) / len(seen)
-        db = -10.0 * np.log10(np.maximum(np.mean([_errors(s, branches.values()) for s in judges], axis=0), TINY))
-        gains, percents = db[1:] - db[0], np.array([_percent(branch, place, tokens) for branch in branches.values()])
-        worth = gains - (0.0 if always else self.price) * percents
-        best = int(np.argmax(worth))
-        gain, before_db, time = float(gains[best]), float(db[0]), f"{percents[best]:.1f} % of the block's time"
+        tokens = sum(s.tokens for s in seen) / len(seen)
+
+        def judge(branches: dict[str, Fit]) -> tuple[float, Array, Array]:
+            """The error in dB as it is, the gain of each branch and the block's percent that it takes."""
+            db = -10.0 * np.log10(np.maximum(np.mean([_errors(s, branches.values()) for s in judges], axis=0), TINY))
+            return float(db[0]), db[1:] - db[0], np.array([_percent(branch, place, tokens) for branch in branches.values()])
+
+        def worth(gains: Array, percents: Array) -> Array:
+            return gains - (0.0 if always else self.price) * percents
+
+        grid = ((self.alpha, self.alpha),) if self.alpha else GRID
+        if len(grid) > FINALISTS:  # every c in one form, the best in all
+            _, *found = judge(dict(self._branches(place, seen, fitted, grid, first=True)))
+            grid = tuple(grid[i] for i in np.sort(np.argsort(-worth(*found), kind="stable")[:FINALISTS]))
+        branches = dict(self._branches(place, seen, fitted, grid))
+        before_db, gains, percents = judge(branches)
+        worths = worth(gains, percents)
+        best = int(np.argmax(worths))
+        gain, time = float(gains[best]), f"{percents[best]:.1f} % of the block's time"
         if not always and gains.max() <= 0:
             return Outcome(None, "held-out samples do not improve", float(gains.max()), before_db, before_db)
-        if not always and worth[best] <= 0:
+        if not always and worths[best] <= 0:
             return Outcome(None, f"{gain:.2f} dB are not worth {time}", gain, before_db, before_db)
         name, branch = list(branches.items())[best]
-        return Outcome(branch, f"{name}, {time}" if place.macs else name, gain, before_db, float(db[best + 1]))
+        return Outcome(branch, f"{name}, {time}" if place.macs else name, gain, before_db, before_db + gain)
 
-    def _branches(self, block: Block, seen: Sequence[Rows], fitted: Sequence[Rows]) -> Iterator[tuple[str, Fit]]:
-        """W in every form to try, for every pair of c: in words, and as arrays."""
+    def _branches(
+        self, block: Block, seen: Sequence[Rows], fitted: Sequence[Rows], grid: Grid, *, first: bool = False
+    ) -> Iterator[tuple[str, Fit]]:
+        """W in every form to try, or the first one, for every pair of c: in words, and as arrays."""
         x, e = _deviation([s.x for s in seen]), _deviation([s.e for s in seen])
         low, high = np.min([s.x.min(axis=0) for s in seen], axis=0), np.max([s.x.max(axis=0) for s in seen], axis=0)
         largest = np.max([np.abs(s.e).max(axis=0) for s in seen], axis=0)
         alive, integer, groups = x > DEAD * x.max(), block.channel_axis == -1, _groups(block)
-        for c_x, c_e in ((self.alpha, self.alpha),) if self.alpha else GRID:
+        for c_x, c_e in grid:
             factor = alive / np.where(alive, x, 1.0) / (1.0 if c_x == INF else c_x)
             unit = np.maximum(e, max(DEAD * e.max(), TINY)) * (1.0 if c_e == INF else c_e)
-            pairs = ((_bent(s.x * factor, c_x), _bent(s.e / unit, c_e)) for s in fitted)
+            thin = factor.astype(np.float32), (1.0 / unit).astype(np.float32)
+            pairs = ((_bent(s.x * thin[0], c_x), _bent(s.e * thin[1], c_e)) for s in fitted)
             regression = Regression.of(pairs, groups, self.ridge)
             # A linear branch ends behind its bias; any other has W in units of the bound and goes on with clip and L^-1.
             bound = _bent(largest / unit, c_e)
@@ -126,7 +145,7 @@ class NonlinearBipolarCompensation(Compensation):
             ends = {} if c_e == INF else {"bound": bound, "unit": unit}
             common = ends if c_x == INF else ends | {"factor": factor, "log": ONE}
             bent = "linear" if c_e == INF else f"c = {c_e:g}" + (" on the error" if c_x == INF else "")
-            for form, parts in self._forms(regression, unit, integer=integer).items():
+            for form, parts in self._forms(regression, unit, integer=integer, first=first).items():
                 weights = list(parts.values())
                 arrays = common | {"bias": regression.bias(functools.reduce(np.matmul, weights)).reshape(-1) * behind}
                 if "codes" in parts and integer:
@@ -143,20 +162,20 @@ class NonlinearBipolarCompensation(Compensation):
                 fit = {k: v if v.dtype.kind in "iu" else _rounded(v).astype(np.float32) for k, v in arrays.items()}
                 yield f"{bent}, {form}", fit
 
-    def _forms(self, regression: Regression, unit: Array, *, integer: bool) -> dict[str, dict[str, Array]]:
-        """W, or its two factors, in every form that is asked for. A Conv gains no time by integers: `auto` stores it in 8
-        bits all the same.
+    def _forms(self, regression: Regression, unit: Array, *, integer: bool, first: bool) -> dict[str, dict[str, Array]]:
+        """W, or its two factors, in every form that is asked for, or the `first`. A Conv gains no time by integers: `auto`
+        stores it in 8 bits all the same.
         """
         auto, w, forms = self.weight == "auto", regression.weight, dict[str, dict[str, Array]]()
         if self.weight == "float" or (auto and integer):
             forms["float"] = {"weight": w}
-        if auto or self.weight == "int8":
+        if self.weight == "int8" or (auto and not (first and forms)):
             forms["int8"] = {"codes": w}
-        if auto or self.weight == "low-rank":
+        if self.weight == "low-rank" or (auto and not first):
             left, right = regression.factors(unit)
             ranks = sorted({max(w.shape[1] // share, 1) for share in SHARES})
             forms |= {f"rank {rank}": {"left": left[:, :, :rank], "right": right[:, :rank]} for rank in ranks}
-        return forms
+        return dict(list(forms.items())[:1]) if first else forms
 
     def build(self, op: Tape, place: Block, fit: Fit) -> dict[str, str]:
         spatial = [1] * (place.rank - 2) if place.channel_axis == 1 else []

@@ -69,11 +69,17 @@ def rotate_folded(graph: Graph, like: ModelProto, feed: Mapping[str, Array]) -> 
 
 
 def rotate_inputs(
-    graph: Graph, like: ModelProto, sites: Sequence[Site], bits: Mapping[str, int], feed: Mapping[str, Array]
+    graph: Graph,
+    like: ModelProto,
+    sites: Sequence[Site],
+    bits: Mapping[str, int],
+    feed: Mapping[str, Array],
+    decided: Mapping[str, bool | None] | None = None,
 ) -> tuple[tuple[Site, ...], dict[str, Outcome]]:
     """Mix, in place, the inputs that are worth it on `feed`; `sites` as they are then, and what was found at each.
 
-    `bits`: the width of the activations of each site whose input is to be quantized.
+    `bits`: the width of the activations of each site whose input is to be quantized; `decided`: whether to mix it, where
+    that is decided.
     """
     nodes = {node.name: node for node in graph.nodes}
     asked: list[Site] = []
@@ -91,7 +97,9 @@ def rotate_inputs(
         gain = 10 * float(np.log10(max(_error(x, scheme), 1e-30) / max(_error(_mix(x), scheme), 1e-30)))
         least = INPUT_GAIN_DB * 2.0 ** (scheme.bits - 4)
         verb = "lowers" if gain > least else "does not lower"
-        fit = {"matrix": rotation(_width(x.shape[-1])).astype(np.float32)} if gain > least else None
+        is_mixed = (decided or {}).get(site.name)
+        is_mixed = gain > least if is_mixed is None else is_mixed
+        fit = {"matrix": rotation(_width(x.shape[-1])).astype(np.float32)} if is_mixed else None
         found[site.name] = Outcome(fit, f"mixing {verb} the input's error by the {least:g} dB that it must for its time", gain)
         if fit is not None:
             mixed[site.name] = replace(site, inputs=(_mix_input(graph, nodes[site.name], fit["matrix"]),))
@@ -162,7 +170,8 @@ def _mix_input(graph: Graph, node: Node, r: Array) -> str:
 
 def _mix(x: Array) -> Array:
     """Mix the channels of x in groups."""
-    return rotate(x.reshape(*x.shape[:-1], -1, _width(x.shape[-1]))).reshape(x.shape).astype(np.float32)
+    width = _width(x.shape[-1])
+    return (x.reshape(-1, width) @ rotation(width).astype(np.float32)).reshape(x.shape)
 
 
 def _width(channels: int) -> int:

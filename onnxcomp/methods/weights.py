@@ -1,6 +1,7 @@
-"""Weight rounding: symmetric codes per output channel, scale by least squared error.
+"""Weight rounding: symmetric codes per output channel, or block of its inputs, scale by least squared error.
 
     nearest   W ~ scale[c] * codes,   codes = round(W / scale) in -2^(b-1) .. 2^(b-1) - 1
+    blocks    W ~ scale[k // block, c] * (codes - zero[k // block, c])                  zero = 0 where symmetric
     gptq      codes and scale that minimize sum_t r_t ||W' x_t - (scale codes)' xh_t||^2, xh the quantized inputs of the
               layer, x the same before their quantizer, so that the weight also takes up what of its error correlates:
 
@@ -9,7 +10,8 @@
                   then in turns scale = codes' H V / codes' H codes, and each code the best one while the others stand
 
               r_t = min(1, mean energy of W' x / energy of W' x_t): a few outlier tokens do not rule over all others.
-              Of a Conv x is xh, and r is 1: there both lose, or gain nothing.
+              Of a Conv x is xh, and r is 1: there both lose, or gain nothing. Of blocks each scale in turn is the best
+              one while those of the others stand.
 
 Paper   GPTQ: Frantar et al. 2022, arXiv:2210.17323, equations 2 and 3, in the order of the inputs' energy, damped by 5 %.
         The best float weight: ERQ, Zhong et al. 2024, arXiv:2407.06794. Turns: COMQ, Zhang et al. 2024, arXiv:2403.07134.
@@ -27,7 +29,7 @@ import numpy as np
 from onnxcomp.graph.edit import Tape
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Batch, Fit, Samples, is_held_out
-from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, weight_qparams
+from onnxcomp.numerics.affine import SMALLEST_SCALE, Scheme, weight_qparams
 
 ROWS_PER_SAMPLE = 256
 DAMPING = 0.05
@@ -38,45 +40,74 @@ SWEEPS = 2
 """Over all codes, in each turn."""
 
 
-def fit(site: Site, w: Array, bits: int) -> Fit:
-    """Codes (int8, the weight's shape) and scale (float32 [C_out]) of the site's weight, rounded to nearest."""
-    q = weight_qparams(w, site.weight_axis, bits)
-    return {"codes": q.quantize(w), "scale": q.scale.astype(np.float32)}
+def fit(site: Site, w: Array, bits: int, block: int = 0, *, zero_points: bool = False) -> Fit:
+    """Codes (int8, the weight's shape) and scale (float32 [C_out]) of the site's weight, rounded to nearest. In blocks of its
+    inputs there is a scale, and a `zero_point` (int8) where asked for, per block: the weight's shape, shorter along its inputs.
+    """
+    if not block:
+        q = weight_qparams(w, site.weight_axis, bits)
+        return {"codes": q.quantize(w), "scale": q.scale.astype(np.float32)}
+    axis = 1 - site.weight_axis
+    by_input = np.moveaxis(w, axis, 0)
+    size, channels = by_input.shape
+    count = -(-size // block)
+    padded = np.concatenate([by_input, np.zeros((count * block - size, channels), np.float32)])
+    rows = padded.reshape(count, block, channels).swapaxes(1, 2).reshape(count * channels, block)
+    q = weight_qparams(rows, 0, bits, symmetric=not zero_points)
+    codes = q.quantize(rows).reshape(count, channels, block).swapaxes(1, 2).reshape(-1, channels)[:size]
+    found = {"codes": codes, "scale": q.scale.reshape(count, channels)}
+    if zero_points:
+        found["zero_point"] = q.zero_point.reshape(count, channels)
+    return {key: np.ascontiguousarray(np.moveaxis(values, 0, axis)) for key, values in found.items()}
 
 
 def fit_gptq(
     site: Site, w: Array, bits: int, samples: Samples, attrs: Mapping[str, Any], fake: Callable[[Array], Array],
-    *, centred: bool = False,
+    block: int = 0, *, zero_points: bool = False, centred: bool = False,
 ) -> Fit:  # fmt: skip
     """The same by GPTQ. `samples` offers the layer's input as `xh`, `fake` quantizes it; `attrs` are the operator's.
     `centred`: a bias compensation follows, so the mean error does not count.
     """
-    q, groups = weight_qparams(w, site.weight_axis, bits), int(attrs.get("group", 1))
-    columns, codes = (_columns(a, site, groups).astype(np.float64) for a in (w, q.quantize(w)))
-    read = functools.partial(_moments, site=site, w=columns, kernel=w.shape[2:], attrs=attrs, fake=fake)
-    moments, size = samples.reduce(read), columns.shape[1]
+    nearest, groups = fit(site, w, bits, block, zero_points=zero_points), int(attrs.get("group", 1))
+    columns, codes = (_columns(a, site, groups).astype(np.float64) for a in (w, nearest["codes"]))
+    size, outputs = columns.shape[1:]
+    # What the weight is to give is summed as outputs, or as inputs where these are fewer: their product with W comes later.
+    gram = columns[0] @ columns[0].T if outputs > size and site.op != "Conv" else None
+    read = functools.partial(_moments, site=site, w=columns, gram=gram, kernel=w.shape[2:], attrs=attrs, fake=fake)
+    moments = samples.reduce(read)
     ones = moments[:, :, size:, size, None]
     judge = int(ones[1].any())
     if centred:
         moments = moments - moments[..., size, None] / np.maximum(ones, 1e-30) * moments[:, :, size:]
     xx, xy = moments[:, :, :size, :size], moments[:, :, :size, size + 1 :]
-    scale = q.scale.astype(np.float64).reshape(groups, 1, -1)
-    found, step = _gptq(columns, xx[0], xy[0], scale, q)
+    if site.op == "Conv" or gram is not None:
+        xy = (xx if site.op == "Conv" else xy) @ columns
+    blocks = np.arange(size) // (block or size)  # of each input
+    scale = nearest["scale"].astype(np.float64).reshape(groups, blocks[-1] + 1, -1)[:, blocks]
+    zero = nearest["zero_point"].astype(np.float64)[None, blocks] if zero_points else np.zeros((1, 1, 1))
+    codes -= zero
+    scheme = Scheme(bits, signed=True)
+    found, step = _gptq(columns, xx[0], xy[0], scale, blocks, (scheme.qmin - zero, scheme.qmax - zero))
     better = _loss(found * step, xx[judge], xy[judge]) < _loss(codes * scale, xx[judge], xy[judge])
-    codes, scale = np.where(better, found, codes), np.where(better, step, scale)
+    codes, scale = np.where(better, found, codes) + zero, np.where(better, step, scale)[:, :: block or size]
     stored = np.moveaxis(codes, 2, 1).reshape(w.shape) if site.op == "Conv" else codes[0]
-    return {"codes": stored.astype(np.int8), "scale": scale.ravel().astype(np.float32)}
+    return dict(nearest) | {"codes": stored.astype(np.int8), "scale": scale.reshape(nearest["scale"].shape).astype(np.float32)}
 
 
-def build(op: Tape, site: Site, fitted: Fit, bits: int) -> dict[str, str]:
+def build(op: Tape, site: Site, fitted: Fit, bits: int, block: int = 0) -> dict[str, str]:
     """Record the dequantization of the stored codes; it replaces the weight."""
     assert site.weight is not None
-    codes, scale = op.constant("codes", fitted["codes"]), op.constant("scale", fitted["scale"])
-    return {site.weight: op.abstract("Dequantize", codes, scale, bits=bits, axis=site.weight_axis)}
+    stored = [op.constant(key, fitted[key]) for key in ("codes", "scale", "zero_point") if key in fitted]
+    how = {"axis": 1 - site.weight_axis, "block": block} if block else {"axis": site.weight_axis}
+    return {site.weight: op.abstract("Dequantize", *stored, bits=bits, **how)}
 
 
-def _gptq(w: Array, xx: Array, xy: Array, scale: Array, q: QParams) -> tuple[Array, Array]:
-    """Codes [G, K, O] and scales [G, 1, O] for weights [G, K, O], moments [G, K, K] and [G, K, O] and the nearest's scales."""
+def _gptq(
+    w: Array, xx: Array, xy: Array, scale: Array, blocks: Array, ends: tuple[Array, Array]
+) -> tuple[Array, Array]:  # fmt: skip
+    """Codes and scales [G, K, O] for weights [G, K, O], moments [G, K, K] and [G, K, O], the nearest's scales [G, K, O], the
+    block [K] of each input and the ends of the codes' range, which are arrays that go with them.
+    """
     energy = np.einsum("gkk->gk", xx)[..., None]
     damping = np.where(energy > 0, 0.0, 1.0) + DAMPING * energy.mean(axis=1, keepdims=True)
     order = np.argsort(-energy, axis=1, kind="stable")
@@ -84,38 +115,46 @@ def _gptq(w: Array, xx: Array, xy: Array, scale: Array, q: QParams) -> tuple[Arr
     h = np.take_along_axis(h, np.swapaxes(order, 1, 2), 2)
     inverse = np.linalg.inv(h)
     best = inverse @ np.take_along_axis(xy + damping * w, order, 1)
+    scale = np.take_along_axis(scale, order, 1)
+    low, high = (np.take_along_axis(np.broadcast_to(end, w.shape), order, 1) for end in ends)
     upper = np.swapaxes(np.linalg.cholesky(inverse), 1, 2)
     codes, rest = np.empty_like(best), best.copy()
     for start in range(0, rest.shape[1], BLOCK):
         stop = min(start + BLOCK, rest.shape[1])
         errors = np.empty((rest.shape[0], stop - start, rest.shape[2]))
         for i in range(start, stop):
-            codes[:, i] = np.clip(np.rint(rest[:, i] / scale[:, 0]), q.scheme.qmin, q.scheme.qmax)
-            errors[:, i - start] = (rest[:, i] - codes[:, i] * scale[:, 0]) / upper[:, i, i, None]
+            codes[:, i] = np.clip(np.rint(rest[:, i] / scale[:, i]), low[:, i], high[:, i])
+            errors[:, i - start] = (rest[:, i] - codes[:, i] * scale[:, i]) / upper[:, i, i, None]
             rest[:, i + 1 : stop] -= upper[:, i, i + 1 : stop, None] * errors[:, i - start, None]
         rest[:, stop:] -= np.swapaxes(upper[:, start:stop, stop:], 1, 2) @ errors
-    target = h @ best
+    left, number = h @ (best - codes * scale), blocks[order[0, :, 0]]
+    members = [np.flatnonzero(number == b) for b in range(blocks[-1] + 1)] if blocks[-1] else [slice(None)]
     for _ in range(TURNS):
-        product = h @ codes
-        up, down = ((codes * a).sum(axis=1, keepdims=True) for a in (target, product))
-        refit = np.maximum(np.where((up > 0) & (down > 0), up / np.where(down > 0, down, 1.0), scale), SMALLEST_SCALE)
-        scale = refit.astype(np.float32).astype(np.float64)
-        _descend(codes, target - product * scale, h, scale, q)
-    return np.take_along_axis(codes, np.argsort(order, axis=1, kind="stable"), 1), scale
+        for mine in members:
+            some, was = codes[:, mine], scale[:, mine][:, :1]
+            product = h[:, :, mine] @ some
+            up, down = ((some * a[:, mine]).sum(axis=1, keepdims=True) for a in (left + product * was, product))
+            refit = np.maximum(np.where((up > 0) & (down > 0), up / np.where(down > 0, down, 1.0), was), SMALLEST_SCALE)
+            refit = refit.astype(np.float32).astype(np.float64)
+            left += product * (was - refit)
+            scale[:, mine] = refit
+        _descend(codes, left, h, scale, (low, high))
+    back = np.argsort(order, axis=1, kind="stable")
+    return np.take_along_axis(codes, back, 1), np.take_along_axis(scale, back, 1)
 
 
-def _descend(codes: Array, left: Array, h: Array, scale: Array, q: QParams) -> None:
+def _descend(codes: Array, left: Array, h: Array, scale: Array, ends: tuple[Array, Array]) -> None:
     """Give each code in turn, in place, the value of least error while the others stand; `left`: H (V - scale codes)."""
     for start in list(range(0, h.shape[1], BLOCK)) * SWEEPS:
         block = slice(start, min(start + BLOCK, h.shape[1]))
         before = codes[:, block].copy()
         near, local = h[:, block, block], left[:, block].copy()
         for i in range(near.shape[1]):
-            wanted = codes[:, start + i] + local[:, i] / (near[:, i, i, None] * scale[:, 0])
-            new = np.clip(np.rint(wanted), q.scheme.qmin, q.scheme.qmax)
-            local -= near[:, :, i, None] * ((new - codes[:, start + i]) * scale[:, 0])[:, None]
+            wanted = codes[:, start + i] + local[:, i] / (near[:, i, i, None] * scale[:, start + i])
+            new = np.clip(np.rint(wanted), ends[0][:, start + i], ends[1][:, start + i])
+            local -= near[:, :, i, None] * ((new - codes[:, start + i]) * scale[:, start + i])[:, None]
             codes[:, start + i] = new
-        left -= h[:, :, block] @ ((codes[:, block] - before) * scale)
+        left -= h[:, :, block] @ ((codes[:, block] - before) * scale[:, block])
 
 
 def _loss(values: Array, xx: Array, xy: Array) -> Array:
@@ -129,29 +168,41 @@ def _columns(w: Array, site: Site, groups: int) -> Array:
 
 
 def _moments(
-    batch: Batch, site: Site, w: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any], fake: Callable[[Array], Array]
-) -> Array:
-    """Sums over the layer's quantized inputs xh and the outputs y that its weight is to give, weighted per token, for fitted
-    and for held-out samples: [xh, 1]' [xh, 1, y], float64 [2, groups, K + 1, K + 1 + O].
+    batch: Batch, site: Site, w: Array, gram: Array | None, kernel: tuple[int, ...], attrs: Mapping[str, Any],
+    fake: Callable[[Array], Array],
+) -> Array:  # fmt: skip
+    """Sums over the layer's quantized inputs xh and its target t, weighted per token, for fitted and for held-out samples:
+    [xh, 1]' [xh, 1, t], float64 [2, groups, K + 1, ..]; a sample's own in float32. t is the output W' x, the input x where
+    `gram`, W W', is given, and left out for a Conv, whose x is xh.
     """
     groups, size, outputs = w.shape
-    sums = np.zeros((2, groups, size + 1, size + 1 + outputs))
+    targets, w = 0 if site.op == "Conv" else outputs if gram is None else size, w.astype(np.float32)
+    seen: tuple[list[tuple[Array, Array]], ...] = ([], [])
     for number, sample in zip(batch.indices, batch.read("xh"), strict=False):
         x = _rows(fake(sample), site, groups, kernel, attrs)
-        y = (x if site.op == "Conv" else _rows(sample, site, groups, kernel, attrs)) @ w
-        energy = np.square(y).sum(axis=(0, 2)) if site.op != "Conv" else np.ones(y.shape[1])
-        root = np.sqrt(np.minimum(1.0, energy.mean() / np.maximum(energy, 1e-30)))[:, None]
-        rows = np.concatenate([x, np.ones((groups, len(root), 1)), y], axis=2) * root
-        sums[int(is_held_out(number))] += np.swapaxes(rows[..., : size + 1], 1, 2) @ rows
+        root, target = np.ones((x.shape[1], 1), np.float32), np.zeros((groups, x.shape[1], 0), np.float32)
+        if targets:
+            raw = _rows(sample, site, groups, kernel, attrs)
+            target = raw @ w if gram is None else raw
+            energy = np.einsum("gtk,gtk->t", target, target if gram is None else raw @ gram.astype(np.float32))
+            root = np.sqrt(np.minimum(1.0, energy.mean() / np.maximum(energy, 1e-30)))[:, None]
+        ones = np.ones((groups, len(root), 1), np.float32)
+        seen[int(is_held_out(number))].append((np.concatenate([x, ones], axis=2) * root, target * root))
+    sums = np.zeros((2, groups, size + 1, size + 1 + targets))
+    for found, parts in zip(sums, seen, strict=True):
+        if parts:
+            left, right = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+            turned = np.swapaxes(left, 1, 2)
+            found[..., : size + 1], found[..., size + 1 :] = turned @ left, turned @ right
     return sums
 
 
 def _rows(x: Array, site: Site, groups: int, kernel: tuple[int, ...], attrs: Mapping[str, Any]) -> Array:
-    """What the weight is multiplied with, at some tokens of a sample: float64 [groups, n, K]."""
+    """What the weight is multiplied with, at some tokens of a sample: float32 [groups, n, K]."""
     if site.op != "Conv":
-        return x[_spread(x.shape[:-1], ROWS_PER_SAMPLE)][None].astype(np.float64)
-    patches = _patches(x, kernel, attrs)
-    return patches.reshape(len(patches), groups, -1).swapaxes(0, 1).astype(np.float64)
+        return x[_spread(x.shape[:-1], ROWS_PER_SAMPLE)][None]
+    found = patches(x, kernel, attrs)
+    return found.reshape(len(found), groups, -1).swapaxes(0, 1)
 
 
 def _spread(shape: tuple[int, ...], limit: int) -> tuple[Array, ...]:
@@ -163,7 +214,7 @@ def _spread(shape: tuple[int, ...], limit: int) -> tuple[Array, ...]:
     return np.unravel_index(np.arange(0, count, stride), shape)
 
 
-def _patches(x: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any]) -> Array:
+def patches(x: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any], limit: int = ROWS_PER_SAMPLE) -> Array:
     """What a convolution multiplies its weight with, at some of its positions: [n, C, kernel]."""
     rank = len(kernel)
     pads = attrs.get("pads") or [0] * 2 * rank
@@ -175,4 +226,4 @@ def _patches(x: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any]) -> Arr
         (slice(None), slice(None), *(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
     ]
     windows = np.moveaxis(windows, 1, 1 + rank)  # [N, positions, C, kernel]
-    return windows[_spread(windows.shape[: 1 + rank], ROWS_PER_SAMPLE)]
+    return windows[_spread(windows.shape[: 1 + rank], limit)]

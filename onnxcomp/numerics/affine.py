@@ -7,6 +7,8 @@ For fewer than 8 bits the codes live in the int8 or uint8 that holds them: ORT's
 integer Clip then to [qmin, qmax], and the two in a row are the one above. NaN has no code and must not come here.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,34 +126,51 @@ def from_range(lo: ArrayLike, hi: ArrayLike, scheme: Scheme, axis: int | None = 
     return QParams(scheme, scale, np.asarray(zero, scheme.dtype), axis)
 
 
-def weight_qparams(w: NDArray[np.floating], axis: int, bits: int) -> QParams:
-    """Signed symmetric parameters of a weight, one scale per index of `axis` (its output channels), scale [C].
+def weight_qparams(w: NDArray[np.floating], axis: int, bits: int, *, symmetric: bool = True) -> QParams:
+    """Signed parameters of a weight, one scale per index of `axis` (its output channels), scale [C].
 
     It is the smallest scale that clips nothing, codes over the whole of -2^(bits-1)..2^(bits-1)-1, times the factor in
     [0.1, 1] with the smallest squared error, found per channel to better than 1 %. A channel of zeros gets SMALLEST_SCALE.
-    Works on a few channels at a time, so the memory on top of w is small. Raises RecipeError on an unknown width.
+    Not symmetric: the same of the range from its smallest to its largest value. Works on a few channels at a time, so the
+    memory on top of w is small. Raises RecipeError on an unknown width.
     """
-    scheme = Scheme(bits, signed=True, symmetric=True)
+    scheme = Scheme(bits, True, symmetric)
     rows, channels = np.moveaxis(w, axis, 0), w.shape[axis]
-    scale = np.full(channels, SMALLEST_SCALE)
+    scale, zero = np.full(channels, SMALLEST_SCALE), np.zeros(channels, np.int8)
     chunk = max((1 << 16) * channels // max(w.size, 1), 1)
     for start in range(0, channels if w.size else 0, chunk):
         some = rows[start : start + chunk]
         part = np.ascontiguousarray(some.reshape(len(some), -1), np.float32)
+        if not symmetric:
+            best = _best_range(part, scheme)
+            scale[start : start + chunk], zero[start : start + chunk] = best.scale, best.zero_point
+            continue
         ends = np.maximum(part.max(axis=1) / scheme.qmax, part.min(axis=1) / scheme.qmin).astype(np.float64)
         ends = np.maximum(ends, SMALLEST_SCALE)
-        scale[start : start + chunk] = ends * _best_shrink(part, ends, scheme)
+        error = functools.partial(_shrunk_error, rows=part, scale=ends, scheme=scheme)
+        scale[start : start + chunk] = ends * _best_shrink(error, len(ends))
     scale = np.maximum(scale, SMALLEST_SCALE).astype(np.float32)
-    return QParams(scheme, scale, np.zeros(channels, np.int8), axis)
+    return QParams(scheme, scale, zero, axis)
 
 
-def _best_shrink(rows: NDArray[np.float32], scale: NDArray[np.float64], scheme: Scheme) -> NDArray[np.float64]:
-    """The factor [c] on scale [c] with the least squared error on rows [c, n]: of 21, then of 8 closer ones, twice."""
-    candidates = np.repeat(10.0 ** -np.linspace(0.0, 1.0, 21)[:, None], scale.size, axis=1)
-    best, error = np.ones(scale.size), np.full(scale.size, np.inf)
+def _best_range(rows: NDArray[np.float32], scheme: Scheme) -> QParams:
+    """The parameters of the range of each of rows [c, n], zero included, shrunk to the least squared error."""
+    lo, hi = rows.min(axis=1, initial=0.0), rows.max(axis=1, initial=0.0)
+
+    def error(factor: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.square(from_range(lo * factor, hi * factor, scheme, 0).fake(rows) - rows).sum(axis=1, dtype=np.float64)
+
+    factor = _best_shrink(error, len(rows))
+    return from_range(lo * factor, hi * factor, scheme, 0)
+
+
+def _best_shrink(measure: Callable[[NDArray[np.float64]], NDArray[np.float64]], count: int) -> NDArray[np.float64]:
+    """The factors [count] of the least error that `measure` gives them: of 21, then of 8 closer ones, twice."""
+    candidates = np.repeat(10.0 ** -np.linspace(0.0, 1.0, 21)[:, None], count, axis=1)
+    best, error = np.ones(count), np.full(count, np.inf)
     for reach in (0.04, 0.008, 0.0):
         for factor in candidates:
-            tried = _squared_error(rows, scale * factor, scheme)
+            tried = measure(factor)
             better = tried < error
             best, error = np.where(better, factor, best), np.where(better, tried, error)
         around = 10.0 ** np.delete(np.linspace(-reach, reach, 9), 4)
@@ -159,7 +178,11 @@ def _best_shrink(rows: NDArray[np.float32], scale: NDArray[np.float64], scheme: 
     return best
 
 
-def _squared_error(rows: NDArray[np.float32], scale: NDArray[np.float64], scheme: Scheme) -> NDArray[np.float64]:
+def _shrunk_error(
+    factor: NDArray[np.float64], rows: NDArray[np.float32], scale: NDArray[np.float64], scheme: Scheme
+) -> NDArray[np.float64]:
+    """The squared error of each of rows [c, n] with its scale times its factor."""
+    scale = scale * factor
     steps = rows * (1.0 / scale).astype(np.float32)[:, None]
     codes = np.rint(steps)
     np.clip(codes, scheme.qmin, scheme.qmax, out=codes)

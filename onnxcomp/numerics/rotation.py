@@ -56,5 +56,5 @@ def _signs(d: int) -> Array:
     drawn[:, 0] = 1.0
     odd = d // (d & -d)
     units = _transform(np.eye(d)[:odd])  # the others are these, their channels exchanged
-    spread = [np.abs(_transform(units * signs, inverse=True)).max() for signs in drawn]
+    spread = np.abs(_transform(units * drawn[:, None], inverse=True)).max(axis=(1, 2))
     return drawn[int(np.argmin(spread))]

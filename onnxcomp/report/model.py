@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from onnxcomp.numerics.arrays import sqnr_db
 from onnxcomp.runtime import Latency
 from onnxcomp.targets.audit import Kernel
 from onnxcomp.targets.base import Violation
@@ -37,9 +38,9 @@ class SiteReport:
     name: str
     op: str
     kind: str
-    """`layer`, `product` or `join`."""
+    """`layer`, `product`, `join` or `table`."""
     bits: str
-    """`w8a8`; `a8` for a site without weights; `w8` where activations stay float."""
+    """`w8a8`; `a8` for a site without weights; `w8` where activations stay float, `w8b32` with a scale per 32 inputs."""
     activations: str
     """`static`, `dynamic`, `token` or `float`."""
     before_db: float | None
@@ -52,11 +53,18 @@ class SiteReport:
     """Why the site is not an integer kernel; empty where it is."""
     weight_bytes: int
     """Bytes of its stored weight, scales included."""
+    rounding: str = ""
+    """How its weight was rounded: `nearest` or `gptq`."""
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether its weight is read as codes beside float activations."""
+        return "b" in self.bits
 
     @property
     def falls_back(self) -> bool:
-        """Whether its activations are quantized and yet no integer kernel computes it."""
-        return self.activations != "float" and not self.integer
+        """Whether its activations are quantized, or its weight is in blocks, and yet no kernel reads the codes."""
+        return (self.in_blocks or self.activations != "float") and not self.integer
 
 
 @dataclass(frozen=True)
@@ -259,3 +267,55 @@ class Benchmark:
     models: tuple[Timing, ...]
     threads: int
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What quantizing one site does to the output: squared error over the float output's energy."""
+
+    name: str
+    op: str
+    kind: str
+    bits: str
+    """As in a SiteReport."""
+    weights: int
+    """Numbers in its weight."""
+    isolated: float
+    """This site alone quantized, everything else float."""
+    weights_isolated: float
+    activations_isolated: float
+    weights_cumulative: float
+    activations_cumulative: float
+
+    @property
+    def cumulative(self) -> float:
+        """Its share of what the compressed model loses."""
+        return self.weights_cumulative + self.activations_cumulative
+
+    @property
+    def figures(self) -> tuple[float, ...]:
+        """Isolated and cumulative, each for the site, its weights, and its activations."""
+        alone = (self.isolated, self.weights_isolated, self.activations_isolated)
+        return *alone, self.cumulative, self.weights_cumulative, self.activations_cumulative
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The sites of a model, the most damaging first."""
+
+    model: str
+    bits: str
+    target: str
+    samples: int
+    passes: int
+    """Over the whole model, besides the walk."""
+    total: float
+    """What the compressed model loses: squared error over the float output's energy."""
+    sites: tuple[Damage, ...]
+    suggestion: str
+    """Rules for a recipe: the first three layers at 8 bits."""
+
+    @property
+    def sqnr_db(self) -> float:
+        """The same in dB."""
+        return sqnr_db(1.0, self.total)

@@ -21,7 +21,7 @@ Facts = Mapping[str, Iterable[str]]
 
 def report(value: model.Report, *, all_sites: bool = False) -> str:
     """The whole report; the `LONGEST` worst sites only, unless `all_sites`."""
-    return f"{_header(value)}\n\n{sites(value.sites, all_sites=all_sites)}\n\n{facts(_facts(value))}"
+    return f"{title(value)}\n\n{sites(value.sites, all_sites=all_sites)}\n\n{facts(report_facts(value))}"
 
 
 def comparison(value: model.Comparison) -> str:
@@ -55,6 +55,19 @@ def inspection(value: model.Inspection, *, all_sites: bool = False) -> str:
     if value.report is not None:
         last = f"{report(value.report, all_sites=all_sites)}\n\n{value.report.recipe.strip()}"
     return f"{head}\n\n{facts(lines)}\n\n{last}"
+
+
+def damages(value: model.Analysis, *, all_sites: bool = False) -> str:
+    """One row per site, the most damaging first, in per cent of what the compressed model loses; then what to do."""
+    shown = value.sites if all_sites else value.sites[:LONGEST]
+    columns = ("Alone", "weights", "activations", "In all", "weights ", "activations ")
+    rows = [
+        [s.name, s.bits, *(f"{100 * x / value.total if value.total else 0.0:.1f} %" for x in s.figures)] for s in shown
+    ]  # fmt: skip
+    head = f"{value.model} -> {value.bits} for {value.target}: the output's SQNR is {decibels(value.sqnr_db)}"
+    said = f"{head}, {plural(value.samples, 'sample')}, {plural(value.passes, 'pass').replace('passs', 'passes')}"
+    listed = cut(table(["Site", "Bits", *columns], rows, right=columns), len(value.sites) - len(shown), "better")
+    return f"{said}\n\n{listed}\n\nThe first layers at 8 bits, for a recipe (or --exclude them):\n\n{value.suggestion}"
 
 
 def judgement(value: model.Lint) -> str:
@@ -114,7 +127,7 @@ def sites(rows: Sequence[model.SiteReport], *, all_sites: bool = False) -> str:
     shown = rows if all_sites or len(rows) <= LONGEST else sorted(rows, key=_badness)[:LONGEST]
     has_sqnr = any(site.after_db is not None for site in shown)
     headers = ["Site", "Bits", "Activations", *(["SQNR dB"] if has_sqnr else []), "Kernel"]
-    cells = [[s.name, s.bits, s.activations, *([_sqnr(s)] if has_sqnr else []), _kernel(s)] for s in shown]
+    cells = [[s.name, s.bits, s.activations, *([sqnr(s)] if has_sqnr else []), kernel(s)] for s in shown]
     return cut(table(headers, cells, right=("SQNR dB",)), len(rows) - len(shown), "better" if has_sqnr else "more")
 
 
@@ -176,14 +189,16 @@ def provenance(value: model.Report) -> dict[str, list[str]]:
     return {"Made by": [f"onnxcomp {value.version}"], "From": [source], "Data": [data]}
 
 
-def _header(value: model.Report) -> str:
+def title(value: model.Report) -> str:
+    """The model, its widths and its target in a line."""
     counts = Counter(site.bits for site in value.sites if site.kind == "layer") or Counter(s.bits for s in value.sites)
     bits = ", ".join(b if len(counts) == 1 else f"{b} ({n})" for b, n in counts.items()) or "nothing to quantize"
     data = "no data" if value.data_sha256 is None else plural(value.samples, "sample")
     return f"{value.model_name} -> {bits} for {value.target}, {data}"
 
 
-def _facts(value: model.Report) -> Facts:
+def report_facts(value: model.Report) -> Facts:
+    """What there is to say beside the table of sites."""
     proof = value.verification
     expected = "" if proof.expected_db is None else f"; calibration reproduced {_closeness(proof.expected_db)}"
     agreement = f"optimized and plain agree {_closeness(proof.agreement_db)}"
@@ -203,12 +218,17 @@ def _facts(value: model.Report) -> Facts:
 
 def _kernels(rows: Sequence[model.SiteReport], kernels_by: str) -> list[str]:
     fallback = [("{} in float", site.reason, site.name) for site in rows if site.falls_back]
-    said = sum(site.activations != "float" for site in rows)
-    summary = f"{said - len(fallback)} of {said} quantized sites run as integer kernels"
+    blocks, codes = (
+        [site.falls_back for site in rows if chosen(site)]
+        for chosen in (lambda site: site.in_blocks, lambda site: site.activations != "float")
+    )
+    summary = f"{codes.count(False)} of {len(codes)} quantized sites run as integer kernels" if codes or not blocks else ""
+    if blocks:
+        summary += f"{'; ' * bool(summary)}{blocks.count(False)} of {len(blocks)} read the codes of their weights"
     if not kernels_by.startswith("onnxruntime"):
         summary += f" by {kernels_by}"
-    if len(rows) > said:
-        summary += f"; {len(rows) - said} more have quantized weights and float activations"
+    if len(rows) > len(blocks) + len(codes):
+        summary += f"; {len(rows) - len(blocks) - len(codes)} more have quantized weights and float activations"
     return [summary, *_grouped(fallback)]
 
 
@@ -241,14 +261,16 @@ def _badness(site: model.SiteReport) -> tuple[bool, float]:
     return (not site.falls_back, EQUAL_DB if site.after_db is None else site.after_db)
 
 
-def _sqnr(site: model.SiteReport) -> str:
+def sqnr(site: model.SiteReport) -> str:
+    """The SQNR of a site before compensation and after, in dB."""
     if site.after_db is None:
         return "-"
     before = site.after_db if site.before_db is None else site.before_db
     return " -> ".join(dict.fromkeys(f"{value:.1f}" for value in (before, site.after_db)))
 
 
-def _kernel(site: model.SiteReport) -> str:
+def kernel(site: model.SiteReport) -> str:
+    """The operator that computes a site, marked where it is not what was wanted."""
     return f"{site.kernel} (float)" if site.falls_back else site.kernel
 
 

@@ -23,9 +23,10 @@ from onnxcomp.targets.fallback import STORED, explain
 from onnxcomp.targets.target import Target
 
 INTEGER_KERNELS = frozenset({
-    "ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearMatMul",
-    *(f"QLinear{op}" for op in STORED),
+    "ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearMatMul",
+    *(f"QLinear{op}" for op in STORED), "Gather",
 })  # fmt: skip
+"""What computes with codes; a Gather that is a site reads rows of them."""
 _LAYERS = INTEGER_KERNELS | {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}
 _CONVERSIONS = frozenset({*MOVES, "Cast", "Clip", "DequantizeLinear", "QuantizeLinear", "Relu"})
 _ARITHMETIC = frozenset({"Add", "Mul", "Sum"})
@@ -82,7 +83,7 @@ def foretell(graph: Graph, violations: Sequence[Violation], sites: Collection[st
         makers = [n for t in node.inputs for n in t.inputs if n.op == "DequantizeLinear"]
         behind = [node, *makers, *(n for m in makers for n in m.inputs[0].inputs if n.op in ("QuantizeLinear", "Cast"))]
         reason = next((broken[n.name] for n in behind if n.name in broken), "")
-        if not makers and node.op != "MatMulInteger":
+        if not makers and node.op not in ("Gather", "MatMulInteger"):
             reason = reason or "It reads no codes."
         found.append(Kernel(name, node.op, not reason, reason))
     return tuple(found)

@@ -23,6 +23,14 @@ class Settings:
     symmetric: bool
     rounding: str = "nearest"
     """How weights are rounded: `nearest` or `gptq`."""
+    block: int = 0
+    """How many inputs of an output channel share a scale; 0: all. Of a table, how many numbers of a row."""
+    zero_points: bool = False
+    """Every block has a zero point."""
+    mixed: bool | None = None
+    """Whether the channels of its input are mixed; None: where it is worth it."""
+    methods: tuple[str, ...] | None = None
+    """The methods on layers that may be kept; None: all."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,14 @@ class Encoding:
     """Constants may be computed when the file is loaded, such as the table of a bias per token."""
     wide: bool = False
     """Activations of 16 bits are taken too."""
+    blocks: tuple[int, ...] = ()
+    """How many inputs may share a scale of a weight beside float activations, where there is a kernel that reads its codes."""
+    block_bits: int = 8
+    """Weights in blocks have at most so many bits."""
+    partial: bool = False
+    """The last of the blocks may be shorter."""
+    embeddings: bool = False
+    """Rows of a table may be gathered as codes."""
 
     def scheme(self, wanted: Settings) -> Scheme:
         """The scheme of a site's activations; unsigned until they are written down."""

@@ -16,7 +16,7 @@ from onnxcomp.graph.edit import Constant, Node, Tensor
 from onnxcomp.graph.sites import LAYER_OPS
 from onnxcomp.targets.base import Facts, Rule
 from onnxcomp.targets.regions import clip_bounds
-from onnxcomp.targets.rules import is_stored, maker
+from onnxcomp.targets.rules import in_blocks, is_stored, maker
 
 STORED = frozenset({
     "Conv", "Add", "Mul", "Concat", "Where", "Sigmoid", "LeakyRelu", "Softmax", "AveragePool", "GlobalAveragePool",
@@ -29,7 +29,8 @@ def explain(node: Node, outputs: Collection[str], version: str) -> str:
 
     One sentence: the first rule that does not hold, or that ONNX Runtime `version` did not fuse the operator.
     """
-    reasons = (reason for rule in _RULES for reason, _ in rule(node, Facts(frozenset(outputs))))
+    rules = (dequantized_weight, *(() if in_blocks(node) else _RULES))
+    reasons = (reason for rule in rules for reason, _ in rule(node, Facts(frozenset(outputs))))
     return next(reasons, f"ONNX Runtime {version} did not fuse it.")
 
 
@@ -89,6 +90,27 @@ def unabsorbed_clip(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
             yield f"The Clip to {ends} behind it stays: its QuantizeLinear reaches from {low:g} to {high:g}.", remedy
 
 
+def dequantized_weight(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
+    """What becomes MatMulNBits: a float activation by a stored matrix, in blocks of inputs, whose codes nobody else reads."""
+    weight = node.inputs[1].inputs[0] if node.op in ("Gemm", "MatMul") and maker(node.inputs[1]) else None
+    is_turned = weight is not None and (weight.op == "Transpose" or bool(node.attrs.get("transB")))
+    weight = (
+        weight.inputs[0].inputs[0] if weight is not None and weight.op == "Transpose" and maker(weight.inputs[0]) else weight
+    )
+    is_float = weight is None or maker(node.inputs[0]) != "DequantizeLinear"
+    if weight is None or not is_float or weight.op != "DequantizeLinear" or not is_stored(weight):
+        return
+    start, block = "Its weight is dequantized at every run: ", weight.attrs.get("block_size", 0)
+    if is_turned:
+        yield f"{start}it is transposed.", "Store it as inputs by outputs."
+    if len(weight.outputs[0].outputs) > 1 or any(len(t.outputs) > 1 for t in weight.inputs):
+        yield f"{start}its codes or scales have another reader.", "Give every product its own."
+    if block and (block < 16 or block & (block - 1)):
+        yield f"{start}it has blocks of {block}.", "Use blocks of 16, 32, 64 or 128."
+    if any(reader.op == "QuantizeLinear" for reader in node.outputs[0].outputs):
+        yield f"{start}the result is quantized.", "Leave the result in float."
+
+
 def tail(node: Node) -> Tensor:
     """The operator's output, or that of the ReLU or Clip which alone reads it."""
     readers = node.outputs[0].outputs
@@ -112,4 +134,4 @@ def _where_meant(rule: Rule) -> Rule:
 
 _RULES = (float_operand, float_addend, float_result, unabsorbed_clip)
 """In the order in which they are asked."""
-RULES = tuple(_where_meant(rule) for rule in _RULES)
+RULES = (*(_where_meant(rule) for rule in _RULES), dequantized_weight)

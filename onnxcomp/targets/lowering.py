@@ -3,6 +3,7 @@
     activation   x -> QuantizeLinear -> Clip of the codes -> DequantizeLinear         (no Clip at 8 bits, or one of the values)
     weight       int4 initializer -> Cast(int8) -> DequantizeLinear                   (int8 initializer above 4 bits)
                  2, 3, 5, 6 bits: bytes -> Cast -> Gather(table) (-> Add) -> Reshape  (computed when the file is loaded)
+                 in blocks, and tables: see `nbits`
     MatMul, Gemm -> MatMul with float output, bias by Sum
     Conv         -> int32 bias, or the float one
     further term -> Sub(x, DequantizeLinear's output) -> Q with a step of its own, once for all who read it
@@ -20,17 +21,16 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.graph.convert import packed_int4
-from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node, Tensor, Variable, insert_before, remove
+from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node, Nodes, Tensor, Variable, insert_before, remove
 from onnxcomp.numerics.affine import Scheme, along, from_range
 from onnxcomp.numerics.planes import pack, planes, table
+from onnxcomp.targets import nbits
 from onnxcomp.targets.base import Encoding
 from onnxcomp.targets.regions import is_operand
 from onnxcomp.targets.settle import only_reader, put_behind
 
 TINY = np.float32(1e-12)
 """Floor of a range measured at run time, so that an all-zero tensor does not divide by zero."""
-TABLE_BYTES = 1000
-"""What the nodes and a part of the tables take that make codes of packed ones."""
 OPERANDS = ("Add", "Concat", "Div", "Expand", "LayerNormalization", "Mul", "PRelu", "Sub", "Sum", "Where")
 """Operators whose constants are codes where every operator reads codes."""
 FLOAT, INT8, INT32 = 1, 3, 6
@@ -40,21 +40,6 @@ FLOAT, INT8, INT32 = 1, 3, 6
 def lower(graph: Graph, encoding: Encoding) -> None:
     """Write the abstract quantizers of `graph` as standard operators, in place."""
     _Lowering(graph, encoding).run()
-
-
-@dataclass
-class _Nodes:
-    """New nodes that stand for one: they are called after `name` and their operator, what they make after it too."""
-
-    name: str
-    made: list[Node] = field(default_factory=list)
-
-    def __call__(self, op: str, output: str | Tensor, *inputs: Tensor, dtype: type = np.float32, **attrs: object) -> Tensor:
-        """Add one node that makes `output`, a tensor or the last part of the name of a new one."""
-        if isinstance(output, str):
-            output = Variable(f"{self.name}/{output}", dtype=np.dtype(dtype))
-        self.made.append(Node(op, f"{self.name}/{op}", attrs=attrs, inputs=list(inputs), outputs=[output]))
-        return output
 
 
 @dataclass(frozen=True)
@@ -130,7 +115,7 @@ class _Lowering:
         residual  see `_residual`
         """
         x, y, bits, granularity = node.inputs[0], node.outputs[0], node.attrs["bits"], node.attrs["granularity"]
-        new, middle = _Nodes(y.name), self._constant(f"onnxcomp/middle.{self._kind(bits)}", self._zero(bits), self._type(bits))
+        new, middle = Nodes(y.name), self._constant(f"onnxcomp/middle.{self._kind(bits)}", self._zero(bits), self._type(bits))
         if granularity == "static":
             new.name = node.name.rpartition("/fakequantize")[0] or y.name  # the edit's own name, which a tensor's may follow
             scale, zero_point = self._stored(node, 1)
@@ -156,7 +141,7 @@ class _Lowering:
         return new.made
 
     def _quantize(
-        self, new: _Nodes, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, y: str | Tensor, token: Tensor | None = None
+        self, new: Nodes, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, y: str | Tensor, token: Tensor | None = None
     ) -> _Digit:
         """Q, DQ, and below 8 bits a Clip of the codes or of the values."""
         kind, least, clipped = self._kind(bits), self._zero(bits) - 2 ** (bits - 1), x
@@ -165,7 +150,7 @@ class _Lowering:
             assert isinstance(scale, Constant), "the bounds of values are known before they are"
             assert isinstance(zero_point, Constant), "so is their zero"
             if self._is_closed:  # the Clip is a unit like any other
-                wide = _Nodes(f"{new.name}/wide", new.made)
+                wide = Nodes(f"{new.name}/wide", new.made)
                 codes = wide("QuantizeLinear", "codes", x, scale, zero_point, dtype=self._type(bits))
                 clipped = wide("DequantizeLinear", "value", codes, scale, zero_point)
             span = {f"{new.name}/{n}": scale.values * (end - int(zero_point.values)) for n, end in zip("ab", ends, strict=True)}
@@ -201,7 +186,7 @@ class _Lowering:
             scale, code = self._constant(scale.name, scale.values * reach, np.float32), half
         return scale, self._constant(zero.name, code - half if signed else code, self._type(bits))
 
-    def _measured_scale(self, new: _Nodes, node: Node) -> Tensor:
+    def _measured_scale(self, new: Nodes, node: Node) -> Tensor:
         """Scale = max(ratio * max|x| / qmax, tiny), over the last axis or over everything."""
         per_token = node.attrs["granularity"] == "token"
         axes = [self._constant("onnxcomp/last-axis", [-1], np.int64)] if per_token else []
@@ -210,7 +195,7 @@ class _Lowering:
         unfloored = new("Mul", "unfloored", largest, factor)
         return new("Max", "scale", unfloored, self._constant("onnxcomp/tiny", TINY, np.float32))
 
-    def _residual(self, new: _Nodes, node: Node, middle: Constant) -> _Digit:
+    def _residual(self, new: Nodes, node: Node, middle: Constant) -> _Digit:
         """What the quantizer that makes the second input has left of the first, with a step finer by the factor `finer`, or
         a static range of its own. Readers with one step share it.
         """
@@ -255,9 +240,11 @@ class _Lowering:
         In front of an operator with float activations it gets Cast and Mul, which it folds when it loads the file, so that it
         runs at float speed; a DequantizeLinear there is computed at every run, or becomes a kernel of lower accuracy.
         """
+        if "block" in node.attrs:
+            return nbits.lower(self.graph, node, self.encoding, self._looked_up)
         codes, scale = node.inputs
-        y, axis, new, zero = node.outputs[0], node.attrs["axis"], _Nodes(node.outputs[0].name), np.zeros(scale.shape, np.int8)
-        bits, width = node.attrs["bits"], stored_bits(node.attrs["bits"], codes.values.size, self.encoding)
+        y, axis, new, zero = node.outputs[0], node.attrs["axis"], Nodes(node.outputs[0].name), np.zeros(scale.shape, np.int8)
+        bits, width = node.attrs["bits"], nbits.stored_bits(node.attrs["bits"], codes.values.size, self.encoding)
         is_native = width == 4 and self.encoding.packed == "native"
         stored = codes if width != 4 else packed_int4(codes.name, codes.values)
         if width not in (4, 8):
@@ -274,18 +261,23 @@ class _Lowering:
         new("DequantizeLinear", y, stored, scale, zero_point, axis=axis)
         return new.made
 
-    def _looked_up(self, new: _Nodes, codes: Tensor, bits: int) -> Tensor:
-        """Codes of a width that has no type, in planes of bits that tables turn into codes; see `numerics.planes`."""
-        total, name = None, new.name
+    def _looked_up(self, new: Nodes, codes: Tensor, bits: int, ids: Tensor | None = None) -> Tensor:
+        """Codes of a width that has no type, in planes of bits that tables turn into codes; see `numerics.planes`. `ids`: of
+        these rows alone.
+        """
+        total, name, lengths = None, new.name, codes.shape if ids is None else (*[0] * len(ids.shape), *codes.shape[1:])
         for w, shift in planes(bits):
-            new.name = f"{name}/bits{shift}"
-            stored = Constant(f"{codes.name}.bits{shift}", pack(codes.values, (w, shift)))
+            new.name, packed = f"{name}/bits{shift}", pack(codes.values, (w, shift))
+            packed = packed if ids is None else packed.reshape(len(codes.values), -1, *packed.shape[1:])
+            stored = Constant(f"{codes.name}.bits{shift}", packed)
+            if ids is not None:
+                stored = nbits.rows(new, "bytes", stored, ids)
             meaning = self._constant(f"onnxcomp/plane.{bits}.{shift}", table(bits, (w, shift)), np.int8)
             part = new("Gather", "plane", meaning, new("Cast", "i32", stored, dtype=np.int32, to=INT32), dtype=np.int8)
             total = part if total is None else new("Add", "total", total, part, dtype=np.int8)
         assert total is not None
-        new.name, shape = name, "onnxcomp/shape." + "x".join(map(str, codes.shape))
-        return new("Reshape", "codes.i8", total, self._constant(shape, codes.shape, np.int64), dtype=np.int8)
+        new.name, shape = name, "onnxcomp/shape." + "x".join(map(str, lengths))
+        return new("Reshape", "codes.i8", total, self._constant(shape, lengths, np.int64), dtype=np.int8)
 
     def _fill_channels(self, conv: Node) -> None:
         """Fill the channels of a Conv's static input up with its zero, and those of its weight with 0."""
@@ -339,7 +331,7 @@ class _Lowering:
 
     def _read_stored(self, node: Node, index: int, label: str, stored: Mapping[str, np.ndarray], **attrs: Any) -> None:
         """Let `node` read DequantizeLinear of the stored codes, scale and zero point in place of its input at `index`."""
-        new = _Nodes(f"{node.name}/{label}")
+        new = Nodes(f"{node.name}/{label}")
         node.inputs[index] = Variable(new.name, dtype=np.dtype(np.float32))
         constants = [Constant(f"{new.name}.{key}", values) for key, values in stored.items()]
         new("DequantizeLinear", node.inputs[index], *constants, **attrs)
@@ -352,15 +344,6 @@ class _Lowering:
         node.attrs.clear()
         if len(node.inputs) == 3:
             put_behind(self.graph, node, "Sum" if self.encoding.fused else "Add", "product", node.inputs.pop())
-
-
-def stored_bits(bits: int, size: int, encoding: Encoding) -> int:
-    """The room that each of `size` codes of so many bits takes: 2, 3, 5 and 6 bits are looked up where that saves bytes."""
-    if encoding.packed == "int8":
-        return 8
-    whole = 4 if bits <= 4 else 8
-    saves = encoding.packed == "cast" and size % 8 == 0 and size * (whole - bits) > 8 * TABLE_BYTES
-    return bits if saves and bits != 7 else whole
 
 
 def _widen_dead_channels(weight: Node, least: np.ndarray) -> None:

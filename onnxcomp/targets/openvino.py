@@ -19,9 +19,14 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.graph.edit import Graph, Node
-from onnxcomp.targets.rules import LAYERS
+from onnxcomp.targets.rules import LAYERS, in_blocks
 
-CONFIG = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+# What is proven is what the file says: activations beside weights in blocks stay float, which have 8 bits there by default.
+CONFIG = {
+    "INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+}  # fmt: skip
+CODES = {"i8", "u8"}
 KERNELS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 SUFFIXES = ("/WithoutBiases", "_original", "/DequantizationMultiply", "/DequantizationSubtract")
 
@@ -55,16 +60,19 @@ def run(compiled: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def kernels(compiled: Any, lowered: Graph) -> dict[str, tuple[str, bool]]:
     """The kernel of every layer of the lowered graph, by its node's name, and whether it is an integer one."""
-    by_name: dict[str, tuple[str, bool]] = {}
+    by_name: dict[str, tuple[str, set[str]]] = {}
     for op in compiled.get_runtime_model().get_ordered_ops():
         info = {key: op.get_rt_info()[key].astype(str) for key in ("layerType", "originalLayersNames")}
         types = {port.get_element_type().get_type_name() for port in op.inputs()[:2]}
         for name in (info["originalLayersNames"].split(",")[0], op.get_friendly_name()) if info["layerType"] in KERNELS else ():
             for suffix in SUFFIXES:
                 name = name.removesuffix(suffix)
-            by_name[name] = (info["layerType"], types <= {"i8", "u8"})
-    layers = [node for node in lowered.nodes if node.op in LAYERS]
-    return {n.name: next((by_name[name] for name in _names(n) if name in by_name), ("", False)) for n in layers}
+            by_name[name] = (info["layerType"], types)
+    found: dict[str, tuple[str, bool]] = {}
+    for node in (node for node in lowered.nodes if node.op in LAYERS):
+        kernel, types = next((by_name[name] for name in _names(node) if name in by_name), ("", {""}))
+        found[node.name] = (kernel, types <= CODES or (in_blocks(node) and not types.isdisjoint(CODES | {"i4", "u4"})))
+    return found
 
 
 def _names(node: Node) -> Iterator[str]:

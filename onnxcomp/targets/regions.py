@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable
+from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, tensors_of
 from onnxcomp.graph.sites import PASS_THROUGH_OPS, Site, join
 from onnxcomp.targets.base import Encoding, Plan, Point, Settings
 
@@ -23,7 +23,7 @@ _Stored = dict[str, str | None]
 def plan(graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], encoding: Encoding) -> Plan:
     """Points for `sites`: stored tensors of 8 bits, and the sites' inputs at their own bits; see `Encoding.where`."""
     static = {s.name: s for s in sites if settings[s.name].activations in ("static", "auto")}
-    tensors, results = graph.tensors(), {t.name for t in graph.outputs}
+    tensors, results = tensors_of(graph), {t.name for t in graph.outputs}
     find = {"regions": _find_region, "units": _find_units, "inputs": _find_skips, "layers": lambda *_: ({}, [])}[encoding.where]
     stored, joins = find(graph, static, results) if static else ({}, [])
     if encoding.where == "inputs":
@@ -107,14 +107,19 @@ def tail(tensor: Tensor, results: set[str]) -> Tensor:
     graph's outputs.
     """
     readers = tensor.outputs
-    is_absorbed = tensor.name not in results and len(readers) == 1 and clip_bounds(readers[0])[0] == 0.0
-    return readers[0].outputs[0] if is_absorbed else tensor
+    bounds = clip_bounds(readers[0]) if tensor.name not in results and len(readers) == 1 else (None, None)
+    is_absorbed = bounds[0] == 0.0 or (bounds[1] is not None and readers[0].op == "Min")
+    return tail(readers[0].outputs[0], results) if is_absorbed else tensor
 
 
 def clip_bounds(node: Node) -> tuple[float | None, float | None]:
-    """The constant bounds of a Relu or Clip; None for a bound that is absent or no constant, and for other operators."""
+    """The constant bounds of a Relu, a Clip or a Min, of which the least; None for a bound that is absent or no constant, and
+    for other operators.
+    """
     if node.op == "Relu":
         return 0.0, None
+    if node.op == "Min" and len(node.inputs) == 2 and isinstance(node.inputs[1], Constant):
+        return None, float(node.inputs[1].values.min())
     given = [float(t.values.reshape(())) if isinstance(t, Constant) else None for t in node.inputs[1:3] if node.op == "Clip"]
     low, high, *_ = *given, None, None
     return low, high
@@ -163,8 +168,8 @@ def _readers(tensor: Tensor, stored: _Stored, settings: Mapping[str, Settings], 
 
 
 def _of_input(wanted: Settings) -> Settings:
-    """The settings without those of the weight: layers that agree in these can share a quantizer."""
-    return replace(wanted, weight_bits=0, rounding="")
+    """The settings without those of weight and output: layers that agree in these can share a quantizer."""
+    return replace(wanted, weight_bits=0, rounding="", mixed=None, methods=None)
 
 
 def _input_points(

@@ -10,6 +10,7 @@ import numpy as np
 
 from onnxcomp.graph.convert import STANDARD
 from onnxcomp.graph.edit import Constant, Node, Tensor
+from onnxcomp.graph.tidy import is_load_time
 from onnxcomp.graph.types import type_name
 from onnxcomp.targets.base import Facts
 
@@ -35,10 +36,13 @@ def codes_type(node: Node) -> str:
 
 def is_stored(node: Node) -> bool:
     """Whether a DequantizeLinear reads a constant, at once or behind what is computed when the model is loaded."""
-    tensor = node.inputs[0]
-    while isinstance(tensor, Tensor) and tensor.inputs and tensor.inputs[0].op in ("Cast", "Clip", "QuantizeLinear"):
-        tensor = tensor.inputs[0].inputs[0]
-    return isinstance(tensor, Constant)
+    return is_load_time(node.inputs[0])
+
+
+def in_blocks(node: Node) -> bool:
+    """Whether a product reads a float activation and stored codes with a scale per block of its inputs."""
+    made = [maker(t) == "DequantizeLinear" for t in node.inputs[:2]] if node.op in ("Gemm", "MatMul") else []
+    return made == [False, True] and "block_size" in node.inputs[1].inputs[0].attrs and is_stored(node.inputs[1].inputs[0])
 
 
 def varying_axis(node: Node, facts: Facts) -> Broken:
@@ -73,8 +77,8 @@ def wide_codes(node: Node, facts: Facts) -> Broken:
 
 
 def half_quantized(node: Node, facts: Facts) -> Broken:
-    """A product runs on integers only if both of its factors are codes."""
-    makers = [maker(t) for t in node.inputs[:2]] if node.op in LAYERS else []
+    """A product runs on integers only if both of its factors are codes; codes in blocks stand beside floats."""
+    makers = [maker(t) for t in node.inputs[:2]] if node.op in LAYERS and not in_blocks(node) else []
     for tensor, made in zip(node.inputs, makers, strict=False):
         if "DequantizeLinear" in makers and made != "DequantizeLinear":
             yield f"Its input '{tensor.name}' is not quantized, so it is computed in float.", "Quantize both of its factors."
@@ -107,9 +111,17 @@ def unsigned_activation(node: Node, facts: Facts) -> Broken:
         yield "Its activation codes are uint8; with scales per channel XNNPACK takes int8.", "Use signed activations."
 
 
+def uneven_blocks(node: Node, facts: Facts) -> Broken:
+    """OpenVINO 2026.4 and TensorRT for RTX 1.7 load no file in which the last block is shorter."""
+    block, lengths = node.attrs.get("block_size", 0), node.inputs[0].shape if node.op == "DequantizeLinear" else None
+    inputs = lengths[node.attrs.get("axis", 1)] if block and lengths else 0
+    if isinstance(inputs, int) and block and inputs % block:
+        yield f"Its blocks of {block} do not divide {inputs} inputs, which is refused.", "Use one scale per output channel."
+
+
 def openvino_codes(node: Node, facts: Facts) -> Broken:
     """What OpenVINO 2026.4 computes on integers, read from its compiled models."""
-    for index, tensor in enumerate(node.inputs[:2] if node.op in LAYERS else []):
+    for index, tensor in enumerate(node.inputs[:2] if node.op in LAYERS and not in_blocks(node) else []):
         if maker(tensor) != "DequantizeLinear":
             continue
         dequantize, stored = tensor.inputs[0], is_stored(tensor.inputs[0])
@@ -161,9 +173,16 @@ def activation_channels(node: Node, facts: Facts) -> Broken:
 
 
 def narrow_weights(node: Node, facts: Facts) -> Broken:
-    """int4 codes are read by DequantizeLinear alone; beside quantized activations per channel, and not in a Conv."""
+    """int4 codes are read by DequantizeLinear alone; beside quantized activations per channel, and not in a Conv. Blocks beside
+    float activations are of int4 and have an even number of outputs.
+    """
     if node.op == "Cast" and type_name(node.inputs[0].dtype) == "int4":
         yield "int4 codes are cast, which has no kernel.", "Let DequantizeLinear read them."
+    if in_blocks(node):
+        weight = node.inputs[1].inputs[0]
+        if codes_type(weight) != "int4" or (weight.inputs[0].shape or [0])[-1] % 2:
+            text = "Its weight in blocks is not int4 with an even number of outputs, so it is unpacked at every run."
+            yield text, "Use one scale per output channel."
     if node.op != "DequantizeLinear" or codes_type(node) != "int4":
         return
     block, quantized = node.attrs.get("block_size", 0), []

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, insert_after, remove
+from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, insert_after, remove, tensors_of
 from onnxcomp.graph.tidy import is_load_time
 from onnxcomp.targets.regions import clip_bounds
 
@@ -53,13 +53,13 @@ def settle(graph: Graph, *, biased: bool) -> None:
 def _to_integer(graph: Graph, node: Node) -> bool:
     """Write a product of static codes as one of integers, and say whether it was one."""
     makers = [n for t in node.inputs for n in t.inputs]
-    if [n.op for n in makers] != ["DequantizeLinear"] * 2 or "axis" not in makers[1].attrs:
+    if [n.op for n in makers] != ["DequantizeLinear"] * 2 or "axis" not in makers[1].attrs or _is_in_blocks(node):
         return False
     (a, *parameters), (w, scale, _) = makers[0].inputs, makers[1].inputs
     # Kept with DequantizeLinear: a tensor that bears a name of the float model, one behind a ReLU that the quantizer may absorb
     # (its name moves there), and a weight that terms were merged into, which must be found again.
     name, is_ours, _ = node.inputs[0].name.partition("/quantized")
-    source = graph.tensors().get(name)
+    source = tensors_of(graph).get(name)
     is_function = source is not None and [n.op for n in source.inputs] in (["Relu"], ["Clip"])
     is_ours = is_ours and not is_function and "/xint" not in makers[1].name
     if not is_ours or not all(isinstance(t, Constant) for t in parameters):
@@ -77,7 +77,7 @@ def _to_integer(graph: Graph, node: Node) -> bool:
 
 def _unfolded(graph: Graph, scale: Tensor) -> Tensor:
     """The scale, as a tensor that the runtime does not take for a constant."""
-    tensors = graph.tensors()
+    tensors = tensors_of(graph)
     if f"{scale.name}/unfolded" in tensors:
         return tensors[f"{scale.name}/unfolded"]
     one, made = tensors.get(ONE), Variable(f"{scale.name}/unfolded", dtype=np.dtype(np.float32))
@@ -96,7 +96,7 @@ def _absorb(graph: Graph, quantize: Node) -> None:
     if len(x.inputs) != 1 or len(x.outputs) != 1 or any(t is x for t in graph.outputs):
         return
     clip, reader = x.inputs[0], quantize.outputs[0].outputs[0]
-    if clip.op not in ("Relu", "Clip") or any(isinstance(t, Variable) and not t.is_empty() for t in clip.inputs[1:]):
+    if clip.op not in ("Relu", "Clip", "Min") or any(isinstance(t, Variable) and not t.is_empty() for t in clip.inputs[1:]):
         return
     step, zero, codes = float(scale.values), int(zero_point.values), np.iinfo(zero_point.dtype)
     smallest, largest = (codes.min, codes.max) if reader.op != "Clip" else (int(t.values) for t in reader.inputs[1:3])
@@ -111,6 +111,7 @@ def _absorb(graph: Graph, quantize: Node) -> None:
     if not x.name.endswith("/before-quantize"):
         dequantize = reader if reader.op != "Clip" else reader.outputs[0].outputs[0]
         dequantize.outputs[0].name = x.name  # the tensor's name goes on naming its best approximation
+    _absorb(graph, quantize)
 
 
 def _keep_integer(graph: Graph, node: Node) -> None:
@@ -125,8 +126,13 @@ def _keep_integer(graph: Graph, node: Node) -> None:
         reader = only_reader(reader.outputs[0])
     if first is not None and first.op == "Add":
         first.op = "Sum"
-    elif node.outputs[0].outputs and (first is None or first.op in ("Relu", "Clip")):
+    elif node.outputs[0].outputs and (first is None or first.op in ("Relu", "Clip")) and not _is_in_blocks(node):
         put_behind(graph, node, "Sum", "product")
+
+
+def _is_in_blocks(node: Node) -> bool:
+    """Whether the weight of a product has a scale per block."""
+    return any("block_size" in maker.attrs for maker in node.inputs[1].inputs)
 
 
 def _would_be_quantized(node: Node) -> bool:

@@ -31,6 +31,8 @@ class Target:
     """What its files need where they run, one sentence each."""
     packed_needs: tuple[str, ...] = ()
     """The same, of files whose weights are packed; in place of `needs` where there are any."""
+    block_needs: tuple[str, ...] = ()
+    """What files with weights in blocks need besides."""
     rules: tuple[Rule, ...] = ()
     """What is wrong with a node: refused, slower, or computed in float."""
     kernels: str = ""
@@ -49,6 +51,7 @@ class Target:
         kind = f"{'int8' if e.signed else 'uint8'}{' or uint16' if e.wide else ''}{', symmetric' if e.symmetric else ''}"
         weights = {"cast": "2 to 6 bits each", "native": "int4", "int8": "int8"}[e.packed]
         measured = ", ".join(["fixed", *e.run_time])
+        weights += f", or in blocks of {', '.join(map(str, e.blocks))} beside float activations" if e.blocks else ""
         more = "; float16" if self.half else "; fixed shapes" if self.fixed else ""
         return f"activations {kind}, ranges {measured}; narrow weights stored as {weights}; bias {e.bias}{more}"
 
@@ -59,8 +62,11 @@ class Target:
     def requirements(self, plan: Plan) -> tuple[str, ...]:
         """What the file needs where it runs."""
         widest = 6 if self.encoding.packed == "cast" else 4
-        is_packed = any(s.weight is not None and plan.settings[s.name].weight_bits <= widest for s in plan.sites)
-        return self.packed_needs if is_packed and self.packed_needs else self.needs
+        stored = [plan.settings[site.name] for site in plan.sites if site.weight is not None]
+        is_cast = self.encoding.packed == "cast"  # where codes of 4 bits in blocks are not
+        is_packed = any(s.weight_bits <= widest and not (is_cast and s.block and s.weight_bits == 4) for s in stored)
+        needs = self.packed_needs if is_packed and self.packed_needs else self.needs
+        return (*needs, *(self.block_needs if any(s.block for s in stored) else ()))
 
     def lower(self, graph: Graph) -> Graph:
         """Write the abstract quantizers of `graph` as standard operators. Changes `graph` and returns it."""

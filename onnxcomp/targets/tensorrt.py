@@ -1,7 +1,7 @@
 """TensorRT, where it is installed (`tensorrt`, or `tensorrt_rtx`, which builds engines on machines without a GPU too).
 
 A file is parsed and built as a strongly typed network, and the types of every layer are read from the builder's log; a layer
-is integer where both of its factors arrive as Int8. Limits: an engine is built for one sample, and not run.
+is integer where both of its factors arrive as Int8, or its weight as Int4. Limits: an engine is built for one sample, not run.
 """
 
 from __future__ import annotations
@@ -73,4 +73,4 @@ def _kernel(node: str, built: Sequence[str]) -> tuple[str, bool]:
         return "", False
     index = (products or [len(mine) - 1])[0]
     read = re.findall(r"Datatype: (\w+)", mine[index].split(", Outputs: ")[0])
-    return kinds[index], read.count("Int8") >= 2
+    return kinds[index], read.count("Int8") >= 2 or "Int4" in read

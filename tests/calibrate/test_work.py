@@ -103,8 +103,7 @@ def test_an_interrupt_of_a_run_that_keeps_nothing_says_so_and_leaves_no_temporar
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
 
-    assert process.returncode == 130
-    assert errors.splitlines()[-1] == "Interrupted. Nothing is kept; --work DIR would."
+    assert (process.returncode, errors.splitlines()[-1]) == (130, "Interrupted. Nothing is kept; --work DIR would.")
     assert [*tmp_path.glob("onnxcomp-*")] == []
 
 

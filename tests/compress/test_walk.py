@@ -20,7 +20,9 @@ from onnxcomp.methods.xint import XInt
 from onnxcomp.pipeline import Result, quantize
 from onnxcomp.recipe import NAMED, Bits, Recipe
 
-PLAIN = Recipe("plain", bits=Bits(4, 4), activations="static", rounding="nearest", compensate=())
+PLAIN = Recipe(
+    "plain", bits=Bits(4, 4), activations="static", rounding="nearest", equalization="none", moments="none", compensate=()
+)
 MODEL = Recipe(
     "model",
     bits=Bits(4, 4),

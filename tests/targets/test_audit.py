@@ -42,6 +42,9 @@ CONV = IMAGE + K + " [site] h = Conv(a, k) "
 RANGE = " m = Abs(x)  mm = ReduceMax<keepdims = 0>(m)  mr = Mul(mm, r)  rs = Max(mr, eps) "
 TOKEN = " m = Abs(x)  mm = ReduceMax<keepdims = 1>(m, last)  mr = Mul(mm, r)  rs = Max(mr, eps)  d = Div(x, rs) "
 RESCALE = " f = Cast<to = 1>(g)  e = Mul(cs, ws)  h = Mul(f, e) "
+BLOCKS = " w = DequantizeLinear<axis = 0, block_size = {}>({}, {}) "
+N4, N8 = BLOCKS.format(16, "W4", "bs4"), BLOCKS.format(16, "W", "bs4")
+NARROW = "Its weight is dequantized at every run: "
 DYNAMIC = " c, cs, cz = DynamicQuantizeLinear(x) "
 
 
@@ -100,6 +103,20 @@ FUSED = (
     Probe("Gemm with int4 weight behind Cast", X + W4 + B + "[site] y = Gemm(a, w, b)", "QGemm"),
     Probe("Gemm without bias", X + W + "[site] y = Gemm(a, w)", "QGemm"),
     Probe("Gemm with float bias and quantized output", X + W + "[site] h = Gemm(a, w, b32)" + OUT, "QGemm"),
+    Probe("int4 weight in blocks", N4 + "[site] y = MatMul(x, w)", "MatMulNBits"),
+    Probe("int8 weight in blocks and Sum", N8 + "[site] h = MatMul(x, w) y = Sum(h, b32)", "MatMulNBits"),
+    Probe("int4 weight in blocks and Add of rank 3", N4 + "[site] h = MatMul(seq, w) y = Add(h, b3)", "MatMulNBits"),
+    Probe("Gemm with an int4 weight in blocks", N4 + "[site] y = Gemm(x, w, b32)", "MatMulNBits"),
+    Probe("int4 weight in blocks with zero points",
+          "w = DequantizeLinear<axis = 0, block_size = 16>(W4, bs4, bz4) [site] y = MatMul(x, w)", "MatMulNBits"),
+    Probe("int8 weight per channel, float activation", W + "[site] y = MatMul(x, w)", "MatMulNBits"),
+    Probe("two products with codes of their own",
+          N4 + BLOCKS.replace(" w", " v").format(16, "V4", "vs4") + "[site] h = MatMul(x, w) g = MatMul(x, v) y = Sum(g, h)",
+          "MatMulNBits"),
+    Probe("codes of 4 bits made when the file is loaded",
+          "v = Cast<to = 22>(W4i8) w = DequantizeLinear<axis = 0, block_size = 16>(v, bs4) [site] y = MatMul(x, w)",
+          "MatMulNBits"),
+    Probe("Gather of codes", "[site] h = Gather(W, ids) t = Cast<to = 1>(h) y = Mul(t, s)", "Gather"),
     Probe("Conv with an int32 bias", IMAGE + K + KB + "[site] h = Conv(a, k, kb)" + OUT, "QLinearConv"),
     Probe("Conv with a float bias", IMAGE + K + "[site] h = Conv(a, k, kb32)" + OUT, "QLinearConv"),
     Probe("Conv with an int4 weight behind Cast",
@@ -139,6 +156,16 @@ FLOAT = (
           "The Add behind it makes it a Gemm with a float bias."),
     Probe("MatMul and Add of rank 3 with fixed batch", SEQ + W + "[site] h = MatMul(a, w) y = Add(b32, h)", "Gemm",
           "The Add behind it makes it a Gemm with a float bias."),
+    Probe("a transposed weight in blocks",
+          N4 + "v = Transpose<perm = [1, 0]>(w) [site] y = MatMul(x, v)", "FusedMatMul", NARROW + "it is transposed."),
+    Probe("Gemm with a transposed weight in blocks",
+          N4 + "[site] y = Gemm<transB = 1>(x, w)", "Gemm", NARROW + "it is transposed."),
+    Probe("two products with one weight in blocks",
+          N4 + "[site] h = MatMul(x, w) g = MatMul(x, w) y = Sum(g, h)", "MatMul",
+          NARROW + "its codes or scales have another reader."),
+    Probe("blocks of 8", BLOCKS.format(8, "W4", "bs4") + "[site] y = MatMul(x, w)", "MatMul", NARROW + "it has blocks of 8."),
+    Probe("a weight in blocks and a quantized result", N4 + "[site] h = MatMul(x, w)" + OUT, "MatMul",
+          NARROW + "the result is quantized."),
     Probe("Conv without QuantizeLinear", CONV + "y = Tanh(h)", "FusedConv",
           "Its output 'h' is read in float by Tanh."),
     Probe("Conv as graph output", IMAGE + K + "[site] y = Conv(a, k)", "Conv",
@@ -176,6 +203,8 @@ def constants() -> dict[str, np.ndarray]:
     arrays = {
         "last": np.array([-1]),
         "W": codes, "W4": (codes // 16).astype(ml_dtypes.int4),
+        "W4i8": codes // 16, "V4": (codes // 16).astype(ml_dtypes.int4), "bz4": np.ones((1, 8), ml_dtypes.int4),
+        "bs4": np.full((1, 8), 0.5, np.float32), "vs4": np.full((1, 8), 0.25, np.float32),
         "WF": codes.astype(np.float32), "ws": rng.uniform(0.01, 0.02, 8).astype(np.float32),
         "wz": np.zeros(8, np.int8),
         "B": np.arange(8, dtype=np.int32), "bz": np.zeros(8, np.int32), "b32": np.ones(8, np.float32),
@@ -192,7 +221,7 @@ def constants() -> dict[str, np.ndarray]:
 
 CONSTANTS = constants()
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
-INPUTS = "float[8,8] x, float[1,8,8] seq, float[N,8,8] open, float[1,4,6,6] image"
+INPUTS = "float[8,8] x, float[1,8,8] seq, float[N,8,8] open, float[1,4,6,6] image, int64[N] ids"
 
 
 def build(text: str) -> ModelProto:
@@ -279,7 +308,7 @@ def test_a_scale_along_the_wrong_axis_of_a_square_weight_is_fused_and_wrong(text
     rng = np.random.default_rng(1)
     feed = {name: rng.normal(size=kind.shape).astype(np.float32) for name, kind in runtime.Session(model).inputs[:1]}
     feed |= {"seq": np.zeros((1, 8, 8), np.float32), "open": np.zeros((1, 8, 8), np.float32)}
-    feed |= {"image": rng.normal(size=(1, 4, 6, 6)).astype(np.float32)}
+    feed |= {"ids": np.zeros(1, np.int64), "image": rng.normal(size=(1, 4, 6, 6)).astype(np.float32)}
 
     fused, plain = (runtime.Session(model, optimize=on).run(feed)["y"] for on in (True, False))
 

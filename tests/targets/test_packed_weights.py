@@ -16,7 +16,7 @@ from onnxcomp.graph.weights import tensor_bytes
 from onnxcomp.numerics.planes import planes
 from onnxcomp.pipeline import Result, quantize
 from onnxcomp.recipe import Bits, Recipe
-from onnxcomp.targets.lowering import stored_bits
+from onnxcomp.targets.nbits import stored_bits
 
 X = static("x", "a")
 WIDE = 4096
@@ -112,7 +112,14 @@ def wide(op: str) -> Tiny:
 
 def narrow(tiny: Tiny, bits: int) -> Result:
     recipe = Recipe(
-        target="ort-x86", bits=Bits(bits, 8), rounding="nearest", activations="static", compensate=(), rotation="none"
+        target="ort-x86",
+        bits=Bits(bits, 8),
+        rounding="nearest",
+        activations="static",
+        compensate=(),
+        rotation="none",
+        equalization="none",
+        moments="none",
     )
     return quantize(tiny.model, tiny.samples, recipe)
 

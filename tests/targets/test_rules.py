@@ -128,6 +128,14 @@ PROBES = (
     Probe("narrow-weights", "tensorrt", f"[site] y = {OF_BLOCKS.format(4, 'blocks', 'bz4')}",
           "int4 weights have blocks of 4, not of 64 or 128.", "Use blocks of 64 or 128.",
           "[site] y = DequantizeLinear<axis = 0, block_size = 64>(W64, blocks, bz4)"),
+    Probe("narrow-weights", "tensorrt",
+          f"w = {OF_BLOCKS.format(64, 'b8', 'bz8').replace('W4', 'W8')} [site] y = MatMul(x64, w)",
+          "Its weight in blocks is not int4 with an even number of outputs, so it is unpacked at every run.",
+          "Use one scale per output channel.",
+          f"w = {OF_BLOCKS.format(64, 'blocks', 'bz4').replace('W4', 'W64')} [site] y = MatMul(x128, w)"),
+    Probe("uneven-blocks", "tensorrt", f"[site] y = {OF_BLOCKS.format(64, 'uneven', 'uz4').replace('W4', 'W72')}",
+          "Its blocks of 64 do not divide 72 inputs, which is refused.", "Use one scale per output channel.",
+          "[site] y = DequantizeLinear<axis = 0, block_size = 64>(W64, blocks, bz4)"),
     Probe("narrow-weights", "tensorrt", IMAGE + f"[site] k = {INT4_IN_CONV} y = Conv(a, k)", STAYS, AS_INT8,
           IMAGE + K + "[site] y = Conv(a, k)"),
     Probe("narrow-weights", "tensorrt", X + f"[site] w = {OF_BLOCKS.format(4, 'blocks', 'bz4')} y = MatMul(a, w)", STAYS,
@@ -159,7 +167,9 @@ def constants() -> dict[str, np.ndarray]:
     }  # fmt: skip
     arrays = {
         "W": codes, "W4": codes.astype(int4), "W16": codes.astype(np.int16), "WF": codes.astype(np.float32),
-        "W64": np.tile(codes, (16, 1)).astype(int4), "U": np.ones((8, 8), np.uint8),
+        "W64": np.tile(codes, (16, 1)).astype(int4), "W72": np.tile(codes, (9, 1)).astype(int4),
+        "W8": np.tile(codes, (8, 1)), "b8": np.full((1, 8), 0.5, np.float32), "bz8": np.zeros((1, 8), np.int8),
+        "uneven": np.full((2, 8), 0.5, np.float32), "uz4": np.zeros((2, 8), int4), "U": np.ones((8, 8), np.uint8),
         "ws": rng.uniform(0.01, 0.02, 8).astype(np.float32), "dead": np.float32([1, 1, 1, 0, 1, 1, 1, 1]),
         "wz": np.zeros(8, np.int8), "wz3": np.full(8, 3, np.int8), "wz4": np.zeros(8, int4),
         "blocks": np.full((2, 8), 0.5, np.float32), "bz4": np.zeros((2, 8), int4),
@@ -174,7 +184,7 @@ CONSTANTS = constants()
 HEADER = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>'
 INPUTS = {
     "x": "float[8,8] x", "open": "float[N,8] open", "image": "float[1,4,6,6] image", "codes": "int8[8,8] codes",
-    "bytes": "uint8[8,8] bytes",
+    "bytes": "uint8[8,8] bytes", "x64": "float[8,64] x64", "x128": "float[8,128] x128",
 }  # fmt: skip
 
 

@@ -261,7 +261,10 @@ def test_signed_codes_stand_for_the_same_values_as_unsigned_ones(name: str, bits
     """The encodings of these two targets differ in nothing else."""
     signed, unsigned = TARGETS["xnnpack"].encoding, TARGETS["nnapi"].encoding
     assert replace(signed, signed=False) == unsigned
-    tiny, recipe = TINY[name], Recipe(bits=Bits.parse(bits), compensate=(), rotation="none")
+    tiny, recipe = (
+        TINY[name],
+        Recipe(bits=Bits.parse(bits), compensate=(), rotation="none", equalization="none", moments="none"),
+    )
 
     files = [quantize(tiny.model, tiny.samples, replace(recipe, target=target)).model for target in ("xnnpack", "nnapi")]
 
