@@ -95,7 +95,7 @@ def test_bias_compensation_adds_eight_points_to_a_w4a4_vision_transformer(data_d
 
     without, with_bias = scores("vit", data_dir, base, compensated)
     assert with_bias >= without + 8
-    assert compensated.stat().st_size <= 0.17 * (data_dir / bench.SUBJECTS["vit"].file).stat().st_size
+    assert compensated.stat().st_size <= 0.18 * (data_dir / bench.SUBJECTS["vit"].file).stat().st_size
 
 
 def test_a_second_run_leaves_the_same_bytes(data_dir: Path, tmp_path: Path):

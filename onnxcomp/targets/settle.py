@@ -108,9 +108,9 @@ def _absorb(graph: Graph, quantize: Node) -> None:
         return
     quantize.inputs[0] = clip.inputs[0]
     remove(graph, clip)
-    if not x.name.endswith("/before-quantize"):
-        dequantize = reader if reader.op != "Clip" else reader.outputs[0].outputs[0]
-        dequantize.outputs[0].name = x.name  # the tensor's name goes on naming its best approximation
+    dequantized = (reader if reader.op != "Clip" else reader.outputs[0].outputs[0]).outputs[0]
+    if dequantized.name.startswith(f"{x.name}/"):
+        dequantized.name = x.name  # the tensor's name goes on naming its best approximation
     _absorb(graph, quantize)
 
 

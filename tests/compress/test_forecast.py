@@ -27,15 +27,16 @@ MEMORY = 1.5
 LINE = r"Foretold: \d+ s, [\d.]+ MB of memory; [\d.]+ [kM]?B of activations, [\d.]+ [kM]?B of files\.\n"
 MODEL, DATA = ROOT / "models" / "cnn_digits.onnx", ROOT / "models" / "digits_calib.npz"
 MEASURE = """
-import json, resource, sys
+import json, sys
 from dataclasses import asdict, replace
+from onnxcomp.calibrate.room import peak_memory
 from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import Bits, find
 model, data, bits, samples, memory = sys.argv[1:]
 found = []
 recipe = replace(find("auto"), bits=Bits.parse(bits), samples=int(samples))
 quantize(model, data, recipe, memory=int(memory), announce=found.append)
-print(json.dumps(asdict(found[0]) | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}))
+print(json.dumps(asdict(found[0]) | {"peak": peak_memory()}))  # ru_maxrss begins with that of whoever started the process
 """
 
 
