@@ -90,8 +90,8 @@ def _unfolded(graph: Graph, scale: Tensor) -> Tensor:
     return made
 
 
-def _absorb(graph: Graph, quantize: Node) -> None:
-    """Drop the Relu or Clip in front of a static quantizer where its bounds lie outside the codes' range."""
+def _absorb(graph: Graph, quantize: Node, *, again: bool = False) -> None:
+    """Drop the Relu or Clip in front of a static quantizer where its bounds lie outside the codes' range; `again`: one more."""
     x, scale, zero_point = quantize.inputs
     if len(x.inputs) != 1 or len(x.outputs) != 1 or any(t is x for t in graph.outputs):
         return
@@ -108,10 +108,10 @@ def _absorb(graph: Graph, quantize: Node) -> None:
         return
     quantize.inputs[0] = clip.inputs[0]
     remove(graph, clip)
-    dequantized = (reader if reader.op != "Clip" else reader.outputs[0].outputs[0]).outputs[0]
-    if dequantized.name.startswith(f"{x.name}/"):
-        dequantized.name = x.name  # the tensor's name goes on naming its best approximation
-    _absorb(graph, quantize)
+    if not again and not x.name.endswith("/before-quantize"):
+        dequantize = reader if reader.op != "Clip" else reader.outputs[0].outputs[0]
+        dequantize.outputs[0].name = x.name  # the tensor's name goes on naming its best approximation
+    _absorb(graph, quantize, again=True)
 
 
 def _keep_integer(graph: Graph, node: Node) -> None:
