@@ -51,7 +51,7 @@ SUBJECTS = {
         HALF,
         (W8, W4A8, ("w4a4", "base"), ("w4a4", "base+bias"), W4, ("w4a4", "best")),
     ),
-    "mobilenet": Subject("mobilenet_v2_1.0_224.onnx", "imagenet/calib", "imagenet/val", HALF, (W8, W4A8)),
+    "mobilenet": Subject("mobilenet_v2_1.0_224.onnx", "imagenet/calib", "imagenet/val", HALF, (W8, W4A8, W4)),
     "resnet20": Subject("cifar10_resnet20.onnx", "cifar10_calib.npz", "cifar10_test.npz", IMAGENET, (W8, W4A8, W4)),
     "kwt1": Subject("kwt1.onnx", "kwt1_calib.npz", "kwt1_test.npz", None, (W8, W4A8, W4)),
     "mnist": Subject("mnist.onnx", "mnist_calib.npz", "mnist_test.npz", RAW, (W8, W4A8, W4)),
