@@ -39,7 +39,7 @@ from onnxcomp import recipe as recipes
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.edit import DOMAIN, Graph, Node, Tape, Variable, apply, extract
+from onnxcomp.graph.edit import DOMAIN, Graph, Node, Tape, Variable, apply, extract, tensors_of
 from onnxcomp.numerics.affine import Scheme
 from onnxcomp.report.model import Analysis, Damage
 from onnxcomp.targets.lowering import TINY
@@ -88,7 +88,7 @@ def analyze(
     passes = min(PASSES, 1 << max(len(parts) - 1, 0).bit_length())
     feeds = [samples[i] for i in range(min(SAMPLES, len(samples)))]
     total, alone, shares = _measure(_sessions(graph, walk, parts, outputs), parts, feeds, passes, progress)
-    tensors, found, energies = walk.reference.tensors(), list[Damage](), np.diag(alone)
+    tensors, found, energies = tensors_of(walk.reference), list[Damage](), np.diag(alone)
     for site in walk.plan.sites:
         own = np.array(
             [[(site.name in p.sites) / max(len(p.sites), 1) * (p.is_weight == w) for p in parts] for w in (True, False)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxcomp.errors import ModelError, RecipeError, UnsupportedSite
 from onnxcomp.graph.blocks import Block, find_blocks
-from onnxcomp.graph.edit import Constant, Graph, Node
+from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, tensors_of
 from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, find_tables, matches, select
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Skipped
@@ -43,12 +43,13 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     """
     if recipe.half and not target.half:
         raise RecipeError(f"{target.name} takes no float16 beside codes. Leave --half out, or use --target tensorrt.")
-    every = (*find_sites(graph), *find_tables(graph))
+    sites, tensors = find_sites(graph), tensors_of(graph)
+    every = (*sites, *find_tables(graph))
     names = [node.name for node in graph.nodes]
     for rule in recipe.site:
         check_pattern(rule.where, every, names, required=False)
     scopes = {method.scope for method in recipe.compensate} if with_data else set()
-    blocks = find_blocks(graph, find_sites(graph)) if "block" in scopes else ()
+    blocks = find_blocks(graph, sites) if "block" in scopes else ()
     blocks += _outputs(graph, every) if "output" in scopes else ()
     for method in recipe.compensate:
         places = [b for b in blocks if b.kind == method.scope] if method.scope in ("block", "output") else every
@@ -63,7 +64,7 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
         raise UnsupportedSite(
             "No Conv, Gemm or MatMul with a constant float32 weight is left to quantize. Check include and exclude."
         )
-    settings = {site.name: _settings(graph, site, recipe, target, with_data=with_data) for site in chosen}
+    settings = {site.name: _settings(tensors, site, recipe, target, with_data=with_data) for site in chosen}
     chosen = tuple(s for s in chosen if s.kind != "product" or settings[s.name].activations != "float")
     # A table per token is read at every run; beside codes of 8 bits it repairs too little for that.
     narrow = {s.name for s in chosen if target.encoding.tables and settings[s.name].activation_bits < 8}
@@ -92,7 +93,7 @@ def _is_included(site: Site, recipe: Recipe) -> bool:
     return any(pattern != "*" and matches(pattern, site) for pattern in recipe.include)
 
 
-def _settings(graph: Graph, site: Site, recipe: Recipe, target: Target, *, with_data: bool) -> Settings:
+def _settings(tensors: Mapping[str, Tensor], site: Site, recipe: Recipe, target: Target, *, with_data: bool) -> Settings:
     own: dict[str, Any] = {}
     for rule in recipe.site:
         if matches(rule.where, site):
@@ -116,7 +117,7 @@ def _settings(graph: Graph, site: Site, recipe: Recipe, target: Target, *, with_
         raise RecipeError(f"{target.name} takes activations of 2 to 8 bits, not {widths[1]}.")
     if rounding == "auto":  # at 8 bits rounding to nearest loses nothing that can be measured
         rounding = "gptq" if with_data and recipe.bits.weights < 8 else "nearest"
-    block = _block(graph, site, recipe, target, activations)
+    block = _block(tensors, site, recipe, target, activations)
     zeros = recipe.zero_points and block > 0
     if site.kind == "table":  # a row is read as it is, whatever the samples
         activations, rounding = "float", "nearest"
@@ -124,12 +125,12 @@ def _settings(graph: Graph, site: Site, recipe: Recipe, target: Target, *, with_
     return Settings(*widths, activations, *more, **decided)
 
 
-def _block(graph: Graph, site: Site, recipe: Recipe, target: Target, activations: str) -> int:
+def _block(tensors: Mapping[str, Tensor], site: Site, recipe: Recipe, target: Target, activations: str) -> int:
     """How many inputs share a scale of the site's weight; 0 where all do.
 
     Raises RecipeError for blocks that the target, or what else the recipe asks for, does not take.
     """
-    encoding, shape = target.encoding, graph.tensors()[site.weight].shape if site.weight is not None else [0, 0]
+    encoding, shape = target.encoding, tensors[site.weight].shape if site.weight is not None else [0, 0]
     if site.kind == "table" and not encoding.embeddings:
         raise RecipeError(f"{target.name} takes no embedding tables of codes. Leave embeddings = true out.")
     if recipe.zero_points and (not recipe.block or encoding.symmetric):

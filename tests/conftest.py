@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("ONNXCOMP_DATA") or ROOT.parent / "shared" / "data")
@@ -36,3 +38,17 @@ def data_dir() -> Path:
 def rng() -> np.random.Generator:
     """A generator that starts anew, with the same numbers, in every test."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    path = tmp_path / "mlp.onnx"
+    onnx.save(tiny.mlp().model, path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "calib.npz"
+    np.savez(path, x=np.concatenate([feed["x"] for feed in tiny.mlp().samples]))
+    return path

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import tiny
 from click.testing import CliRunner, Result
@@ -17,20 +16,6 @@ from onnxcomp.errors import BoundError, DataError, RecipeError
 from onnxcomp.recipe import Bits, Recipe, SiteRule
 
 ENCODING = targets.find("ort-x86").encoding
-
-
-@pytest.fixture
-def net(tmp_path: Path) -> Path:
-    path = tmp_path / "mlp.onnx"
-    onnx.save(tiny.mlp().model, path)
-    return path
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "calib.npz"
-    np.savez(path, x=np.concatenate([feed["x"] for feed in tiny.mlp().samples]))
-    return path
 
 
 def run(*arguments: object) -> Result:

@@ -21,20 +21,6 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments], prog_name="onnxcomp")
 
 
-@pytest.fixture
-def net(tmp_path: Path) -> Path:
-    path = tmp_path / "mlp.onnx"
-    onnx.save(tiny.mlp().model, path)
-    return path
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "calib.npz"
-    np.savez(path, x=np.concatenate([feed["x"] for feed in tiny.mlp().samples]))
-    return path
-
-
 def stored_recipe(path: Path) -> recipe.Recipe:
     return recipe.loads(files.metadata(files.load(path))["onnxcomp.recipe"])
 

@@ -24,10 +24,9 @@ from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph, Node, extract
 from onnxcomp.graph.files import ModelProto, to_bytes
 from onnxcomp.methods.base import Array
-from onnxcomp.methods.rotation import EQUAL_DB
+from onnxcomp.methods.rotation import EQUAL_DB, agreement
 from onnxcomp.methods.weights import patches
 from onnxcomp.numerics.affine import Scheme, weight_qparams
-from onnxcomp.numerics.arrays import energies, sqnr_db
 from onnxcomp.numerics.ranges import choose
 from onnxcomp.numerics.rotation import rotation
 from onnxcomp.numerics.statistics import Histogram, subsample
@@ -73,8 +72,7 @@ def equalize(
     for group in changed:
         found = best[id(group)]
         transform(equal, group, found.scale, found.mix, found.shifts)
-    want, got = (Session(to_bytes(to_model(g, like))).run(feeds[0]) for g in (graph, equal))
-    agreed = min(sqnr_db(*energies(want[name], got[name])) for name in want)
+    agreed = agreement(graph, equal, like, feeds[0])
     if agreed < EQUAL_DB:
         return graph, [f"Nothing is equalized: the equalized model agrees to {agreed:.0f} dB with the float one only."]
     return equal, [f"Groups of channels equalized: {len(changed)} of {len(groups)}; equal to {agreed:.0f} dB in float."]
@@ -99,9 +97,7 @@ def _see(graph: Graph, like: ModelProto, groups: Sequence[Group], feeds: Sequenc
             rows[name].append(x.reshape(*x.shape[:2], -1))
         for name in means:
             sums[name] = sums[name] + live[name].mean(axis=(0, *range(2, live[name].ndim)), dtype=np.float64) / len(feeds)
-    return {name: np.concatenate(found) for name, found in rows.items()} | {
-        name: np.asarray(total) for name, total in sums.items()
-    }
+    return {name: np.concatenate(found) for name, found in rows.items()} | sums
 
 
 def _best(group: Group, seen: Mapping[str, Array], bits: Mapping[str, tuple[int, int]]) -> Choice:

@@ -10,6 +10,7 @@ Gate    the rotated model must equal the float one to 90 dB on a sample. Inputs:
 Limits  see `graph.streams`; inputs of MatMul and Gemm behind an activation, in groups of the largest power of two up to 64.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -44,28 +45,33 @@ def rotate_folded(graph: Graph, like: ModelProto, feed: Mapping[str, Array]) -> 
 
     A copy; the graph itself where nothing can be rotated, or where the result is not equal on `feed`.
     """
-
-    def run(part: Graph, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        return Session(to_bytes(to_model(part, like))).run(feeds)
-
     rotated = graph.copy()
     streams = find_streams(rotated)
     for stream in streams:
         if not stream.refusal:
             _rotate_stream(rotated, stream)
-    heads = find_heads(rotated, find_sites(rotated), run)
+    heads = find_heads(rotated, find_sites(rotated), functools.partial(_run, like=like))
     for head in heads:
         _rotate_values(rotated, head)
     refused = [stream.refusal for stream in streams if stream.refusal]
     notes = [f"Residual streams not rotated: {len(refused)}. The first, because {reason}." for reason in refused[:1]]
     if len(refused) == len(streams) and not heads:
         return graph, notes
-    want, found = run(graph, feed), run(rotated, feed)
-    equal = min(sqnr_db(*energies(want[name], found[name])) for name in want)
+    equal = agreement(graph, rotated, like, feed)
     if equal < EQUAL_DB:
         return graph, [*notes, f"Nothing is rotated: the rotated model agrees to {equal:.0f} dB with the float one only."]
     parts = f"Residual streams rotated: {len(streams) - len(refused)}, attention layers: {len(heads)}"
     return rotated, [*notes, f"{parts}; equal to {equal:.0f} dB in float."]
+
+
+def agreement(graph: Graph, other: Graph, like: ModelProto, feed: Mapping[str, Array]) -> float:
+    """The SQNR of the worst output of `other` against `graph` on one feed, dB."""
+    want, found = (_run(part, feed, like) for part in (graph, other))
+    return min(sqnr_db(*energies(want[name], found[name])) for name in want)
+
+
+def _run(part: Graph, feed: Mapping[str, Array], like: ModelProto) -> Mapping[str, Array]:
+    return Session(to_bytes(to_model(part, like))).run(feed)
 
 
 def rotate_inputs(

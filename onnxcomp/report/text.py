@@ -65,7 +65,7 @@ def damages(value: model.Analysis, *, all_sites: bool = False) -> str:
         [s.name, s.bits, *(f"{100 * x / value.total if value.total else 0.0:.1f} %" for x in s.figures)] for s in shown
     ]  # fmt: skip
     head = f"{value.model} -> {value.bits} for {value.target}: the output's SQNR is {decibels(value.sqnr_db)}"
-    said = f"{head}, {plural(value.samples, 'sample')}, {plural(value.passes, 'pass').replace('passs', 'passes')}"
+    said = f"{head}, {plural(value.samples, 'sample')}, {value.passes} passes"
     listed = cut(table(["Site", "Bits", *columns], rows, right=columns), len(value.sites) - len(shown), "better")
     return f"{said}\n\n{listed}\n\nThe first layers at 8 bits, for a recipe (or --exclude them):\n\n{value.suggestion}"
 
