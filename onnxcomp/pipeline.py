@@ -77,8 +77,7 @@ def quantize(
     ResourceError.
     """
     files.check_output(output, model, force=force)
-    with one_thread():
-        made = compress(model, data, recipe, progress, memory=memory, work=work, cluster=cluster, announce=announce)
+    made = compress(model, data, recipe, progress, memory=memory, work=work, cluster=cluster, announce=announce)
     recipe, walk, target, feeds, prepared = made.recipe, made.walk, made.walk.target, made.feeds, made.prepared
 
     terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
@@ -129,6 +128,7 @@ class Compressed:
     notes: list[str]
 
 
+@one_thread()
 def compress(
     model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
     *, memory: int | None = None, work: str | Path | None = None, cluster: str | None = None,

@@ -20,7 +20,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -100,6 +100,10 @@ Reads = Mapping[str, str | Run]
 """What each read is: a live tensor under its own name (`xh` -> the site's input), or what is computed when it is asked for."""
 
 
+Compute = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+"""Takes the live tensors of a batch, and returns new ones."""
+
+
 @dataclass(frozen=True)
 class Cut:
     """The samples at one site, with what may be read there: what `methods.base.Samples` promises."""
@@ -132,7 +136,7 @@ class Store:
 
     def advance(self, run: Run | None, needed: Collection[str]) -> None:
         """Run one stretch on every batch, None if it computes nothing, and keep only the tensors in `needed`."""
-        self._move(lambda live: {} if run is None else run.outputs(live), needed)
+        self._move(lambda live: {} if run is None else run.outputs(live), frozenset(needed))
 
     def add(self, name: str, run: Run) -> None:
         """Put one more tensor, or another value of one, beside the live ones until the next stretch."""
@@ -150,7 +154,7 @@ class Store:
         """Keep what is needed to go on behind the step called `name`."""
         self._work.finish([(batch.indices, batch.live.kept) for batch in self._batches if isinstance(batch.live, Tensors)])
 
-    def _move(self, compute: Callable[[Mapping[str, Array]], Mapping[str, Array]], needed: Collection[str] | None) -> None:
+    def _move(self, compute: Compute, needed: Collection[str] | None) -> None:
         for number, new in enumerate(_each(lambda batch: compute(batch.live), list(self._batches))):
             batch = self._batches[number]
             self._batches[number] = replace(batch, live=self._work.room.take(new, batch.live, needed))
@@ -168,9 +172,11 @@ def _each(fn: Callable[[LiveBatch], S], batches: Iterable[LiveBatch]) -> Iterato
             yield begun.popleft().result()
 
 
-def one_thread() -> AbstractContextManager[object]:
+@contextmanager
+def one_thread() -> Iterator[None]:
     """Matrix products on one core each: several would add up in another order, and wait for one another."""
-    return _libraries().limit(limits=1, user_api="blas")
+    with _libraries().limit(limits=1, user_api="blas"):
+        yield
 
 
 @functools.cache

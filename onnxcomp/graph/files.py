@@ -143,7 +143,7 @@ def save_text(text: str, path: Location) -> None:
         part = Path(folder) / path.name
         with part.open("wb") as stream:
             stream.write(text.encode())
-            _settle(stream)
+            settle(stream)
         part.replace(path)
 
 
@@ -172,7 +172,7 @@ class PendingFile(AbstractContextManager["PendingFile"]):
             structure = _write_weights(model, self._folder / beside[0].name) if beside else model
             with self.path.open("wb") as stream:
                 stream.write(to_bytes(structure))
-                _settle(stream)
+                settle(stream)
             self._written = written.pop_all()
 
     def commit(self) -> None:
@@ -241,10 +241,11 @@ def _write_weights(model: ModelProto, file: Path) -> ModelProto:
             set_external_data(stub, file.name, stream.tell(), weights.tensor_bytes(tensor))
             stub.ClearField("raw_data")
             stream.write(packed.raw_data)
-        _settle(stream)
+        settle(stream)
     return skeleton
 
 
-def _settle(stream: BinaryIO) -> None:
+def settle(stream: BinaryIO) -> None:
+    """Wait until what was written is on the disk."""
     stream.flush()
     os.fsync(stream.fileno())
