@@ -91,9 +91,9 @@ def report(
     )
 
 
-def decision(place: str, method: str, outcome: Outcome) -> Decision:
-    """What the report says of an outcome."""
-    added = sum(array.nbytes for array in (outcome.fit or {}).values())
+def decision(place: str, method: str, outcome: Outcome, added_bytes: int = 0) -> Decision:
+    """What the report says of an outcome that adds so many bytes, and what it has fitted."""
+    added = added_bytes + sum(array.nbytes for array in (outcome.fit or {}).values())
     return Decision(place, method, outcome.fit is not None, outcome.reason, outcome.gain_db, added)
 
 

@@ -19,7 +19,7 @@ from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
 from onnxcomp.calibrate.samples import BATCH, Store, batches, can_stack, confirm_tokens, one_thread
 from onnxcomp.calibrate.work import Work
-from onnxcomp.choose import Choice, choose
+from onnxcomp.choose import Choice, choose, open_widths, widened
 from onnxcomp.compress.forecast import forecast
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data, Feed, InputSpec, open_data
@@ -27,7 +27,7 @@ from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.prepare import Prepared, prepare
-from onnxcomp.methods import copies, equalization, rotation
+from onnxcomp.methods import ends, equalization, rotation
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Decision, Forecast, Plan, Report
 from onnxcomp.verify import made_up_feed, verify
@@ -157,12 +157,17 @@ def compress(
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
         notes += said
     choice = choose(graph, recipe, target, with_data=data is not None)
+    decisions: list[Decision] = []
+    if some and recipe.ends == "auto":
+        found = ends.widen(graph, prepared.model, choice.sites, open_widths(recipe, choice), some[0])
+        recipe = widened(recipe, {name: end.widths for name, end in found.items() if end.outcome.fit is not None})
+        choice = choose(graph, recipe, target, with_data=True)
+        decisions += [account.decision(name, "ends", end.outcome, end.added_bytes) for name, end in found.items()]
     asked = {k: (s.weight_bits, s.activation_bits) for k, s in choice.settings.items() if s.activations in ("static", "auto")}
     if some and recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
         graph, said = equalization.equalize(graph, prepared.model, asked, some, bounds=target.encoding.where == "regions")
         notes += said
         choice = choose(graph, recipe, target, with_data=True)
-    decisions: list[Decision] = []
     if samples is not None:
         sites = confirm_tokens(graph, prepared.model, choice.sites, samples, stackable=stackable)
         blocks = confirm_tokens(graph, prepared.model, choice.blocks, samples, stackable=stackable)
@@ -171,9 +176,6 @@ def compress(
             decided = {name: s.mixed for name, s in choice.settings.items()}
             sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0], decided)
             decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
-        if recipe.equalization == "auto" and target.encoding.where == "regions":
-            sites, found = copies.copy_inputs(graph, sites, {name: width for name, (_, width) in asked.items()}, some)
-            decisions += [account.decision(name, "copies", outcome) for name, outcome in found.items()]
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 

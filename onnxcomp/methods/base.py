@@ -152,9 +152,7 @@ def names() -> tuple[str, ...]:
     package = importlib.import_module("onnxcomp.methods")
     found = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
     return tuple(
-        name
-        for name in found
-        if name not in ("base", "activations", "copies", "equalization", "moments", "rotation", "weights")
+        name for name in found if name not in ("base", "activations", "ends", "equalization", "moments", "rotation", "weights")
     )
 
 

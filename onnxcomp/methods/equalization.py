@@ -1,6 +1,6 @@
 """Cross-layer equalization: an equal float model whose activations have channels of like ranges.
 
-    scale    x_c -> s_c x_c in front of and behind ReLUs, pools and additions: writers' rows times s, readers' columns by s
+    scale    x_c -> s_c x_c in front of and behind ReLUs, maxima and additions: writers' rows times s, readers' columns by s
     mixing   x -> (x - m) A where nothing but additions lies between 1x1 layers: writers W A, readers A^-1 W
 
 s_c = w_c^(1-a) / r_c^a from the range r_c of the channel's samples (of least squared error at the bits asked) and the norm w_c
