@@ -65,6 +65,14 @@ class LiveBatch:
         source = self.reads.get(name, name)
         return split(self.live[source] if isinstance(source, str) else source.output(self.live), len(self.indices))
 
+    def alone(self, names: Collection[str]) -> Iterator[LiveBatch]:
+        """These live tensors of each sample, as a batch of its own; of all together where they cannot be split."""
+        parts = {name: split(self.live[name], len(self.indices)) for name in names}
+        if {len(found) for found in parts.values()} != {len(self.indices)}:
+            return iter([LiveBatch(self.indices, {name: self.live[name] for name in parts})])
+        rows = ({name: found[i] for name, found in parts.items()} for i in range(len(self.indices)))
+        return (LiveBatch((index,), row) for index, row in zip(self.indices, rows, strict=True))
+
     def __sizeof__(self) -> int:
         """Bytes of the live tensors, by which a cluster plans."""
         return sum(array.nbytes for array in self.live.values())

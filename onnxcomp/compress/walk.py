@@ -270,8 +270,9 @@ class Walk:
         run = self.run_of(self.reference, {t.name: t.name for t in self.reference.inputs}, names)
 
         def read(batch: LiveBatch) -> Array:
-            seen = LiveBatch(batch.indices, run.outputs(batch.live))
-            return np.concatenate([moments.sums(seen, name) for name in names], axis=2)
+            alone = batch.alone(run.feeds.values())  # all layers of a whole batch would not fit beside a budget
+            seen = (LiveBatch(one.indices, run.outputs(one.live)) for one in alone)
+            return combine(np.concatenate([moments.sums(one, name) for name in names], axis=2) for one in seen)
 
         total = self.work.once(lambda: cut.reduce(read))
         widths = [self._weight(site).shape[site.weight_axis] for site in layers if site.y in names]

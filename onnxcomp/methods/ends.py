@@ -49,7 +49,7 @@ def widen(
     sizes = {site.name: tensors[site.weight].values.size for site in sites if site.kind == "layer" and site.weight is not None}
     ends = [(site, place) for site, place in find_ends(graph, sites) if site.name in asked]
     unknown = list(dict.fromkeys(site.x for site, _ in ends if site.x not in feed))
-    live = dict(feed) | (_run(extract(graph, list(feed), unknown), like, feed) if unknown else {})
+    live = {**feed, **(_run(extract(graph, list(feed), unknown), like, feed) if unknown else {})}
     for site, place in ends:
         bits, activation_bits = asked[site.name]
         is_small = sizes[site.name] <= SHARE * sum(sizes.values())

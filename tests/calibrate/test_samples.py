@@ -87,6 +87,19 @@ def test_no_samples_are_refused():
 # --- telling samples apart -------------------------------------------------------------------------------------------
 
 
+def test_the_samples_of_a_batch_may_be_looked_at_one_by_one():
+    batch = LiveBatch((4, 7), {"x": np.arange(6).reshape(2, 3), "y": np.zeros((2, 1)), "z": np.zeros(3)})
+
+    found = list(batch.alone(["x", "y"]))
+
+    assert [(one.indices, one.live["x"].tolist(), set(one.live)) for one in found] == [
+        ((4,), [[0, 1, 2]], {"x", "y"}),
+        ((7,), [[3, 4, 5]], {"x", "y"}),
+    ]
+    (together,) = batch.alone(["x", "z"])
+    assert (together.indices, together.live["x"].shape) == ((4, 7), (2, 3))
+
+
 def test_a_batch_is_split_along_its_leading_axis():
     parts = split(np.arange(12).reshape(6, 2), 3)
 
