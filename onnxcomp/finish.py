@@ -8,7 +8,6 @@ import numpy as np
 
 from onnxcomp import runtime
 from onnxcomp.errors import ModelError
-from onnxcomp.graph import files
 from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.finish import fix_axes, to_half, to_oldest_opset
@@ -26,11 +25,11 @@ def finish(model: ModelProto, target: Target, recipe: Recipe, feeds: Sequence[Fe
         return to_half(model)
     if not target.oldest:
         return model
-    outputs = [runtime.Session(files.to_bytes(model), optimize=False).run(feed) for feed in feeds]
+    outputs = [runtime.Session(model, optimize=False).run(feed) for feed in feeds]
 
     def computes_the_same(older: ModelProto) -> bool:
         try:
-            session = runtime.Session(files.to_bytes(older), optimize=False)
+            session = runtime.Session(older, optimize=False)
             found = [session.run(feed) for feed in feeds]
         except ModelError:
             return False
@@ -42,7 +41,7 @@ def finish(model: ModelProto, target: Target, recipe: Recipe, feeds: Sequence[Fe
 def fix(model: ModelProto, feed: Feed) -> None:
     """Fix every axis of the model at the length that it has with this feed, in place."""
     shapes = {name: array.shape for name, array in feed.items()}
-    results = runtime.Session(files.to_bytes(model)).run(feed)
+    results = runtime.Session(model).run(feed)
     fix_axes(model, shapes | {name: array.shape for name, array in results.items()})
 
 

@@ -26,6 +26,7 @@ from onnxcomp.data import Data, Feed, InputSpec, open_data
 from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
+from onnxcomp.graph.mapped import embed
 from onnxcomp.graph.prepare import Prepared, prepare
 from onnxcomp.methods import copies, equalization, rotation
 from onnxcomp.recipe import Recipe
@@ -81,9 +82,9 @@ def quantize(
         made = compress(model, data, recipe, progress, memory=memory, work=work, cluster=cluster, announce=announce)
     recipe, walk, target, feeds, prepared = made.recipe, made.walk, made.walk.target, made.feeds, made.prepared
 
-    terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
+    terms = tuple(embed(to_model(target.lower(part), prepared.model)) for part in (walk.split() if split else ()))
     lowered = target.lower(walk.compressed)
-    finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
+    finished = finish(embed(to_model(lowered, prepared.model)), target, recipe, feeds)
     progress("verifying", 0, 1)
     with ExitStack() as proving:
         folder = proving.enter_context(tempfile.TemporaryDirectory())
@@ -141,7 +142,7 @@ def compress(
     source = files.load(model)
     progress("preparing", 0, 1)
     prepared = prepare(source, runtime.infer_types)
-    reference = runtime.Session(files.to_bytes(prepared.model))
+    reference = runtime.Session(prepared.model)
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
     samples, stackable, feeds, some = None, False, [], []
     if data is not None:

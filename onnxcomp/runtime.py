@@ -1,7 +1,8 @@
 """ONNX Runtime: sessions, inferred types, what it makes of a model, and how long that takes.
 
 The only module that imports onnxruntime. Sessions are quiet and deterministic; a failure is a ModelError with the
-runtime's own sentence. A model is bytes, or a path where its weights lie beside it or exceed protobuf's 2 GiB.
+runtime's own sentence. A model is one in memory, its bytes, or a path. Weights that are mapped from files
+(`graph.mapped`) are mapped by the runtime too.
 
 Limits: CPU time that other processes take is part of a latency. Models are timed in turn and ratios taken round by
 round, so that it stays out of the comparison.
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,11 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native  # pyright: ignore[reportAttributeAccessIssue]
 
 from onnxcomp.errors import ModelError, UsageError
-from onnxcomp.graph import files
+from onnxcomp.graph import files, mapped
 from onnxcomp.graph.types import TensorType, element_type
 from onnxcomp.graph.weights import expose_all
 
-Model = bytes | str | Path
+Model = files.ModelProto | bytes | str | Path
 Feed = Mapping[str, np.ndarray]
 Progress = Callable[[str, int, int], None]
 """Takes a stage, how much of it is done, and of how much."""
@@ -73,14 +74,17 @@ class Session:
         self, model: Model, *, optimize: bool = True, threads: int = 0, faithful: bool = True,
         options: ort.SessionOptions | None = None,
     ) -> None:  # fmt: skip
-        source = model if isinstance(model, bytes) else str(model)
         options = options or _options(threads, optimize=optimize, faithful=faithful)
         try:
-            # Without the fallback a provider that cannot start is an error, not the CPU.
-            exact = [(name, {"use_tf32": "0"} if "CUDA" in name and faithful else {}) for name in _providers.get()]
-            self.native = ort.InferenceSession(source, options, providers=exact, enable_fallback=False)
+            with files.loadable(model) if isinstance(model, files.ModelProto) else nullcontext(model) as found:
+                if isinstance(model, files.ModelProto) and isinstance(found, bytes):
+                    _let_map(options, mapped.outside(model))
+                # Without the fallback a provider that cannot start is an error, not the CPU.
+                exact = [(name, {"use_tf32": "0"} if "CUDA" in name and faithful else {}) for name in _providers.get()]
+                source = found if isinstance(found, bytes) else str(found)
+                self.native = ort.InferenceSession(source, options, providers=exact, enable_fallback=False)
         except _FAILURES as error:
-            what = source if isinstance(source, str) else "the model"
+            what = str(model) if isinstance(model, str | Path) else "the model"
             raise ModelError(f"ONNX Runtime cannot load {what}: {_sentence(error)}") from error
         self.inputs, self.outputs = _ports(self.native.get_inputs()), _ports(self.native.get_outputs())
 
@@ -137,14 +141,14 @@ def version() -> str:
     return ort.__version__
 
 
-def infer_types(model: files.ModelProto | Model) -> dict[str, TensorType]:
+def infer_types(model: Model) -> dict[str, TensorType]:
     """Element type and shape of the inputs and of every node's outputs, as ONNX Runtime infers them.
 
     A dimension that varies is its name, or None where it has none. Tensors inside the bodies of control flow are left
     out. Raises ModelError for a model that cannot be loaded.
     """
     loaded = files.load(model)
-    session = Session(files.to_bytes(expose_all(loaded)), optimize=False)
+    session = Session(expose_all(loaded), optimize=False)
     stored = {tensor.name for tensor in loaded.graph.initializer}
     return {name: kind for name, kind in (*session.inputs, *session.outputs) if name not in stored}
 
@@ -221,6 +225,14 @@ def _options(threads: int, *, optimize: bool = True, faithful: bool = True) -> o
     # Errors are raised as well, and the warnings are about files that we write on purpose.
     options.log_severity_level = _FATAL
     return options
+
+
+def _let_map(options: ort.SessionOptions, size: int) -> None:
+    """Let the runtime find so many bytes of weights in mapped files; it holds large models there, and not packed in memory."""
+    if size:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(mapped.ROOT))
+    if size > files.INLINE_LIMIT:
+        options.add_session_config_entry("session.disable_prepacking", "1")
 
 
 def _ports(nodes: Sequence[ort.NodeArg]) -> tuple[tuple[str, TensorType], ...]:

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, TypeVar
 from google.protobuf.message import Message
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from onnx.checker import ValidationError
-from onnx.external_data_helper import load_external_data_for_tensor
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor, set_external_data
 
 from onnxcomp.errors import ModelError
 
@@ -103,18 +103,47 @@ def read_external(tensor: TensorProto, model_path: Path) -> None:
     """Bring the tensor's values into the tensor, in place. Raises ModelError where its file is missing, lies outside the
     model's folder or holds too few bytes.
     """
-    try:
+    needed = tensor_bytes(tensor)
+    with _readable(tensor, model_path):
         load_external_data_for_tensor(tensor, str(model_path.parent))
+    if len(tensor.raw_data) < needed:
+        raise _too_short(tensor, model_path)
+    tensor.raw_data = tensor.raw_data[:needed]  # all the rest of the file, where no length is given
+
+
+def check_external(tensor: TensorProto, model_path: Path) -> int:
+    """Where in its file the tensor's values begin. Raises what `read_external` raises, and reads one byte."""
+    probe = TensorProto(name=tensor.name)
+    with _readable(tensor, model_path):
+        info = ExternalDataInfo(tensor)
+        refer(probe, info.location, 0, 1)
+        load_external_data_for_tensor(probe, str(model_path.parent))
+    start = info.offset or 0
+    there = (model_path.parent / info.location).stat().st_size - start
+    if start < 0 or min(there, info.length or there) < tensor_bytes(tensor):
+        raise _too_short(tensor, model_path)
+    return start
+
+
+def refer(tensor: TensorProto, location: str, start: int, length: int) -> None:
+    """Let the tensor's values be those that lie in a file, in place."""
+    tensor.raw_data = b""
+    set_external_data(tensor, location, start, length)
+    tensor.ClearField("raw_data")
+
+
+@contextmanager
+def _readable(tensor: TensorProto, model_path: Path) -> Iterator[None]:
+    try:
+        yield
     except (ValidationError, ValueError, OSError) as error:
         text = f"{model_path}: the weight '{tensor.name}' cannot be read: {str(error).rstrip('.')}."
         raise ModelError(f"{text} Copy its file beside the model.") from error
-    needed = tensor_bytes(tensor)
-    if len(tensor.raw_data) < needed:
-        raise ModelError(
-            f"{model_path}: the weight '{tensor.name}' needs {needed} bytes, but its file holds fewer. "
-            "The file is cut short or belongs to another model."
-        )
-    tensor.raw_data = tensor.raw_data[:needed]  # all the rest of the file, where no length is given
+
+
+def _too_short(tensor: TensorProto, model_path: Path) -> ModelError:
+    text = f"{model_path}: the weight '{tensor.name}' needs {tensor_bytes(tensor)} bytes, but its file holds fewer. "
+    return ModelError(f"{text}The file is cut short or belongs to another model.")
 
 
 @contextmanager
