@@ -11,6 +11,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.finish import fix_axes, to_half, to_oldest_opset
+from onnxcomp.graph.mapped import embed
 from onnxcomp.recipe import Recipe
 from onnxcomp.runtime import Feed
 from onnxcomp.targets import openvino, tensorrt
@@ -22,9 +23,10 @@ from onnxcomp.verify import demand
 def finish(model: ModelProto, target: Target, recipe: Recipe, feeds: Sequence[Feed]) -> ModelProto:
     """The lowered model in float16, or in an older opset that computes the same on `feeds`."""
     if recipe.half:
-        return to_half(model)
+        return to_half(embed(model))
     if not target.oldest:
         return model
+    model = embed(model)
     outputs = [runtime.Session(model, optimize=False).run(feed) for feed in feeds]
 
     def computes_the_same(older: ModelProto) -> bool:

@@ -26,7 +26,7 @@ from onnxcomp.data import Data, Feed, InputSpec, open_data
 from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.mapped import embed
+from onnxcomp.graph.mapped import embed, outside
 from onnxcomp.graph.prepare import Prepared, prepare
 from onnxcomp.methods import copies, equalization, rotation
 from onnxcomp.recipe import Recipe
@@ -84,7 +84,7 @@ def quantize(
 
     terms = tuple(embed(to_model(target.lower(part), prepared.model)) for part in (walk.split() if split else ()))
     lowered = target.lower(walk.compressed)
-    finished = finish(embed(to_model(lowered, prepared.model)), target, recipe, feeds)
+    finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
     progress("verifying", 0, 1)
     with ExitStack() as proving:
         folder = proving.enter_context(tempfile.TemporaryDirectory())
@@ -98,6 +98,7 @@ def quantize(
         fix(finished, made.single)
     notes = [*made.notes, *said]
     report = account.report(made.source, model, made.samples, recipe, made.choice, walk, notes, kernels, by, verification)
+    finished = embed(finished)
     report = account.stamp(finished, report, walk.quantizers.folds)
     if output is not None:
         with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
@@ -153,7 +154,7 @@ def compress(
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
     feeds = feeds or [single]
-    graph, notes = prepared.graph, list(prepared.notes)
+    graph, notes = prepared.graph.copy(), list(prepared.notes)
     if recipe.rotation != "none":
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
         notes += said
@@ -184,6 +185,8 @@ def compress(
         count = -(-len(samples) // (BATCH if stackable else 1))
         announce(forecast(ahead, feeds[0], count, memory, stays=work is not None))
     kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
+    if outside(prepared.model):
+        reference = runtime.Session(prepared.model)  # which has read nothing yet
     with ExitStack() as calibrating:
         past = Work(calibrating.enter_context(Room(memory, kept)))
         store = None if samples is None else Store(samples, stackable, work=past)

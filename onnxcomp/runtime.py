@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ _threads: ContextVar[int] = ContextVar("threads", default=0)
 _KINDS = [kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception)]
 _FAILURES = (*_KINDS, RuntimeError, ValueError)
 _FATAL = 4
+_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 _ROUND_SECONDS = 0.02
 _WARM_PASSES = 4
 _PROFILED_RUNS = 10
@@ -75,13 +76,15 @@ class Session:
         options: ort.SessionOptions | None = None,
     ) -> None:  # fmt: skip
         options = options or _options(threads, optimize=optimize, faithful=faithful)
+        outside = mapped.outside(model) if isinstance(model, files.ModelProto) else 0
+        if outside > files.INLINE_LIMIT:  # packed weights are copies in memory
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
-            with files.loadable(model) if isinstance(model, files.ModelProto) else nullcontext(model) as found:
-                if isinstance(model, files.ModelProto) and isinstance(found, bytes):
-                    _let_map(options, mapped.outside(model))
-                # Without the fallback a provider that cannot start is an error, not the CPU.
-                exact = [(name, {"use_tf32": "0"} if "CUDA" in name and faithful else {}) for name in _providers.get()]
-                source = found if isinstance(found, bytes) else str(found)
+            # Without the fallback a provider that cannot start is an error, not the CPU.
+            exact = [(name, {"use_tf32": "0"} if "CUDA" in name and faithful else {}) for name in _providers.get()]
+            with files.loadable(model) as source:
+                if outside and isinstance(source, bytes):
+                    options.add_session_config_entry(_EXTERNAL_FOLDER, str(mapped.ROOT))
                 self.native = ort.InferenceSession(source, options, providers=exact, enable_fallback=False)
         except _FAILURES as error:
             what = str(model) if isinstance(model, str | Path) else "the model"
@@ -225,14 +228,6 @@ def _options(threads: int, *, optimize: bool = True, faithful: bool = True) -> o
     # Errors are raised as well, and the warnings are about files that we write on purpose.
     options.log_severity_level = _FATAL
     return options
-
-
-def _let_map(options: ort.SessionOptions, size: int) -> None:
-    """Let the runtime find so many bytes of weights in mapped files; it holds large models there, and not packed in memory."""
-    if size:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(mapped.ROOT))
-    if size > files.INLINE_LIMIT:
-        options.add_session_config_entry("session.disable_prepacking", "1")
 
 
 def _ports(nodes: Sequence[ort.NodeArg]) -> tuple[tuple[str, TensorType], ...]:

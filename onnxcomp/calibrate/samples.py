@@ -85,9 +85,7 @@ class Run:
 
     def __getstate__(self) -> dict[str, Any]:
         """The model travels, with its weights; the session that has loaded it stays, and so do the files."""
-        model = ModelProto()
-        model.CopyFrom(self.model)
-        return {"model": embed(model), "feeds": self.feeds}
+        return {"model": embed(self.model), "feeds": self.feeds}
 
     def outputs(self, live: Mapping[str, Array]) -> dict[str, Array]:
         """The tensors, of one batch."""

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 from google.protobuf.message import Message
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
@@ -29,31 +29,20 @@ _KEPT_KINDS = ("FLOAT", "INT", "STRING", "TENSOR", "GRAPH", "FLOATS", "INTS", "S
 """Kinds of attributes that graphsurgeon reads; it loses the others, and empty lists of these."""
 
 
-class _Mapped(LazyValues):
-    """Values that lie in a file, and the tensor that a model refers to them by."""
-
-    def __init__(self, tensor: TensorProto, values: np.ndarray) -> None:
-        super().__init__(tensor)
-        self._values = values
-
-    def load(self) -> np.ndarray:
-        return self._values
-
-
 def to_graph(model: ModelProto) -> gs.Graph:
     """The model's graph, on a copy of its weights, or on the files that they are mapped from. Empty lists among the attributes
     are left to `to_model`.
     """
     copy = ModelProto()
     copy.CopyFrom(model)
-    stay = {tensor.name: tensor for tensor in copy.graph.initializer if mapped.is_mapped(tensor)}
+    stay = {tensor.name: tensor for tensor in model.graph.initializer if mapped.is_mapped(tensor)}
     with G_LOGGER.suppress(G_LOGGER.ERROR):
         graph = gs.import_onnx(copy)
     graph.import_domains = None
     graph.functions.clear()
     for part in (graph, *graph.subgraphs(recursive=True)):
         for constant in (t for t in part.tensors().values() if t.name in stay):
-            constant.values = _Mapped(stay[constant.name], mapped.array_of(stay[constant.name]))
+            constant.values = mapped.array_of(stay[constant.name])
         for node in part.nodes:
             node.attrs = {key: value for key, value in node.attrs.items() if not _is_empty_list(value)}
     return graph
@@ -66,12 +55,14 @@ def to_model(graph: gs.Graph, like: ModelProto) -> ModelProto:
     that no node uses are left out. The same graph gives the same bytes.
     """
     versions = {o.domain: o.version for o in like.opset_import if o.domain not in STANDARD}
-    for constant in (t for node in graph.nodes for t in node.inputs if isinstance(t, gs.Constant)):
-        values = constant._values
-        if isinstance(values, np.ndarray) and (tensor := mapped.tensor_of(constant.name, values)) is not None:
-            constant.values = _Mapped(tensor, values)
+    constants = {id(t): t for node in graph.nodes for t in node.inputs if isinstance(t, gs.Constant)}.values()
+    arrays = [(t, t._values) for t in constants if isinstance(t._values, np.ndarray)]
+    for constant, values in arrays:
+        constant.values = mapped.stored(constant.name, values)
     with G_LOGGER.suppress(G_LOGGER.ERROR):
         model = gs.export_onnx(graph, do_type_check=False, opset_imports=[helper.make_opsetid("", graph.opset)])
+    for constant, values in arrays:
+        constant.values = values
     _restore(model.graph, like.graph)
     _share_constants(model.graph, like.graph)
     copy_fields(like, model, _MODEL_FIELDS)

@@ -110,13 +110,15 @@ def bytes_of(model: ModelProto) -> int:
 
 
 @contextmanager
-def loadable(model: ModelProto) -> Iterator[bytes | Path]:
-    """The model as a runtime takes it: serialized, or the path of a file that is there for the time being."""
-    if bytes_of(model) - mapped.outside(model) <= INLINE_LIMIT:
+def loadable(model: Location | bytes | ModelProto) -> Iterator[bytes | str]:
+    """The model as a runtime takes it: bytes, or a path, where need be of a file that is there for the time being."""
+    if not isinstance(model, ModelProto):
+        yield model if isinstance(model, bytes) else os.fspath(model)
+    elif bytes_of(model) - mapped.outside(model) <= INLINE_LIMIT:
         yield to_bytes(model)
-        return
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, PendingFile(model, Path(folder) / "model.onnx") as pending:
-        yield pending.path
+    else:
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder, PendingFile(model, Path(folder) / "m.onnx") as pending:
+            yield str(pending.path)
 
 
 def to_bytes(model: ModelProto) -> bytes:
@@ -190,7 +192,7 @@ class PendingFile(AbstractContextManager["PendingFile"]):
             folder = TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent, ignore_cleanup_errors=True)
             self._folder = Path(written.enter_context(folder))
             self.path = self._folder / destination.name
-            structure = _write_weights(model, self._folder / beside[0].name) if beside else model
+            structure = _write_weights(model, self._folder / beside[0].name) if beside else mapped.embed(model)
             with self.path.open("wb") as stream:
                 stream.write(to_bytes(structure))
                 _settle(stream)

@@ -84,7 +84,7 @@ def _fold(node: gs.Node, leaving: set[str], opset: int) -> bool:
     if value.dtype not in _PLAIN or value.nbytes > limit:
         return False
     detach(node)
-    output.to_constant(keep(np.array(value, order="C"), max(feeds.values(), key=lambda v: v.nbytes)))
+    output.to_constant(keep(np.array(value, order="C"), *feeds.values()))
     return True
 
 

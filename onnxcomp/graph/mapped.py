@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
 from onnx.external_data_helper import ExternalDataInfo
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxcomp.errors import ResourceError
-from onnxcomp.graph.weights import WEIGHT_BYTES, check_external, external_tensors, reason, refer, tensor_bytes
+from onnxcomp.graph.weights import WEIGHT_BYTES, external_tensors, find_external, reason, refer, set_values, tensor_bytes
 
 SPILL_BYTES = 1 << 20
 """From which what is made of mapped weights is mapped too."""
@@ -49,9 +50,8 @@ def map_external(tensor: TensorProto, model_path: Path) -> bool:
     """
     if tensor_bytes(tensor) < WEIGHT_BYTES or helper.tensor_dtype_to_np_dtype(tensor.data_type).char not in "efdbB":
         return False
-    start = check_external(tensor, model_path)
-    location = _map(model_path.parent / ExternalDataInfo(tensor).location)[0]
-    refer(tensor, location, start, tensor_bytes(tensor))
+    file, start = find_external(tensor, model_path)
+    refer(tensor, _map(file)[0], start, tensor_bytes(tensor))
     return True
 
 
@@ -65,19 +65,22 @@ def array_of(tensor: TensorProto) -> np.ndarray:
     return flat.view(helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tuple(tensor.dims))
 
 
-def tensor_of(name: str, values: np.ndarray) -> TensorProto | None:
-    """A tensor that refers to the file that `values` are mapped from; None for others."""
+def stored(name: str, values: np.ndarray) -> np.ndarray | LazyValues:
+    """Of values that are mapped a tensor that refers to their file, of others these."""
     home = _home(values)
     if home is None or not values.flags.c_contiguous or values.nbytes < WEIGHT_BYTES:
-        return None
+        return values
     tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype), dims=values.shape)
     refer(tensor, home[0], values.ctypes.data - home[1].ctypes.data, values.nbytes)
-    return tensor
+    return LazyValues(tensor)
 
 
-def keep(values: np.ndarray, old: np.ndarray) -> np.ndarray:
-    """What was made of the weight `old`: mapped if that is. Raises ResourceError where there is no room for it."""
-    if values.nbytes < SPILL_BYTES or _home(old) is None:
+def keep(values: np.ndarray, *old: np.ndarray) -> np.ndarray:
+    """What was made of `old` weights: mapped if one of them is, which then lets go of the pages that it has read. Raises
+    ResourceError where there is no room for it.
+    """
+    homes = [home for home in map(_home, old) if home is not None]
+    if values.nbytes < SPILL_BYTES or not homes:
         return values
     try:
         with ExitStack() as made:
@@ -90,16 +93,21 @@ def keep(values: np.ndarray, old: np.ndarray) -> np.ndarray:
     except OSError as error:
         text = f"{tempfile.gettempdir()} cannot hold the model's weights: {reason(error)}."
         raise ResourceError(f"{text} Point $TMPDIR to a folder on a larger disk.") from error
+    for _, read in homes:
+        if isinstance(read.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            read.base.madvise(mmap.MADV_DONTNEED)
     return np.asarray(whole).view(values.dtype).reshape(values.shape)
 
 
 def embed(model: ModelProto) -> ModelProto:
-    """The model with what lies in mapped files read into it, in place."""
-    for tensor in [tensor for tensor in external_tensors(model.graph) if is_mapped(tensor)]:
-        tensor.raw_data = array_of(tensor).tobytes()
-        tensor.ClearField("external_data")
-        tensor.ClearField("data_location")
-    return model
+    """The model with what lies in mapped files read into it: a copy, or the model itself where nothing does."""
+    if not outside(model):
+        return model
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    for tensor in [tensor for tensor in external_tensors(copy.graph) if is_mapped(tensor)]:
+        set_values(tensor, array_of(tensor).tobytes())
+    return copy
 
 
 def _map(path: Path) -> tuple[str, np.memmap]:
@@ -117,7 +125,4 @@ def _home(values: object) -> tuple[str, np.memmap] | None:
     """The location and the bytes of the file that an array is mapped from."""
     while isinstance(values, np.ndarray) and not isinstance(values.base, mmap.mmap):
         values = values.base
-    if not isinstance(values, np.memmap) or values.filename is None:
-        return None
-    location = Path(values.filename).relative_to(ROOT).as_posix()
-    return (location, values) if _open.get(location) is values else None
+    return next((found for found in _open.items() if found[1] is values), None)

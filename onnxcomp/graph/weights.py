@@ -100,29 +100,40 @@ def external_tensors(graph: GraphProto) -> Iterator[TensorProto]:
 
 
 def read_external(tensor: TensorProto, model_path: Path) -> None:
-    """Bring the tensor's values into the tensor, in place. Raises ModelError where its file is missing, lies outside the
-    model's folder or holds too few bytes.
+    """Bring the tensor's values into the tensor, in place. Raises what `find_external` raises."""
+    file, start = find_external(tensor, model_path)
+    with reading(file) as stream:
+        stream.seek(start)
+        set_values(tensor, stream.read(tensor_bytes(tensor)))
+
+
+def set_values(tensor: TensorProto, values: bytes) -> None:
+    """Let the tensor hold these values, in place."""
+    tensor.raw_data = values
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
+
+
+def find_external(tensor: TensorProto, model_path: Path) -> tuple[Path, int]:
+    """The file that holds the tensor's values, and where in it they begin. Raises ModelError where that is missing, lies
+    outside the model's folder or holds too few bytes.
     """
-    needed = tensor_bytes(tensor)
-    with _readable(tensor, model_path):
-        load_external_data_for_tensor(tensor, str(model_path.parent))
-    if len(tensor.raw_data) < needed:
-        raise _too_short(tensor, model_path)
-    tensor.raw_data = tensor.raw_data[:needed]  # all the rest of the file, where no length is given
-
-
-def check_external(tensor: TensorProto, model_path: Path) -> int:
-    """Where in its file the tensor's values begin. Raises what `read_external` raises, and reads one byte."""
-    probe = TensorProto(name=tensor.name)
-    with _readable(tensor, model_path):
+    probe, needed = TensorProto(name=tensor.name), tensor_bytes(tensor)
+    try:
         info = ExternalDataInfo(tensor)
         refer(probe, info.location, 0, 1)
         load_external_data_for_tensor(probe, str(model_path.parent))
-    start = info.offset or 0
-    there = (model_path.parent / info.location).stat().st_size - start
-    if start < 0 or min(there, info.length or there) < tensor_bytes(tensor):
-        raise _too_short(tensor, model_path)
-    return start
+        file, start = model_path.parent / info.location, info.offset or 0
+        held = file.stat().st_size - start
+    except (ValidationError, ValueError, OSError) as error:
+        text = f"{model_path}: the weight '{tensor.name}' cannot be read: {str(error).rstrip('.')}."
+        raise ModelError(f"{text} Copy its file beside the model.") from error
+    if start < 0 or min(held, info.length or held) < needed:
+        raise ModelError(
+            f"{model_path}: the weight '{tensor.name}' needs {needed} bytes, but its file holds fewer. "
+            "The file is cut short or belongs to another model."
+        )
+    return file, start
 
 
 def refer(tensor: TensorProto, location: str, start: int, length: int) -> None:
@@ -130,20 +141,6 @@ def refer(tensor: TensorProto, location: str, start: int, length: int) -> None:
     tensor.raw_data = b""
     set_external_data(tensor, location, start, length)
     tensor.ClearField("raw_data")
-
-
-@contextmanager
-def _readable(tensor: TensorProto, model_path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValidationError, ValueError, OSError) as error:
-        text = f"{model_path}: the weight '{tensor.name}' cannot be read: {str(error).rstrip('.')}."
-        raise ModelError(f"{text} Copy its file beside the model.") from error
-
-
-def _too_short(tensor: TensorProto, model_path: Path) -> ModelError:
-    text = f"{model_path}: the weight '{tensor.name}' needs {tensor_bytes(tensor)} bytes, but its file holds fewer. "
-    return ModelError(f"{text}The file is cut short or belongs to another model.")
 
 
 @contextmanager

@@ -14,10 +14,7 @@ from onnxcomp.graph import files
 from onnxcomp.graph.mapped import embed
 from onnxcomp.graph.weights import split_weights, tensor_bytes
 
-TOO_SHORT = (
-    r"the weight 'w' (cannot be read: .*\. Copy its file beside the model"
-    r"|needs 6144 bytes, but its file holds fewer\. The file is cut short or belongs to another model)\.$"
-)
+TOO_SHORT = r"the weight 'w' needs 6144 bytes, but its file holds fewer\. The file is cut short or belongs to another model\.$"
 
 
 @pytest.fixture(autouse=True, params=["read", "mapped"])
@@ -67,7 +64,7 @@ def test_a_weight_that_claims_fewer_bytes_than_it_needs_is_refused(external: Pat
 def test_a_weight_that_lies_nowhere_in_its_file_is_refused(external: Path, offset: str):
     point_weight(external, offset=offset)
 
-    with pytest.raises(ModelError, match=TOO_SHORT):
+    with pytest.raises(ModelError, match=rf"{TOO_SHORT}|the weight 'w' cannot be read: .*\. Copy its file beside the model\.$"):
         files.load(external)
 
 
