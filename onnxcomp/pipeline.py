@@ -179,14 +179,14 @@ def compress(
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 
+    if outside(prepared.model):
+        reference = runtime.Session(prepared.model)  # which has read nothing yet
     memory = free_memory() // 4 if memory is None else memory
     if announce is not None and samples is not None:
         ahead = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, None, blocks=choice.blocks)
         count = -(-len(samples) // (BATCH if stackable else 1))
         announce(forecast(ahead, feeds[0], count, memory, stays=work is not None))
     kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
-    if outside(prepared.model):
-        reference = runtime.Session(prepared.model)  # which has read nothing yet
     with ExitStack() as calibrating:
         past = Work(calibrating.enter_context(Room(memory, kept)))
         store = None if samples is None else Store(samples, stackable, work=past)

@@ -75,17 +75,17 @@ class Session:
         self, model: Model, *, optimize: bool = True, threads: int = 0, faithful: bool = True,
         options: ort.SessionOptions | None = None,
     ) -> None:  # fmt: skip
-        options = options or _options(threads, optimize=optimize, faithful=faithful)
+        chosen = options or _options(threads, optimize=optimize, faithful=faithful)
         outside = mapped.outside(model) if isinstance(model, files.ModelProto) else 0
         if outside > files.INLINE_LIMIT:  # packed weights are copies in memory
-            options.add_session_config_entry("session.disable_prepacking", "1")
+            chosen.add_session_config_entry("session.disable_prepacking", "1")
         try:
             # Without the fallback a provider that cannot start is an error, not the CPU.
             exact = [(name, {"use_tf32": "0"} if "CUDA" in name and faithful else {}) for name in _providers.get()]
             with files.loadable(model) as source:
                 if outside and isinstance(source, bytes):
-                    options.add_session_config_entry(_EXTERNAL_FOLDER, str(mapped.ROOT))
-                self.native = ort.InferenceSession(source, options, providers=exact, enable_fallback=False)
+                    chosen.add_session_config_entry(_EXTERNAL_FOLDER, str(mapped.ROOT))
+                self.native = ort.InferenceSession(source, chosen, providers=exact, enable_fallback=False)
         except _FAILURES as error:
             what = str(model) if isinstance(model, str | Path) else "the model"
             raise ModelError(f"ONNX Runtime cannot load {what}: {_sentence(error)}") from error

@@ -36,7 +36,7 @@ _open: weakref.WeakValueDictionary[str, np.memmap] = weakref.WeakValueDictionary
 
 def is_mapped(tensor: TensorProto) -> bool:
     """Whether the tensor refers to a file that was mapped here."""
-    return tensor.data_location == TensorProto.EXTERNAL and ExternalDataInfo(tensor).location in _known
+    return any(entry.key == "location" and entry.value in _known for entry in tensor.external_data)
 
 
 def outside(model: ModelProto) -> int:
@@ -59,8 +59,7 @@ def array_of(tensor: TensorProto) -> np.ndarray:
     """The values of a tensor that refers to a mapped file; they cannot be written."""
     info = ExternalDataInfo(tensor)
     assert info.location in _known, tensor.name
-    whole, start = _open.get(info.location), info.offset or 0
-    whole = _map(ROOT / info.location)[1] if whole is None else whole
+    whole, start = _map(ROOT / info.location)[1], info.offset or 0
     flat = np.asarray(whole[start : start + tensor_bytes(tensor)])
     return flat.view(helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tuple(tensor.dims))
 
