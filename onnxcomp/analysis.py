@@ -167,7 +167,7 @@ def _sessions(graph: Graph, walk: Walk, parts: Sequence[Part], outputs: Sequence
     taken = {t.name for t in injecting.inputs}
 
     def runner(part: Graph) -> Run:
-        session = runtime.Session(files.to_bytes(to_model(part, walk.like)))
+        session = runtime.Session(to_model(part, walk.like))
 
         def run(feed: Feed, m: Array) -> tuple[Array, Feed]:
             found = session.run({**feed, MASK: m.astype(np.float32)})

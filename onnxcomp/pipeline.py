@@ -26,6 +26,7 @@ from onnxcomp.data import Data, Feed, InputSpec, open_data
 from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
+from onnxcomp.graph.mapped import embed, outside
 from onnxcomp.graph.prepare import Prepared, prepare
 from onnxcomp.methods import ends, equalization, rotation
 from onnxcomp.recipe import Recipe
@@ -80,7 +81,7 @@ def quantize(
     made = compress(model, data, recipe, progress, memory=memory, work=work, cluster=cluster, announce=announce)
     recipe, walk, target, feeds, prepared = made.recipe, made.walk, made.walk.target, made.feeds, made.prepared
 
-    terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
+    terms = tuple(embed(to_model(target.lower(part), prepared.model)) for part in (walk.split() if split else ()))
     lowered = target.lower(walk.compressed)
     finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
     progress("verifying", 0, 1)
@@ -96,6 +97,7 @@ def quantize(
         fix(finished, made.single)
     notes = [*made.notes, *said]
     report = account.report(made.source, model, made.samples, recipe, made.choice, walk, notes, kernels, by, verification)
+    finished = embed(finished)
     report = account.stamp(finished, report, walk.quantizers.folds)
     if output is not None:
         with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
@@ -141,7 +143,7 @@ def compress(
     source = files.load(model)
     progress("preparing", 0, 1)
     prepared = prepare(source, runtime.infer_types)
-    reference = runtime.Session(files.to_bytes(prepared.model))
+    reference = runtime.Session(prepared.model)
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
     samples, stackable, feeds, some = None, False, [], []
     if data is not None:
@@ -152,7 +154,7 @@ def compress(
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
     feeds = feeds or [single]
-    graph, notes = prepared.graph, list(prepared.notes)
+    graph, notes = prepared.graph.copy(), list(prepared.notes)
     if recipe.rotation != "none":
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
         notes += said
@@ -179,6 +181,8 @@ def compress(
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 
+    if outside(prepared.model):
+        reference = runtime.Session(prepared.model)  # which has read nothing yet
     memory = free_memory() // 4 if memory is None else memory
     if announce is not None and samples is not None:
         ahead = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, None, blocks=choice.blocks)

@@ -33,7 +33,8 @@ from onnxcomp.errors import DataError, ModelError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph, extract
-from onnxcomp.graph.files import ModelProto, to_bytes
+from onnxcomp.graph.files import ModelProto
+from onnxcomp.graph.mapped import embed
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array
 from onnxcomp.numerics.arrays import energies, sqnr_db
@@ -82,7 +83,7 @@ class LiveBatch:
 class Run:
     """What computes tensors from live ones: a model, whose inputs `feeds` maps to live names. Loaded where it is first run."""
 
-    model: bytes
+    model: ModelProto
     feeds: Mapping[str, str]
 
     @functools.cached_property
@@ -91,8 +92,8 @@ class Run:
         return Session(self.model, threads=1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The model travels, the session that has loaded it stays."""
-        return {"model": self.model, "feeds": self.feeds}
+        """The model travels, with its weights; the session that has loaded it stays, and so do the files."""
+        return {"model": embed(self.model), "feeds": self.feeds}
 
     def outputs(self, live: Mapping[str, Array]) -> dict[str, Array]:
         """The tensors, of one batch."""
@@ -239,7 +240,7 @@ def confirm_tokens(
     if stackable:
         names = list(dict.fromkeys(site.y for site in asked))
         part = extract(graph, [t.name for t in graph.inputs], names)
-        session = Session(to_bytes(to_model(part, like)))
+        session = Session(to_model(part, like))
         one, two = session.run(feeds[0]), session.run({k: np.concatenate([feeds[0][k], feeds[1][k]]) for k in feeds[0]})
         kept = {n for n in names if two[n].shape == (2 * one[n].shape[0], *one[n].shape[1:])}
     return tuple(replace(site, fixed_tokens=site.fixed_tokens and site.y in kept) for site in sites)

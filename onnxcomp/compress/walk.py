@@ -23,7 +23,7 @@ from onnxcomp.errors import UsageError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Constant, Graph, Node, Tape, apply, extract, tensors_of
-from onnxcomp.graph.files import ModelProto, to_bytes
+from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.offsets import fold_offset
 from onnxcomp.graph.schedule import Step, schedule
 from onnxcomp.graph.sites import Site, matches
@@ -113,7 +113,7 @@ class Walk:
         if self.store is not None:
             self.store.finish()
         for add, method in self.quantizers.added:
-            fold = fold_offset(self.compressed, add, method, lambda part, feeds: Session(self._bytes(part)).run(feeds))
+            fold = fold_offset(self.compressed, add, method, lambda part, feeds: Session(self._model(part)).run(feeds))
             self.quantizers.folds += [] if fold is None else [fold]
         progress("quantizing", len(steps), len(steps))
 
@@ -318,7 +318,7 @@ class Walk:
             parts = [extract(self.compressed, list(live), [name]) for name in (place.y, before)]
         read = {t.name: live[t.name] for t in parts[0].inputs}
         (feed,) = self.store.first(lambda batch: {k: split(batch.live[v], len(batch.indices))[0] for k, v in read.items()})
-        times = measure(list(map(self._bytes, parts)), [feed], rounds=PRICE_ROUNDS, faithful=True)
+        times = measure(list(map(self._model, parts)), [feed], rounds=PRICE_ROUNDS, faithful=True)
         return max(times[0].median_ms - sum(t.median_ms for t in times[1:]), 0.0)
 
     def _write(self, place: Site | Block, label: str, build: Callable[[Tape], Mapping[str, str]], where: str = "") -> int:
@@ -390,11 +390,11 @@ class Walk:
     def run_of(self, graph: Graph, live: Mapping[str, str], outputs: Sequence[str]) -> Run:
         """What computes `outputs` in the graph; `live`: the live tensor that each of its inputs is fed with."""
         part = extract(graph, list(live), list(outputs))
-        return Run(self._bytes(part), {t.name: live[t.name] for t in part.inputs})
+        return Run(self._model(part), {t.name: live[t.name] for t in part.inputs})
 
     def _entries(self, names: Sequence[str]) -> dict[str, str]:
         """What holds each live tensor's value in the compressed graph, and the tensor."""
         return {self.quantizers.entries.get(name, name): name for name in names}
 
-    def _bytes(self, part: Graph) -> bytes:
-        return to_bytes(to_model(self.target.lower(part), self.like))
+    def _model(self, part: Graph) -> ModelProto:
+        return to_model(self.target.lower(part), self.like)

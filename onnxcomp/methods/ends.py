@@ -15,7 +15,7 @@ import numpy as np
 
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph, extract, tensors_of
-from onnxcomp.graph.files import ModelProto, to_bytes
+from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.sites import Site
 from onnxcomp.graph.streams import set_constant
 from onnxcomp.methods.base import Array, Outcome
@@ -100,4 +100,4 @@ def _output(part: Graph, like: ModelProto, site: Site, x: Array, bits: Widths | 
 
 
 def _run(part: Graph, like: ModelProto, feed: Mapping[str, Array]) -> Mapping[str, Array]:
-    return Session(to_bytes(to_model(part, like))).run({t.name: feed[t.name] for t in part.inputs})
+    return Session(to_model(part, like)).run({t.name: feed[t.name] for t in part.inputs})

@@ -22,7 +22,7 @@ import numpy as np
 from onnxcomp.graph.channels import Group, columns, divide, find_groups, transform
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph, Node, extract
-from onnxcomp.graph.files import ModelProto, to_bytes
+from onnxcomp.graph.files import ModelProto
 from onnxcomp.methods.base import Array
 from onnxcomp.methods.rotation import EQUAL_DB, agreement
 from onnxcomp.methods.weights import patches
@@ -86,7 +86,7 @@ def _see(graph: Graph, like: ModelProto, groups: Sequence[Group], feeds: Sequenc
     means = {name for group in groups if group.linear for name in group.shifted}
     names = list(dict.fromkeys([*(node.inputs[0].name for node in readers.values()), *sorted(means)]))
     part = extract(graph, [t.name for t in graph.inputs], names)
-    session = Session(to_bytes(to_model(part, like)))
+    session = Session(to_model(part, like))
     rows: dict[str, list[Array]] = {name: [] for name in readers}
     sums: dict[str, Array] = {name: np.zeros(1) for name in means}
     for feed in feeds:
