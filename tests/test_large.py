@@ -53,4 +53,4 @@ def test_a_model_of_more_than_two_gigabytes_is_quantized_in_less_memory_than_it_
     assert [node.op_type for node in onnx.load(output).graph.node].count("MatMulInteger") == LAYERS
     assert compared.answer["outputs"][0]["sqnr_db"] > least
     assert made.anonymous < size
-    assert sorted(entry.name for entry in folder.iterdir()) == ["data.npz", "large.onnx", "large.onnx.data", "out.onnx"]
+    assert [*folder.glob("onnxcomp-*"), *folder.glob("tmp*"), *folder.glob(".*onnx*")] == []
