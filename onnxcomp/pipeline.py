@@ -97,16 +97,16 @@ def quantize(
         fix(finished, made.single)
     notes = [*made.notes, *said]
     report = account.report(made.source, model, made.samples, recipe, made.choice, walk, notes, kernels, by, verification)
-    finished = embed(finished)
     report = account.stamp(finished, report, walk.quantizers.folds)
     if output is not None:
         with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
             runtime.Session(pending.path).run(made.single)
+            report = dataclasses.replace(report, output_bytes=files.size(pending.path))
             pending.commit()
         for number, term in enumerate(terms, 1):
             files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
     progress("verifying", 1, 1)
-    return Result(finished, report, terms, walk.store.traffic if isinstance(walk.store, Cluster) else ())
+    return Result(embed(finished), report, terms, walk.store.traffic if isinstance(walk.store, Cluster) else ())
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def load(source: Location | bytes | ModelProto) -> ModelProto:
         return model
     path = Path(source)
     model = _read_structure(path)
-    main = len(model.graph.initializer) if mapped.outside(model) > INLINE_LIMIT else 0
+    is_large = mapped.outside(model) > INLINE_LIMIT
+    main = sum(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer if is_large)
     for number, tensor in enumerate(weights.external_tensors(model.graph)):
         if number >= main or not mapped.map_external(tensor, path):
             weights.read_external(tensor, path)
