@@ -89,7 +89,9 @@ def fit(
         def errors(some: Sequence[Sample], *, fine: bool) -> Tensor:
             """The squared error over the energy that the outputs of `some` samples shall have."""
             found = [(twin.run(dict(zip(feeds, xs, strict=True)), fine=fine), y) for *xs, y in _stacked(some)]
-            return sum((g - y).square().sum() for g, y in found) / (sum(float(y.square().sum()) for _, y in found) + TINY)
+            return torch.stack([(g - y).square().sum() for g, y in found]).sum() / (
+                sum(float(y.square().sum()) for _, y in found) + TINY
+            )
 
         def judge() -> float:
             with torch.no_grad():
@@ -162,7 +164,7 @@ class Twin:
         live |= self.constants | {name: p.value() for name, p in self.parameters.items()}
         steps: dict[str, Any] = {}  # of quantized tensors, for those that quantize what is left
         for node in self.part.nodes:
-            read = [live[t.name] if t.name else None for t in node.inputs]
+            read: list[Any] = [live[t.name] if t.name else None for t in node.inputs]
             if node.domain != DOMAIN:
                 made = _operators()[node.op](node.attrs, *read)
             elif not fine and node.attrs["bits"] >= 8 and node.op == "FakeQuantize" and node.attrs["granularity"] == "static":
@@ -207,8 +209,8 @@ def _dequantized(node: Node, codes: Tensor, scale: Tensor, *zero: Tensor) -> Ten
     if "block" not in node.attrs:
         return values * scale.reshape([-1 if d == axis % values.ndim else 1 for d in range(values.ndim)])
     size = values.shape[axis]
-    scale, *zero = (t.repeat_interleave(node.attrs["block"], axis).narrow(axis, 0, size) for t in (scale, *zero))
-    return (values - zero[0] if zero else values) * scale
+    step, *zeros = (t.repeat_interleave(node.attrs["block"], axis).narrow(axis, 0, size) for t in (scale, *zero))
+    return (values - zeros[0] if zeros else values) * step
 
 
 def _fake(node: Node, before: Any, x: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:

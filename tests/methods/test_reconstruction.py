@@ -140,7 +140,7 @@ def test_what_is_kept_lowers_the_error_of_the_output(name: str, rng: np.random.G
     plain, refined = (quantize(subject.model, samples, settings) for settings in (W4A4, RECONSTRUCTED))
 
     assert any(adopted for adopted, _ in decisions(refined).values())
-    assert all(d.gain_db > 0 for d in refined.report.decisions if d.method == "reconstruction" and d.adopted)
+    assert all((d.gain_db or 0) > 0 for d in refined.report.decisions if d.method == "reconstruction" and d.adopted)
     exact, before, after = (
         np.concatenate([next(iter(runtime.Session(m.SerializeToString()).run(feed).values())) for feed in fresh])
         for m in (subject.model, plain.model, refined.model)
@@ -229,7 +229,7 @@ def test_what_does_not_improve_held_out_samples_is_not_kept(rng: np.random.Gener
 def test_a_range_does_not_outgrow_the_clip_in_front_of_it(rng: np.random.Generator):
     """A kernel that ends in a Clip has it for nothing only while its range ends there too."""
     text = "g (float[N,8] x) => (float[N,8] y) { y = Clip(x, low, high) }"
-    part = to_graph(parse(text, {"low": np.float32(0), "high": np.float32(1)}, opset=21))
+    part = to_graph(parse(text, {"low": np.array(0, np.float32), "high": np.array(1, np.float32)}, opset=21))
     tape = Tape("y/quantized")
     q = from_range(0.0, 1.0, Scheme(4))
     apply(part, "quantize", tape, {"y": build_static(tape, "y", q)})
