@@ -16,7 +16,8 @@ what ONNX Runtime does, up to the order of sums.
 Paper   rounding by the output: AdaRound, arXiv:2004.10568; by blocks: BRECQ, arXiv:2102.05426; with the compressed model's
         input: QDrop, arXiv:2203.05740; ranges by gradients: LSQ, arXiv:1902.08153.
 Cost    nothing at run time; `STEPS` passes there and back over `BATCH` samples for each stretch.
-Gate    a stretch is kept where its squared error on held-out samples falls.
+Gate    a stretch is kept as it is when its squared error on held-out samples is the least of `LOOKS` looks, if that is less
+        than at the start.
 Limits  holds input and output of a stretch for up to `MOST` samples in memory. A stretch with an operator that has no
         counterpart here stays as it is, and so do constants that others read too.
 """
@@ -44,7 +45,10 @@ if TYPE_CHECKING:
 Kind = Literal["code", "scale", "bias"]
 Sample: TypeAlias = tuple[int, int, list[Array]]
 """Its number, how many samples travelled with it, what the stretch reads and, last, what it shall give."""
-STEPS, BATCH, MOST = 200, 8, 256
+STEPS, LOOKS, BATCH, MOST = 200, 4, 8, 256
+"""Steps; how often held-out samples are looked at; samples a step; and samples in all, at most."""
+LARGEST, VALUES = 16, 1 << 18
+"""Samples a step where a stretch gives but few values: so many together."""
 RATES: Mapping[Kind, float] = {"code": 0.01, "scale": 0.005, "bias": 0.002}
 """Of Adam, at the start; they fall to zero along a cosine."""
 THREADS = 2
@@ -98,20 +102,22 @@ def fit(
                 found = [float(errors(judges[start : start + BATCH], fine=True)) for start in range(0, len(judges), BATCH)]
             return float(-10.0 * np.log10(max(np.mean(found), TINY)))
 
-        before = judge()
+        before = best = judge()
+        found: dict[str, Array] = {}
         optimizer = torch.optim.Adam([{"params": [p.latent], "lr": RATES[p.kind]} for p in twin.parameters.values()])
         rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 + 0.5 * float(np.cos(np.pi * i / STEPS)))
-        for _ in range(STEPS):
+        batch = max(BATCH, min(LARGEST, VALUES // seen[0][2][-1].size))
+        for step in range(1, STEPS + 1):
             optimizer.zero_grad()
-            picked = torch.randperm(len(fitted), generator=generator)[:BATCH].tolist()
+            picked = torch.randperm(len(fitted), generator=generator)[:batch].tolist()
             errors([fitted[i] for i in sorted(picked)], fine=False).backward()
             optimizer.step()
             rates.step()
-        gain = judge() - before
-        if not gain > 0:
-            return Outcome(None, "held-out samples do not improve", gain, before, before)
-        found = {name: p.stored() for name, p in twin.parameters.items()}
-        return Outcome(found, f"{len(found)} tensors refined in {STEPS} steps", gain, before, before + gain)
+            if step % (STEPS // LOOKS) == 0 and (now := judge()) > best:
+                best, found = now, {name: p.stored() for name, p in twin.parameters.items()}
+        if not found:
+            return Outcome(None, "held-out samples do not improve", 0.0, before, before)
+        return Outcome(found, f"{len(found)} tensors refined", best - before, before, best)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,11 +198,12 @@ def _refined(node: Node, floats: Mapping[str, Array]) -> Iterator[tuple[Any, Kin
             yield scale, "scale", None, (0, free)
         elif node.attrs["granularity"] == "static":
             x, scale, zero = node.inputs
-            bounds = x.inputs[0].inputs[2:] if x.inputs and x.inputs[0].op == "Clip" else []
-            reach = 2 ** node.attrs["bits"] - 1 - int(zero.values)  # of unsigned codes, as those of layers in a row are
-            if bounds and isinstance(bounds[0], Constant) and reach > 0:  # within them its kernel clips by itself
-                free = max(float(np.log(bounds[0].values / (reach * scale.values))), 0.0)
-            yield scale, "scale", None, (0, free)
+            maker = x.inputs[0] if x.inputs else node
+            bounds = [t for t in maker.inputs[{"Clip": 2, "Min": 1}.get(maker.op, 9) :] if isinstance(t, Constant)]
+            reach = Scheme(node.attrs["bits"], bool(node.attrs["signed"])).qmax - float(zero.values)
+            room = min((float(t.values.min()) for t in bounds), default=free) / max(reach * float(scale.values), TINY)
+            # A kernel ends at its largest code by itself, while that is within the bounds.
+            yield scale, "scale", None, (0, max(np.log(room), 0.0) if room > 1 - 1e-6 else free)
     elif node.op in ("Conv", "Gemm", "Add", "Sum"):
         for tensor in node.inputs[2 if node.op in ("Conv", "Gemm") else 0 :]:
             if isinstance(tensor, Constant) and tensor.dtype == np.float32 and tensor.values.size > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,7 +26,7 @@ from onnxcomp.methods.activations import build_static
 from onnxcomp.methods.base import find as find_method
 from onnxcomp.numerics.affine import Scheme, from_range
 from onnxcomp.numerics.arrays import energies, sqnr_db
-from onnxcomp.pipeline import Compressed, Result, compress, quantize
+from onnxcomp.pipeline import Compressed, compress, quantize
 from onnxcomp.recipe import Bits, Recipe
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch: pip install 'onnxcomp[torch]'")
@@ -81,10 +82,6 @@ def by_torch(graph: Graph, feed: dict[str, Array]) -> Array:
         return reconstruction.Twin(graph, {}, ()).run(feed).numpy()
 
 
-def decisions(result: Result) -> dict[str, tuple[bool, str]]:
-    return {d.site: (d.adopted, d.reason) for d in result.report.decisions if d.method == "reconstruction"}
-
-
 @needs_torch
 @pytest.mark.parametrize("name", TRANSLATED)
 def test_torch_computes_the_float_model_as_the_runtime_does(name: str):
@@ -133,19 +130,30 @@ def test_torch_computes_compensations_as_the_runtime_does(methods: tuple[str, ..
 
 @needs_torch
 @pytest.mark.parametrize("name", ["transformer", "residual"])
-def test_what_is_kept_lowers_the_error_of_the_output(name: str, rng: np.random.Generator):
+def test_a_stretch_is_kept_where_it_gains_on_held_out_samples(name: str, rng: np.random.Generator):
     subject = tiny.models()[name]
+
+    found = [
+        d for d in quantize(subject.model, many(subject, rng), RECONSTRUCTED).report.decisions if d.method == "reconstruction"
+    ]
+
+    assert any(d.adopted for d in found)
+    assert all(d.adopted == ((d.gain_db or 0) > 0) for d in found)
+    assert all(re.fullmatch(r"\d+ tensors refined", d.reason) for d in found if d.adopted)
+
+
+@needs_torch
+def test_the_error_of_the_output_falls_on_samples_that_were_not_seen(rng: np.random.Generator):
+    subject = tiny.models()["residual"]
     samples, fresh = many(subject, rng), many(subject, rng)
 
-    plain, refined = (quantize(subject.model, samples, settings) for settings in (W4A4, RECONSTRUCTED))
+    plain, refined = (quantize(subject.model, samples, settings).model for settings in (W4A4, RECONSTRUCTED))
 
-    assert any(adopted for adopted, _ in decisions(refined).values())
-    assert all((d.gain_db or 0) > 0 for d in refined.report.decisions if d.method == "reconstruction" and d.adopted)
     exact, before, after = (
-        np.concatenate([next(iter(runtime.Session(m.SerializeToString()).run(feed).values())) for feed in fresh])
-        for m in (subject.model, plain.model, refined.model)
+        np.concatenate([next(iter(session.run(feed).values())) for feed in fresh])
+        for session in (runtime.Session(m.SerializeToString()) for m in (subject.model, plain, refined))
     )
-    assert sqnr_db(*energies(exact, after)) > sqnr_db(*energies(exact, before)) + 0.2
+    assert sqnr_db(*energies(exact, after)) > sqnr_db(*energies(exact, before)) + 1.0
 
 
 @needs_torch
@@ -221,15 +229,20 @@ def test_what_does_not_improve_held_out_samples_is_not_kept(rng: np.random.Gener
     found = reconstruction.fit("s", biased(), {"x": "x"}, cut(x, wanted), {}, (), 0)
 
     assert (found.fit, found.reason) == (None, "held-out samples do not improve")
-    assert found.gain_db is not None
-    assert found.gain_db < 0
+    assert found.gain_db == 0.0
 
 
 @needs_torch
-def test_a_range_does_not_outgrow_the_clip_in_front_of_it(rng: np.random.Generator):
+@pytest.mark.parametrize("body", ["y = Clip(x, low, high)", "y = Min(x, high)"])
+def test_a_range_does_not_outgrow_the_clip_in_front_of_it(body: str, rng: np.random.Generator):
     """A kernel that ends in a Clip has it for nothing only while its range ends there too."""
-    text = "g (float[N,8] x) => (float[N,8] y) { y = Clip(x, low, high) }"
-    part = to_graph(parse(text, {"low": np.array(0, np.float32), "high": np.array(1, np.float32)}, opset=21))
+    part = to_graph(
+        parse(
+            f"g (float[N,8] x) => (float[N,8] y) {{ {body} }}",
+            {"low": np.array(0, np.float32), "high": np.array(1, np.float32)},
+            opset=21,
+        )
+    )
     tape = Tape("y/quantized")
     q = from_range(0.0, 1.0, Scheme(4))
     apply(part, "quantize", tape, {"y": build_static(tape, "y", q)})
