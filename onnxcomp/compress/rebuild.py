@@ -44,7 +44,7 @@ def reconstruct(walk: Walk, block: Block, seed: int) -> None:
     makers = [maker for t in shared for maker in t.inputs if maker.op in ("Dequantize", "FakeQuantize")]
     fixed = {t.name for t in (*shared, *(t for maker in makers for t in maker.inputs))}
     feeds = {t.name: live[t.name] for t in part.inputs}
-    cut = walk.store.cut({name: name for name in feeds.values()} | {"f_xh": OWN + block.y})
+    cut = walk.store.cut({name: name for name in feeds.values()} | {"g_xh": block.y, "f_xh": OWN + block.y})
     weights = [node.inputs[1] for node in walk.reference.nodes if len(node.inputs) > 1]
     floats = {t.name: t.values for t in weights if isinstance(t, Constant)}
     outcome = walk.work.once(lambda: reconstruction.fit(block.name, part, feeds, cut, floats, fixed, seed))

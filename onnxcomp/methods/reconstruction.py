@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -53,7 +53,8 @@ RATES: Mapping[Kind, float] = {"code": 0.01, "scale": 0.005, "bias": 0.002}
 """Of Adam, at the start; they fall to zero along a cosine."""
 THREADS = 2
 """Fixed, for the order of sums depends on it."""
-TINY = 1e-30
+TINY, SAME_DB = 1e-30, 1.0
+"""Nothing; and how far torch may be off in dB of the error that ONNX Runtime has left."""
 NO_TORCH = "Reconstruction needs the package torch. Run: pip install 'onnxcomp[torch]'"
 NO_SAMPLES = "Reconstruction is fitted to samples. Pass --data, or leave --reconstruct out."
 
@@ -72,7 +73,7 @@ def fit(
 ) -> Outcome:  # fmt: skip
     """New values for constants of `part`, one finished stretch called `name`, by their names.
 
-    feeds   input of the part -> the read that it is fed with; `f_xh` is what the part shall give
+    feeds   input of the part -> the read that it is fed with; `f_xh` is what the part shall give, `g_xh` what it gives
     floats  dequantized weight -> the float one
     fixed   constants that must stay
     """
@@ -84,25 +85,32 @@ def fit(
         twin = Twin(part, floats, fixed)
         if not twin.parameters:
             return Outcome(None, "nothing in it may change")
-        seen = samples.reduce(functools.partial(_read, names=(*feeds.values(), "f_xh"), stride=-(-samples.count // MOST)))
+        seen = samples.reduce(
+            functools.partial(_read, names=(*feeds.values(), "g_xh", "f_xh"), stride=-(-samples.count // MOST))
+        )
         fitted = [s for s in seen if not is_held_out(s[0])]
         judges = [s for s in seen if is_held_out(s[0])] or fitted
         if not fitted:
             return Outcome(None, "there are too few samples")
 
-        def errors(some: Sequence[Sample], *, fine: bool) -> Tensor:
-            """The squared error over the energy that the outputs of `some` samples shall have."""
-            found = [(twin.run(dict(zip(feeds, xs, strict=True)), fine=fine), y) for *xs, y in _stacked(some)]
-            return torch.stack([(g - y).square().sum() for g, y in found]).sum() / (
-                sum(float(y.square().sum()) for _, y in found) + TINY
-            )
+        def error(some: Sequence[Sample], *, fine: bool) -> Tensor:
+            """The squared error on samples over the energy of what their outputs shall be."""
+            found = [(twin.run(dict(zip(feeds, xs, strict=True)), fine=fine), y) for *xs, _, y in _stacked(some)]
+            return torch.stack([(g - y).square().sum() for g, y in found]).sum() / _squares(s[2][-1] for s in some)
 
         def judge() -> float:
+            parts = [judges[start : start + BATCH] for start in range(0, len(judges), BATCH)]
             with torch.no_grad():
-                found = [float(errors(judges[start : start + BATCH], fine=True)) for start in range(0, len(judges), BATCH)]
-            return float(-10.0 * np.log10(max(np.mean(found), TINY)))
+                total = sum(float(error(part, fine=True)) * _squares(s[2][-1] for s in part) for part in parts)
+            return _decibel(total / _squares(s[2][-1] for s in judges))
 
-        before = best = judge()
+        known = _squares(s[2][-1] - s[2][-2] for s in judges) / _squares(s[2][-1] for s in judges)
+        try:
+            before = best = judge()
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+            before = best = np.nan
+        if not abs(before - _decibel(known)) < SAME_DB:
+            return Outcome(None, "torch computes it otherwise than ONNX Runtime")
         found: dict[str, Array] = {}
         optimizer = torch.optim.Adam([{"params": [p.latent], "lr": RATES[p.kind]} for p in twin.parameters.values()])
         rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 + 0.5 * float(np.cos(np.pi * i / STEPS)))
@@ -110,7 +118,7 @@ def fit(
         for step in range(1, STEPS + 1):
             optimizer.zero_grad()
             picked = torch.randperm(len(fitted), generator=generator)[:batch].tolist()
-            errors([fitted[i] for i in sorted(picked)], fine=False).backward()
+            error([fitted[i] for i in sorted(picked)], fine=False).backward()
             optimizer.step()
             rates.step()
             if step % (STEPS // LOOKS) == 0 and (now := judge()) > best:
@@ -118,6 +126,14 @@ def fit(
         if not found:
             return Outcome(None, "held-out samples do not improve", 0.0, before, before)
         return Outcome(found, f"{len(found)} tensors refined", best - before, before, best)
+
+
+def _squares(arrays: Iterable[Array]) -> float:
+    return sum(float(np.square(a, dtype=np.float64).sum()) for a in arrays) + TINY
+
+
+def _decibel(error: float) -> float:
+    return float(-10.0 * np.log10(max(error, TINY)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,6 +322,9 @@ def _operators() -> Mapping[str, Callable[..., Any]]:
     def ints(tensor: Tensor) -> list[int]:
         return tensor.reshape(-1).tolist()
 
+    def plain(name: str, a: Any, *xs: Tensor) -> Tensor:
+        return getattr(torch, name)(*xs)
+
     def padded(x: Tensor, pads: Sequence[int], value: float = 0.0) -> Tensor:
         half = len(pads) // 2
         return f.pad(x, [p for d in reversed(range(half)) for p in (pads[d], pads[d + half])], value=value)
@@ -335,7 +354,7 @@ def _operators() -> Mapping[str, Callable[..., Any]]:
     def gather(a: Any, x: Tensor, index: Tensor) -> Tensor:
         axis = a.get("axis", 0) % x.ndim
         found = x.index_select(axis, (index.reshape(-1) + x.shape[axis]) % x.shape[axis])
-        return found.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+        return found.reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))
 
     def reshape(a: Any, x: Tensor, shape: Tensor) -> Tensor:
         return x.reshape([x.shape[i] if d == 0 and not a.get("allowzero") else d for i, d in enumerate(ints(shape))])
@@ -343,17 +362,15 @@ def _operators() -> Mapping[str, Callable[..., Any]]:
     def norm(a: Any, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return f.layer_norm(x, x.shape[a.get("axis", -1) :], w, b, a.get("epsilon", 1e-5))
 
+    alike = ("Abs", "Add", "Erf", "Exp", "Log", "MatMul", "Mul", "Neg", "Pow", "Relu", "Sigmoid", "Sqrt", "Sub", "Tanh")
+    named = {name: functools.partial(plain, name.lower()) for name in alike}
     types = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool}
-    return {
-        "Abs": lambda a, x: x.abs(),
-        "Add": lambda a, x, y: x + y,
+    return named | {
         "Cast": lambda a, x: x.to(types[int(a["to"])]),
         "Clip": lambda a, x, low=None, high=None: x if low is None is high else x.clamp(low, high),
         "Concat": lambda a, *xs: torch.cat(xs, a["axis"]),
         "Conv": conv,
-        "Div": lambda a, x, y: x / y,
-        "Erf": lambda a, x: x.erf(),
-        "Exp": lambda a, x: x.exp(),
+        "Div": lambda a, x, y: x / y if x.is_floating_point() else x.div(y, rounding_mode="trunc"),
         "Expand": lambda a, x, shape: x.expand(torch.broadcast_shapes(x.shape, tuple(ints(shape)))),
         "Flatten": lambda a, x: x.flatten(a.get("axis", 1)),
         "Gather": gather,
@@ -363,29 +380,20 @@ def _operators() -> Mapping[str, Callable[..., Any]]:
         "HardSigmoid": lambda a, x: (x * a.get("alpha", 0.2) + a.get("beta", 0.5)).clamp(0, 1),
         "HardSwish": lambda a, x: f.hardswish(x),
         "LayerNormalization": norm,
-        "Log": lambda a, x: x.log(),
-        "MatMul": lambda a, x, y: x @ y,
         "Max": lambda a, *xs: functools.reduce(torch.maximum, xs),
         "Min": lambda a, *xs: functools.reduce(torch.minimum, xs),
         "MaxPool": lambda a, x: pool(a, x, f.max_pool2d, -np.inf),
-        "Mul": lambda a, x, y: x * y,
-        "Neg": lambda a, x: -x,
         "Pad": lambda a, x, pads, value=None: padded(x, ints(pads), 0.0 if value is None else float(value)),
-        "Pow": lambda a, x, y: x**y,
         "ReduceMean": lambda a, x, axes: x.mean(ints(axes), keepdim=bool(a.get("keepdims", 1))),
-        "Relu": lambda a, x: x.relu(),
         "Reshape": reshape,
         "RMSNormalization": lambda a, x, w: f.rms_norm(x, x.shape[a.get("axis", -1) :], w, a.get("epsilon", 1e-5)),
         "Shape": lambda a, x: torch.tensor(x.shape[a.get("start", 0) : a.get("end")]),
-        "Sigmoid": lambda a, x: x.sigmoid(),
         "Slice": sliced,
         "Softmax": lambda a, x: x.softmax(a.get("axis", -1)),
         "Split": lambda a, x, n=None: x.split(ints(n) if n is not None else x.shape[a["axis"]] // a["num_outputs"], a["axis"]),
-        "Sqrt": lambda a, x: x.sqrt(),
         "Squeeze": lambda a, x, axes: x.squeeze(tuple(ints(axes))),
-        "Sub": lambda a, x, y: x - y,
         "Sum": lambda a, *xs: sum(xs),
-        "Tanh": lambda a, x: x.tanh(),
+        "Tile": lambda a, x, repeats: x.tile(tuple(ints(repeats))),
         "Transpose": lambda a, x: x.permute(a["perm"]),
         "Unsqueeze": lambda a, x, axes: functools.reduce(lambda y, d: y.unsqueeze(d), sorted(ints(axes)), x),
     }

@@ -63,9 +63,10 @@ def walked(subject: tiny.Tiny, settings: Recipe) -> Compressed:
     return compress(subject.model, subject.samples, settings, runtime.ignore)
 
 
-def cut(x: Array, wanted: Array | None = None, first: int = 0, count: int | None = None) -> Cut:
-    """Samples [N, C] one by one, and what the stretch shall give for them; the numbers start at `first`."""
-    live = {"x": x.astype(np.float32), "f_xh": (x if wanted is None else wanted).astype(np.float32)}
+def cut(x: Array, wanted: Array | None = None, given: Array | None = None, first: int = 0, count: int | None = None) -> Cut:
+    """Samples [N, C] one by one, what the stretch shall give for them and what it gives; the numbers start at `first`."""
+    reads = {"x": x, "f_xh": x if wanted is None else wanted, "g_xh": x if given is None else given}
+    live = {name: array.astype(np.float32) for name, array in reads.items()}
     batches = [LiveBatch((first + i,), {k: v[i : i + 1] for k, v in live.items()}) for i in range(count or len(x))]
     return Cut(batches, {name: name for name in live})
 
@@ -248,12 +249,24 @@ def test_a_range_does_not_outgrow_the_clip_in_front_of_it(body: str, rng: np.ran
     apply(part, "quantize", tape, {"y": build_static(tape, "y", q)})
     x = rng.uniform(size=(64, 8))
 
-    larger = reconstruction.fit("s", part, {"x": "x"}, cut(x, 2.0 * x), {}, (), 0)
-    smaller = reconstruction.fit("s", part, {"x": "x"}, cut(x, 0.8 * x), {}, (), 0)
+    larger, smaller = (reconstruction.fit("s", part, {"x": "x"}, cut(x, f * x, q.fake(x)), {}, (), 0) for f in (2.0, 0.8))
 
     assert larger.fit is None
     assert smaller.fit is not None
     assert smaller.fit["y/quantized.scale"] < q.scale
+
+
+@needs_torch
+@pytest.mark.parametrize("body", ["y = Add(x, b)", "r = Reshape(x, wrong) y = Add(r, b)"])
+def test_a_stretch_that_torch_computes_otherwise_stays(body: str, rng: np.random.Generator):
+    weights = {"b": np.zeros(8, np.float32), "wrong": np.array([3, -1])}
+    used = {name: value for name, value in weights.items() if name in body}
+    part = to_graph(parse(f"g (float[N,8] x) => (float[N,8] y) {{ {body} }}", used, opset=21))
+    x = rng.normal(size=(16, 8))
+
+    found = reconstruction.fit("s", part, {"x": "x"}, cut(x, 2.0 * x, 1.5 * x), {}, (), 0)
+
+    assert (found.fit, found.reason) == (None, "torch computes it otherwise than ONNX Runtime")
 
 
 def test_without_torch_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
