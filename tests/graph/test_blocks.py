@@ -12,7 +12,7 @@ from conftest import ROOT
 from equality import parse, run
 from onnx import ModelProto
 
-from onnxcomp.graph.blocks import Block, find_blocks, find_rest
+from onnxcomp.graph.blocks import Block, find_blocks
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import extract
 from onnxcomp.graph.prepare import Prepared, prepare
@@ -291,35 +291,6 @@ def test_a_name_is_the_path_of_the_sites_where_every_block_has_one_of_its_own(pa
 
 
 # --- the law ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "ends"),
-    [
-        ("conv_bn", [("conv1", "y")]),
-        ("residual", [("stem", "rs")]),
-        ("transformer", [("head", "y")]),
-        ("mlp", [("fc1", "y")]),
-        ("silu", [("conv1", "c1"), ("conv2", "y")]),
-    ],
-)
-def test_layers_outside_all_blocks_are_stretches_of_their_own(name: str, ends: list[tuple[str, str]]):
-    graph = prepare(tiny.models()[name].model, infer_types).graph
-    layers = [site for site in find_sites(graph) if site.kind == "layer"]
-
-    rest = find_rest(graph, layers, find_blocks(graph, layers))
-
-    assert [(block.name, block.y) for block in rest] == ends
-    assert {block.kind for block in rest} == {"rest"}
-
-
-def test_a_stretch_has_six_layers_at_most():
-    body = "".join(f" [l{i}] t{i} = MatMul({f't{i - 1}' if i else 's'}, w)" for i in range(7))
-    graph = prepare(model(f"{body} y = Relu(t6)"), infer_types).graph
-
-    rest = find_rest(graph, find_sites(graph), ())
-
-    assert [(block.name, block.y) for block in rest] == [("l0", "t5"), ("l6", "y")]
 
 
 def check(prepared: Prepared, feeds: dict[str, np.ndarray]) -> None:

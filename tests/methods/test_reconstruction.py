@@ -19,8 +19,11 @@ from onnxcomp.calibrate.samples import Cut, LiveBatch
 from onnxcomp.cli import main
 from onnxcomp.errors import UsageError
 from onnxcomp.graph import files
+from onnxcomp.graph.blocks import find_blocks, find_rest
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.edit import Graph, Tape, apply, extract
+from onnxcomp.graph.prepare import prepare
+from onnxcomp.graph.sites import find_sites
 from onnxcomp.methods import reconstruction
 from onnxcomp.methods.activations import build_static
 from onnxcomp.methods.base import find as find_method
@@ -294,3 +297,35 @@ def test_the_command_line_asks_for_it_and_the_recipe_keeps_it(net: Path, data: P
     assert "reconstruction" in found.stdout
     stored = files.metadata(files.load(net.with_name("mlp.w4a4.onnx")))["onnxcomp.recipe"]
     assert recipe.loads(stored).reconstruct
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("conv_bn", [("conv1", "y")]),
+        ("residual", [("stem", "rs")]),
+        ("transformer", [("head", "y")]),
+        ("mlp", [("fc1", "y")]),
+        ("silu", [("conv1", "c1"), ("conv2", "y")]),
+    ],
+)
+def test_layers_outside_all_blocks_are_stretches_of_their_own(name: str, ends: list[tuple[str, str]]):
+    graph = prepare(tiny.models()[name].model, runtime.infer_types).graph
+    layers = [site for site in find_sites(graph) if site.kind == "layer"]
+
+    rest = find_rest(graph, layers, find_blocks(graph, layers))
+
+    assert [(block.name, block.y) for block in rest] == ends
+    assert {block.kind for block in rest} == {"rest"}
+
+
+def test_a_stretch_has_six_layers_at_most():
+    body = "".join(f" [l{i}] t{i + 1} = MatMul(t{i}, w)" for i in range(7))
+    model = parse(
+        f"g (float[N,8] t0) => (float[N,8] y) {{ {body} y = Relu(t7) }}", {"w": np.eye(8, dtype=np.float32)}, opset=21
+    )
+    graph = prepare(model, runtime.infer_types).graph
+
+    rest = find_rest(graph, find_sites(graph), ())
+
+    assert [(block.name, block.y) for block in rest] == [("l0", "t6"), ("l6", "y")]
