@@ -45,7 +45,7 @@ def fingerprint(source: ModelProto, model: object, samples: Data | None, recipe:
 
 def _sha256(source: ModelProto, model: object) -> str:
     path = path_of(model)
-    return files.sha256(path if path is not None else files.to_bytes(source))
+    return files.sha256(path if path is not None else source)
 
 
 def audit_sites(lowered: Graph, plan: Plan) -> dict[str, list[str]]:
@@ -75,7 +75,7 @@ def report(
         version=__version__,
         model_name=path.name if path is not None else (source.graph.name or "model"),
         model_sha256=_sha256(source, model),
-        model_bytes=files.size(path) if path is not None else source.ByteSize(),
+        model_bytes=files.size(path) if path is not None else files.bytes_of(source),
         output_bytes=0,
         data_sha256=None if samples is None else samples.digest,
         samples=0 if samples is None else len(samples),
@@ -91,9 +91,9 @@ def report(
     )
 
 
-def decision(place: str, method: str, outcome: Outcome) -> Decision:
-    """What the report says of an outcome."""
-    added = sum(array.nbytes for array in (outcome.fit or {}).values())
+def decision(place: str, method: str, outcome: Outcome, added_bytes: int = 0) -> Decision:
+    """What the report says of an outcome that adds so many bytes, and what it has fitted."""
+    added = added_bytes + sum(array.nbytes for array in (outcome.fit or {}).values())
     return Decision(place, method, outcome.fit is not None, outcome.reason, outcome.gain_db, added)
 
 
@@ -151,4 +151,4 @@ def stamp(model: ModelProto, account: Report, folds: Sequence[Fold]) -> Report:
     values = {"onnxcomp.version": account.version, "onnxcomp.recipe": account.recipe, files.FOLDS: dump_folds(folds)}
     report = to_stored(dataclasses.replace(account, decisions=timeless))
     files.set_metadata(model, values | {files.REPORT: report})
-    return dataclasses.replace(account, output_bytes=model.ByteSize())
+    return dataclasses.replace(account, output_bytes=files.bytes_of(model))

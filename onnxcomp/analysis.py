@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -39,8 +40,10 @@ from onnxcomp import recipe as recipes
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.edit import DOMAIN, Graph, Node, Tape, Variable, apply, extract, tensors_of
+from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node, Tape, Variable, apply, extract, tensors_of
+from onnxcomp.methods.weights import stored
 from onnxcomp.numerics.affine import Scheme
+from onnxcomp.recipe import Bits
 from onnxcomp.report.model import Analysis, Damage
 from onnxcomp.targets.lowering import TINY
 
@@ -99,7 +102,8 @@ def analyze(
         found.append(Damage(site.name, site.op, site.kind, account.bits(site, walk), numbers, *figures))
     found.sort(key=lambda row: -row.cumulative)
     worst = [row.name for row in found if row.kind == "layer"][:SUGGESTED]
-    suggestion = "\n".join(f'[[site]]\nwhere = {json.dumps(glob.escape(name))}\nbits = "w8a8"\n' for name in worst)
+    bits = Bits(8, None if recipe.bits.activations is None else 8)
+    suggestion = "\n".join(f'[[site]]\nwhere = {json.dumps(glob.escape(name))}\nbits = "{bits}"\n' for name in worst)
     title = Path(model).name if isinstance(model, str | Path) else "model"
     count = 4 * passes + 2
     return Analysis(title, str(recipe.bits), walk.target.name, len(feeds), count, total, tuple(found), suggestion)
@@ -119,19 +123,17 @@ def blend(walk: Walk) -> tuple[Graph, tuple[Part, ...]]:
     for node in [n for n in graph.nodes if n.domain == DOMAIN]:
         y, op = node.outputs[0], Tape(f"{node.name}/mixed")
         if node.op == "Dequantize":
-            codes, scale = (t.values for t in node.inputs)
-            scale = scale.reshape([-1 if axis == node.attrs["axis"] else 1 for axis in range(codes.ndim)])
-            w = op("Identity", op.constant("w", codes.astype(np.float32) * scale))
-            apply(graph, "mix", op, {y.name: w})
+            apply(graph, "mix", op, {y.name: op("Identity", op.constant("w", stored(node)))})
         else:
             behind = graph.nodes[next(i for i, n in enumerate(graph.nodes) if n is node) :]
             readers = [n.name for n in y.outputs if n.name in taken] or [n.name for n in behind if n.name in taken][:1]
             mix(op, False, readers, node.inputs[0].name, _fake(op, node), y.name)
     nodes, exact = {n.name: n for n in graph.nodes}, {n.name: n for n in walk.reference.nodes}
-    for site in [s for s in walk.plan.sites if s.kind == "layer"]:
+    for site in [s for s in walk.plan.sites if s.weight is not None]:
         node, op = exact[site.name], Tape(f"{site.name}/mixed")
-        constants = [op.constant(f"exact-{i}", t.values) for i, t in enumerate(node.inputs[1:])]
-        y = op(node.op, nodes[site.name].inputs[0].name, *constants, **node.attrs)
+        pairs = enumerate(itertools.zip_longest(node.inputs, nodes[site.name].inputs[: len(node.inputs)]))
+        read = [op.constant(f"exact-{i}", a.values) if isinstance(a, Constant) else b.name for i, (a, b) in pairs]
+        y = op(node.op, *read, **node.attrs)
         if site.bias_node is not None:
             bias = next(t for t in exact[site.bias_node].inputs if t.name == site.bias)
             y = op("Add", y, op.constant("exact-bias", bias.values))
@@ -165,7 +167,7 @@ def _sessions(graph: Graph, walk: Walk, parts: Sequence[Part], outputs: Sequence
     taken = {t.name for t in injecting.inputs}
 
     def runner(part: Graph) -> Run:
-        session = runtime.Session(files.to_bytes(to_model(part, walk.like)))
+        session = runtime.Session(to_model(part, walk.like))
 
         def run(feed: Feed, m: Array) -> tuple[Array, Feed]:
             found = session.run({**feed, MASK: m.astype(np.float32)})

@@ -75,7 +75,7 @@ def quantize(
             size = result.report.output_bytes / whole
             found["--max-size"] = size, f"takes {size:.0f} bytes" if whole == 1 else f"takes {size:.3g} of the float file"
         if max_latency is not None:
-            ratio = runtime.measure([model, files.to_bytes(result.model)], [samples[0]])[1].ratio
+            ratio = runtime.measure([model, result.model], [samples[0]])[1].ratio
             found["--max-latency"] = ratio, f"takes {ratio:.3f} of the float model's time"
         if max_drop is not None:
             unseen = {"labels": labels, "limit": HELD_OUT, "preprocess": recipe.preprocess, "seed": recipe.seed, "skip": kept}

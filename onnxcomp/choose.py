@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from onnxcomp.graph.blocks import Block, find_blocks, find_rest
 from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, tensors_of
 from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, find_tables, matches, select
 from onnxcomp.methods import reconstruction
-from onnxcomp.recipe import Recipe
+from onnxcomp.recipe import Bits, Recipe, SiteRule
 from onnxcomp.report.model import Skipped
 from onnxcomp.targets.base import Settings
 from onnxcomp.targets.target import Target
@@ -79,6 +80,22 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     if recipe.reconstruct:
         blocks += find_rest(graph, [site for site in chosen if site.kind == "layer"], blocks)
     return Choice(chosen, settings, _skipped(graph, every, chosen), notes, blocks)
+
+
+def open_widths(recipe: Recipe, choice: Choice) -> dict[str, tuple[int, int | None]]:
+    """The bits of weights and activations of the layers whose bits no rule of the recipe gives; None: float."""
+    fixed = [rule.where for rule in recipe.site if rule.bits is not None]
+    chosen = {
+        s.name: choice.settings[s.name] for s in choice.sites if s.kind == "layer" and not any(matches(w, s) for w in fixed)
+    }
+    return {
+        k: (s.weight_bits, None if s.activations == "float" else s.activation_bits) for k, s in chosen.items() if not s.block
+    }
+
+
+def widened(recipe: Recipe, widths: Mapping[str, tuple[int, int | None]]) -> Recipe:
+    """The recipe with these bits at these sites."""
+    return replace(recipe, site=(*(SiteRule(glob.escape(name), Bits(*bits)) for name, bits in widths.items()), *recipe.site))
 
 
 def _outputs(graph: Graph, sites: Sequence[Site]) -> tuple[Block, ...]:

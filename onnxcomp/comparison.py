@@ -47,9 +47,9 @@ def compare(
 
     Raises ModelError for models that do not match, DataError for data or labels that do not fit.
     """
-    models = [m if isinstance(m, str | Path | bytes) else files.to_bytes(m) for m in (reference, other)]
-    titles = ["model" if isinstance(m, bytes) else str(m) for m in models]
-    sizes = [len(m) if isinstance(m, bytes) else files.size(m) for m in models]
+    models = [files.load(m) if isinstance(m, bytes) else m for m in (reference, other)]
+    titles = ["model" if isinstance(m, files.ModelProto) else str(m) for m in models]
+    sizes = [files.bytes_of(m) if isinstance(m, files.ModelProto) else files.size(m) for m in models]
     left, right = (Session(model) for model in models)
     _check_ports(left, right)
     specs = [InputSpec(name, kind.dtype, kind.shape) for name, kind in left.inputs if kind.dtype is not None]

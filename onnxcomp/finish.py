@@ -8,10 +8,10 @@ import numpy as np
 
 from onnxcomp import runtime
 from onnxcomp.errors import ModelError
-from onnxcomp.graph import files
 from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.finish import fix_axes, to_half, to_oldest_opset
+from onnxcomp.graph.mapped import embed
 from onnxcomp.recipe import Recipe
 from onnxcomp.runtime import Feed
 from onnxcomp.targets import openvino, tensorrt
@@ -23,14 +23,15 @@ from onnxcomp.verify import demand
 def finish(model: ModelProto, target: Target, recipe: Recipe, feeds: Sequence[Feed]) -> ModelProto:
     """The lowered model in float16, or in an older opset that computes the same on `feeds`."""
     if recipe.half:
-        return to_half(model)
+        return to_half(embed(model))
     if not target.oldest:
         return model
-    outputs = [runtime.Session(files.to_bytes(model), optimize=False).run(feed) for feed in feeds]
+    model = embed(model)
+    outputs = [runtime.Session(model, optimize=False).run(feed) for feed in feeds]
 
     def computes_the_same(older: ModelProto) -> bool:
         try:
-            session = runtime.Session(files.to_bytes(older), optimize=False)
+            session = runtime.Session(older, optimize=False)
             found = [session.run(feed) for feed in feeds]
         except ModelError:
             return False
@@ -42,7 +43,7 @@ def finish(model: ModelProto, target: Target, recipe: Recipe, feeds: Sequence[Fe
 def fix(model: ModelProto, feed: Feed) -> None:
     """Fix every axis of the model at the length that it has with this feed, in place."""
     shapes = {name: array.shape for name, array in feed.items()}
-    results = runtime.Session(files.to_bytes(model)).run(feed)
+    results = runtime.Session(model).run(feed)
     fix_axes(model, shapes | {name: array.shape for name, array in results.items()})
 
 

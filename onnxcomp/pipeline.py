@@ -19,15 +19,16 @@ from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
 from onnxcomp.calibrate.samples import BATCH, Store, batches, can_stack, confirm_tokens, one_thread
 from onnxcomp.calibrate.work import Work
-from onnxcomp.choose import Choice, choose
+from onnxcomp.choose import Choice, choose, open_widths, widened
 from onnxcomp.compress.forecast import forecast
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data, Feed, InputSpec, open_data
 from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
+from onnxcomp.graph.mapped import embed, outside
 from onnxcomp.graph.prepare import Prepared, prepare
-from onnxcomp.methods import copies, equalization, rotation
+from onnxcomp.methods import ends, equalization, rotation
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Decision, Forecast, Plan, Report
 from onnxcomp.verify import made_up_feed, verify
@@ -77,11 +78,10 @@ def quantize(
     ResourceError.
     """
     files.check_output(output, model, force=force)
-    with one_thread():
-        made = compress(model, data, recipe, progress, memory=memory, work=work, cluster=cluster, announce=announce)
+    made = compress(model, data, recipe, progress, memory=memory, work=work, cluster=cluster, announce=announce)
     recipe, walk, target, feeds, prepared = made.recipe, made.walk, made.walk.target, made.feeds, made.prepared
 
-    terms = tuple(to_model(target.lower(part), prepared.model) for part in (walk.split() if split else ()))
+    terms = tuple(embed(to_model(target.lower(part), prepared.model)) for part in (walk.split() if split else ()))
     lowered = target.lower(walk.compressed)
     finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
     progress("verifying", 0, 1)
@@ -97,6 +97,7 @@ def quantize(
         fix(finished, made.single)
     notes = [*made.notes, *said]
     report = account.report(made.source, model, made.samples, recipe, made.choice, walk, notes, kernels, by, verification)
+    finished = embed(finished)
     report = account.stamp(finished, report, walk.quantizers.folds)
     if output is not None:
         with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
@@ -129,6 +130,7 @@ class Compressed:
     notes: list[str]
 
 
+@one_thread()
 def compress(
     model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
     *, memory: int | None = None, work: str | Path | None = None, cluster: str | None = None,
@@ -141,7 +143,7 @@ def compress(
     source = files.load(model)
     progress("preparing", 0, 1)
     prepared = prepare(source, runtime.infer_types)
-    reference = runtime.Session(files.to_bytes(prepared.model))
+    reference = runtime.Session(prepared.model)
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
     samples, stackable, feeds, some = None, False, [], []
     if data is not None:
@@ -152,17 +154,22 @@ def compress(
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
     feeds = feeds or [single]
-    graph, notes = prepared.graph, list(prepared.notes)
+    graph, notes = prepared.graph.copy(), list(prepared.notes)
     if recipe.rotation != "none":
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
         notes += said
     choice = choose(graph, recipe, target, with_data=data is not None)
+    decisions: list[Decision] = []
+    if some and recipe.ends == "auto":
+        found = ends.widen(graph, prepared.model, choice.sites, open_widths(recipe, choice), some[0])
+        recipe = widened(recipe, {name: end.widths for name, end in found.items() if end.outcome.fit is not None})
+        choice = choose(graph, recipe, target, with_data=True)
+        decisions += [account.decision(name, "ends", end.outcome, end.added_bytes) for name, end in found.items()]
     asked = {k: (s.weight_bits, s.activation_bits) for k, s in choice.settings.items() if s.activations in ("static", "auto")}
     if some and recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
         graph, said = equalization.equalize(graph, prepared.model, asked, some, bounds=target.encoding.where == "regions")
         notes += said
         choice = choose(graph, recipe, target, with_data=True)
-    decisions: list[Decision] = []
     if samples is not None:
         sites = confirm_tokens(graph, prepared.model, choice.sites, samples, stackable=stackable)
         blocks = confirm_tokens(graph, prepared.model, choice.blocks, samples, stackable=stackable)
@@ -171,12 +178,11 @@ def compress(
             decided = {name: s.mixed for name, s in choice.settings.items()}
             sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0], decided)
             decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
-        if recipe.equalization == "auto" and target.encoding.where == "regions":
-            sites, found = copies.copy_inputs(graph, sites, {name: width for name, (_, width) in asked.items()}, some)
-            decisions += [account.decision(name, "copies", outcome) for name, outcome in found.items()]
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 
+    if outside(prepared.model):
+        reference = runtime.Session(prepared.model)  # which has read nothing yet
     memory = free_memory() // 4 if memory is None else memory
     if announce is not None and samples is not None:
         ahead = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, None, blocks=choice.blocks)

@@ -1,7 +1,8 @@
 """ONNX Runtime: sessions, inferred types, what it makes of a model, and how long that takes.
 
 The only module that imports onnxruntime. Sessions are quiet and deterministic; a failure is a ModelError with the
-runtime's own sentence. A model is bytes, or a path where its weights lie beside it or exceed protobuf's 2 GiB.
+runtime's own sentence. A model is one in memory, its bytes, or a path. Weights that are mapped from files
+(`graph.mapped`) are mapped by the runtime too.
 
 Limits: CPU time that other processes take is part of a latency. Models are timed in turn and ratios taken round by
 round, so that it stays out of the comparison.
@@ -27,11 +28,11 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native  # pyright: ignore[reportAttributeAccessIssue]
 
 from onnxcomp.errors import ModelError, UsageError
-from onnxcomp.graph import files
+from onnxcomp.graph import files, mapped
 from onnxcomp.graph.types import TensorType, element_type
 from onnxcomp.graph.weights import expose_all
 
-Model = bytes | str | Path
+Model = files.ModelProto | bytes | str | Path
 Feed = Mapping[str, np.ndarray]
 Progress = Callable[[str, int, int], None]
 """Takes a stage, how much of it is done, and of how much."""
@@ -43,6 +44,7 @@ _threads: ContextVar[int] = ContextVar("threads", default=0)
 _KINDS = [kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception)]
 _FAILURES = (*_KINDS, RuntimeError, ValueError)
 _FATAL = 4
+_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 _ROUND_SECONDS = 0.02
 _WARM_PASSES = 4
 _PROFILED_RUNS = 10
@@ -73,14 +75,19 @@ class Session:
         self, model: Model, *, optimize: bool = True, threads: int = 0, faithful: bool = True,
         options: ort.SessionOptions | None = None,
     ) -> None:  # fmt: skip
-        source = model if isinstance(model, bytes) else str(model)
-        options = options or _options(threads, optimize=optimize, faithful=faithful)
+        chosen = options or _options(threads, optimize=optimize, faithful=faithful)
+        outside = mapped.outside(model) if isinstance(model, files.ModelProto) else 0
+        if outside > files.INLINE_LIMIT:  # packed weights are copies in memory
+            chosen.add_session_config_entry("session.disable_prepacking", "1")
         try:
             # Without the fallback a provider that cannot start is an error, not the CPU.
             exact = [(name, {"use_tf32": "0"} if "CUDA" in name and faithful else {}) for name in _providers.get()]
-            self.native = ort.InferenceSession(source, options, providers=exact, enable_fallback=False)
+            with files.loadable(model) as source:
+                if outside and isinstance(source, bytes):
+                    chosen.add_session_config_entry(_EXTERNAL_FOLDER, str(mapped.ROOT))
+                self.native = ort.InferenceSession(source, chosen, providers=exact, enable_fallback=False)
         except _FAILURES as error:
-            what = source if isinstance(source, str) else "the model"
+            what = str(model) if isinstance(model, str | Path) else "the model"
             raise ModelError(f"ONNX Runtime cannot load {what}: {_sentence(error)}") from error
         self.inputs, self.outputs = _ports(self.native.get_inputs()), _ports(self.native.get_outputs())
 
@@ -137,14 +144,14 @@ def version() -> str:
     return ort.__version__
 
 
-def infer_types(model: files.ModelProto | Model) -> dict[str, TensorType]:
+def infer_types(model: Model) -> dict[str, TensorType]:
     """Element type and shape of the inputs and of every node's outputs, as ONNX Runtime infers them.
 
     A dimension that varies is its name, or None where it has none. Tensors inside the bodies of control flow are left
     out. Raises ModelError for a model that cannot be loaded.
     """
     loaded = files.load(model)
-    session = Session(files.to_bytes(expose_all(loaded)), optimize=False)
+    session = Session(expose_all(loaded), optimize=False)
     stored = {tensor.name for tensor in loaded.graph.initializer}
     return {name: kind for name, kind in (*session.inputs, *session.outputs) if name not in stored}
 

@@ -12,6 +12,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.files import FOLDS, REPORT, ModelProto
+from onnxcomp.graph.mapped import embed
 from onnxcomp.graph.strip import load_folds
 from onnxcomp.graph.strip import strip as strip_graph
 from onnxcomp.methods.base import find
@@ -53,12 +54,12 @@ def strip(
     prefixes = [f"{place}/{method}/" for place in places for method in methods]
     folds = strip_graph(graph, prefixes, load_folds(stored[FOLDS]), methods)
     targets.find(report.target).settle(graph)
-    stripped = to_model(graph, source)
+    stripped = embed(to_model(graph, source))
     decisions = tuple(
         dataclasses.replace(d, adopted=False, reason="stripped", added_bytes=0) if d in adopted else d for d in report.decisions
     )
     account.stamp(stripped, dataclasses.replace(report, decisions=decisions), folds)
-    session = runtime.Session(files.to_bytes(stripped))
+    session = runtime.Session(stripped)
     session.run(made_up_feed(session))
     if output is not None:
         files.save(stripped, output, force=force, source=account.path_of(model))

@@ -31,8 +31,7 @@ def verify(path: Path, reference: runtime.Session, feeds: Sequence[Feed], expect
     """
     try:
         checker = check(path)
-        fast, plain = runtime.Session(path), runtime.Session(path, optimize=False)
-        on, off = [fast.run(feed) for feed in feeds], [plain.run(feed) for feed in feeds]
+        on, off = (_outputs(path, feeds, optimize=optimize) for optimize in (True, False))
     except ModelError as error:
         raise VerificationError(f"The quantized model does not run: {error} Nothing was written.") from None
     want = [reference.run(feed) for feed in feeds]
@@ -47,6 +46,11 @@ def verify(path: Path, reference: runtime.Session, feeds: Sequence[Feed], expect
         demand(on, expected, want, "and calibration differ by more than the quantization error")
     samples, calibrated = sum(_length(feed) for feed in feeds), None if expected is None else sqnr(on, expected)
     return Verification(checker, f"onnxruntime {runtime.version()}", samples, sqnr(on, off), sqnr(on, want), calibrated)
+
+
+def _outputs(path: Path, feeds: Sequence[Feed], *, optimize: bool) -> list[dict[str, Array]]:
+    session = runtime.Session(path, optimize=optimize)  # one at a time, for each holds the model
+    return [session.run(feed) for feed in feeds]
 
 
 def _length(feed: Feed) -> int:

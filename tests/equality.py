@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 from onnx import ModelProto, checker, numpy_helper, parser
+from tiny import Tiny
 
 from onnxcomp import runtime
 from onnxcomp.graph.prepare import Prepared, prepare
@@ -89,3 +90,16 @@ def assert_same_function(
     for difference, error, power in zip(energy(found, plain), energy(plain, reference), signal, strict=True):
         # Where nothing is lost by quantizing, float32 sums of at most 100 terms: (100 * 2^-24)^2 of the signal.
         assert difference <= max(error, (100 * 2.0**-24) ** 2 * power)
+
+
+def fitting(tiny: Tiny) -> list[dict[str, np.ndarray]]:
+    """Some samples that every file takes: of the shape of the first, at which axes may be fixed."""
+    return [s for s in tiny.samples if s["x"].shape == tiny.samples[0]["x"].shape][:3]
+
+
+def of_opset_21(model: ModelProto) -> ModelProto:
+    """The model as it was before its opset was lowered: the reference implementation knows DequantizeLinear from 19 on."""
+    newer = ModelProto()
+    newer.CopyFrom(model)
+    newer.opset_import[0].version, newer.ir_version = 21, 10
+    return newer

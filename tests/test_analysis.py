@@ -77,6 +77,29 @@ def test_nothing_mixed_in_is_the_float_model_and_everything_the_compressed_one(n
     assert error < 0.3 * np.linalg.norm(after - before)  # a code here and there falls the other way
 
 
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_weights_in_blocks_and_tables_are_mixed_in_as_well(zero_points: bool) -> None:
+    net = tiny.models()["embedding"]
+    how = Recipe(bits=Bits(3, None), block=16, zero_points=zero_points, embeddings=True, rounding="nearest", compensate=())
+
+    mixed = Mixed(net.model, net.samples, how)
+
+    assert [part.sites for part in mixed.parts] == [(site.name,) for site in mixed.walk.plan.sites]
+    before = np.concatenate([mixed.made.reference.run(feed)[mixed.output].ravel() for feed in mixed.feeds])
+    np.testing.assert_allclose(mixed.run(0), before, rtol=1e-4, atol=1e-5)
+    after = np.concatenate([batch[mixed.output].ravel() for batch in mixed.walk.expected(100)])
+    np.testing.assert_allclose(mixed.run(1), after, rtol=1e-4, atol=1e-5)
+    assert np.linalg.norm(after - before) > 0.01 * np.linalg.norm(before)
+
+
+def test_layers_of_float_activations_are_suggested_with_such() -> None:
+    net = tiny.mlp()
+
+    found = analyze(net.model, net.samples, Recipe(bits=Bits(4, None), samples=32))
+
+    assert {str(rule.bits) for rule in recipe.loads(found.suggestion).site} == {"w8"}
+
+
 @pytest.mark.parametrize(("model", "least"), [("vit_digits", 0.85), ("cnn_digits", 0.6)])
 def test_the_order_is_that_of_true_runs_with_one_site_quantized_at_a_time(model: str, least: float, digits: Analysis) -> None:
     path = MODELS / f"{model}.onnx"

@@ -25,6 +25,7 @@ FULL = Recipe(
     block=64,
     zero_points=True,
     embeddings=True,
+    ends="asked",
     equalization="none",
     moments="none",
     products=True,

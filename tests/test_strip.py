@@ -32,8 +32,9 @@ from onnxcomp.strip import strip
 MODELS = Path(__file__).resolve().parents[1] / "models"
 TINY = models()
 PLAIN = Recipe(
-    "plain", bits=Bits(4, 4), activations="static", rounding="nearest", equalization="none", moments="none", compensate=()
-)
+    "plain", bits=Bits(4, 4), activations="static", rounding="nearest", ends="asked", equalization="none", moments="none",
+    compensate=(),
+)  # fmt: skip
 METHODS: dict[str, Compensation] = {
     "bias": BiasCompensation(keep="always"),
     "channels": BiasCompensation(keep="always", tokens=False),

@@ -144,7 +144,7 @@ def main() -> None:
                 times = [model.ratio(output, arguments.rounds, n) for n in dict.fromkeys((None, tokens))]
             others = [site.name for site in report.sites if site.kind == "layer" and site.bits != bits.split("/")[0]]
             others += [skipped.name for skipped in report.skipped if "product of two activations" not in skipped.reason]
-            meant = [site.integer for site in report.sites if site.in_blocks or site.activations != "float"]
+            meant = [site.integer for site in report.sites if site.has_codes]
             scores = [f"{value:.4f}" for value in (before, score, default)]
             sizes = [f"{size / 1e6:.2f}", f"{size / bytes_before:.3f}", f"{sum(meant)}/{len(meant)}"]
             row = [name, recipe.name, bits, *scores, *sizes, *times, *["-"] * (2 - len(times))]

@@ -47,8 +47,7 @@ HEADER = (
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
     """Quantize once, in this process."""
-    import resource
-
+    from onnxcomp.calibrate.room import peak_memory
     from onnxcomp.pipeline import quantize
     from onnxcomp.recipe import Bits, find
     from onnxcomp.report.model import Forecast
@@ -72,7 +71,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     return {
         "foretold": dataclasses.asdict(foretold[0]),
         "seconds": time.perf_counter() - start,
-        "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        "memory_bytes": peak_memory(),
         "traffic": result.traffic,
         "sha256": hashlib.sha256(result.model.SerializeToString(deterministic=True)).hexdigest(),
     }

@@ -22,7 +22,7 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from onnxcomp import __version__, runtime
-from onnxcomp.calibrate.samples import Cut, Feed, LiveBatch, Reads, Run, Store, combine
+from onnxcomp.calibrate.samples import Compute, Cut, Feed, LiveBatch, Reads, Store, combine
 from onnxcomp.calibrate.work import Work
 from onnxcomp.errors import ResourceError, UsageError
 
@@ -84,12 +84,6 @@ class Cluster(Store):
         self._parts = [client.submit(_same, part, pure=False) for part in parts]
         self._batches = [replace(batch, live=work.room.take({}, batch.live, ())) for batch in found]
 
-    def advance(self, run: Run | None, needed: Collection[str]) -> None:
-        self._parts = self._each(partial(_moved, run=run, needed=frozenset(needed)), self._parts)
-
-    def add(self, name: str, run: Run) -> None:
-        self._parts = self._each(partial(_moved, run=run, name=name), self._parts)
-
     def cut(self, reads: Reads) -> Cut:
         return FarCut(self._batches, reads, self)
 
@@ -107,6 +101,9 @@ class Cluster(Store):
         sent = self._client.run(lambda dask_worker: dask_worker.transfer_outgoing_bytes_total, on_error="ignore")
         self.traffic.append((name, self._sent, max(sum(sent.values()) - self._before, 0)))
         self._sent, self._before = 0, sum(sent.values())
+
+    def _move(self, compute: Compute, needed: Collection[str] | None) -> None:
+        self._parts = self._each(partial(_moved, compute=compute, needed=needed), self._parts)
 
     def _each(self, fn: Callable[[Part], Any], parts: Sequence[Future]) -> list[Future]:
         """What `fn` makes of every part: it travels once, and from worker to worker."""
@@ -158,10 +155,7 @@ def _computed(fn: Callable[[Part], S], provider: str, part: Part) -> S:
         return fn(part)
 
 
-def _moved(part: Part, run: Run | None, needed: Collection[str] | None = None, name: str | None = None) -> Part:
-    moved = []
-    for batch in part:
-        new = {} if run is None else run.outputs(batch.live) if name is None else {name: run.output(batch.live)}
-        live = {**batch.live, **new}
-        moved.append(replace(batch, live={k: v for k, v in live.items() if needed is None or k in needed}))
-    return moved
+def _moved(part: Part, compute: Compute, needed: Collection[str] | None) -> Part:
+    found = [{**batch.live, **compute(batch.live)} for batch in part]
+    kept = [{name: array for name, array in live.items() if needed is None or name in needed} for live in found]
+    return [replace(batch, live=live) for batch, live in zip(part, kept, strict=True)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxcomp.errors import ResourceError, UsageError
+from onnxcomp.graph.files import settle
 from onnxcomp.graph.weights import reason
 
 Array = np.ndarray
@@ -127,8 +127,7 @@ class Room(ExitStack):
                 np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
                 stream.write(array.data)
                 if self.folder is not None:
-                    stream.flush()
-                    os.fsync(stream.fileno())
+                    settle(stream)
         return path
 
     def _drop(self, kept: Array | Path) -> None:

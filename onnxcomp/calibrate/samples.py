@@ -20,7 +20,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,7 +33,8 @@ from onnxcomp.errors import DataError, ModelError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph, extract
-from onnxcomp.graph.files import ModelProto, to_bytes
+from onnxcomp.graph.files import ModelProto
+from onnxcomp.graph.mapped import embed
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array
 from onnxcomp.numerics.arrays import energies, sqnr_db
@@ -65,6 +66,14 @@ class LiveBatch:
         source = self.reads.get(name, name)
         return split(self.live[source] if isinstance(source, str) else source.output(self.live), len(self.indices))
 
+    def alone(self, names: Collection[str]) -> Iterator[LiveBatch]:
+        """These live tensors of each sample, as a batch of its own; of all together where they cannot be split."""
+        parts = {name: split(self.live[name], len(self.indices)) for name in names}
+        if {len(found) for found in parts.values()} != {len(self.indices)}:
+            return iter([LiveBatch(self.indices, {name: self.live[name] for name in parts})])
+        rows = ({name: found[i] for name, found in parts.items()} for i in range(len(self.indices)))
+        return (LiveBatch((index,), row) for index, row in zip(self.indices, rows, strict=True))
+
     def __sizeof__(self) -> int:
         """Bytes of the live tensors, by which a cluster plans."""
         return sum(array.nbytes for array in self.live.values())
@@ -74,7 +83,7 @@ class LiveBatch:
 class Run:
     """What computes tensors from live ones: a model, whose inputs `feeds` maps to live names. Loaded where it is first run."""
 
-    model: bytes
+    model: ModelProto
     feeds: Mapping[str, str]
 
     @functools.cached_property
@@ -83,8 +92,8 @@ class Run:
         return Session(self.model, threads=1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The model travels, the session that has loaded it stays."""
-        return {"model": self.model, "feeds": self.feeds}
+        """The model travels, with its weights; the session that has loaded it stays, and so do the files."""
+        return {"model": embed(self.model), "feeds": self.feeds}
 
     def outputs(self, live: Mapping[str, Array]) -> dict[str, Array]:
         """The tensors, of one batch."""
@@ -98,6 +107,10 @@ class Run:
 
 Reads = Mapping[str, str | Run]
 """What each read is: a live tensor under its own name (`xh` -> the site's input), or what is computed when it is asked for."""
+
+
+Compute = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+"""Takes the live tensors of a batch, and returns new ones."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +145,7 @@ class Store:
 
     def advance(self, run: Run | None, needed: Collection[str]) -> None:
         """Run one stretch on every batch, None if it computes nothing, and keep only the tensors in `needed`."""
-        self._move(lambda live: {} if run is None else run.outputs(live), needed)
+        self._move(lambda live: {} if run is None else run.outputs(live), frozenset(needed))
 
     def add(self, name: str, run: Run) -> None:
         """Put one more tensor, or another value of one, beside the live ones until the next stretch."""
@@ -150,7 +163,7 @@ class Store:
         """Keep what is needed to go on behind the step called `name`."""
         self._work.finish([(batch.indices, batch.live.kept) for batch in self._batches if isinstance(batch.live, Tensors)])
 
-    def _move(self, compute: Callable[[Mapping[str, Array]], Mapping[str, Array]], needed: Collection[str] | None) -> None:
+    def _move(self, compute: Compute, needed: Collection[str] | None) -> None:
         for number, new in enumerate(_each(lambda batch: compute(batch.live), list(self._batches))):
             batch = self._batches[number]
             self._batches[number] = replace(batch, live=self._work.room.take(new, batch.live, needed))
@@ -168,9 +181,11 @@ def _each(fn: Callable[[LiveBatch], S], batches: Iterable[LiveBatch]) -> Iterato
             yield begun.popleft().result()
 
 
-def one_thread() -> AbstractContextManager[object]:
+@contextmanager
+def one_thread() -> Iterator[None]:
     """Matrix products on one core each: several would add up in another order, and wait for one another."""
-    return _libraries().limit(limits=1, user_api="blas")
+    with _libraries().limit(limits=1, user_api="blas"):
+        yield
 
 
 @functools.cache
@@ -225,7 +240,7 @@ def confirm_tokens(
     if stackable:
         names = list(dict.fromkeys(site.y for site in asked))
         part = extract(graph, [t.name for t in graph.inputs], names)
-        session = Session(to_bytes(to_model(part, like)))
+        session = Session(to_model(part, like))
         one, two = session.run(feeds[0]), session.run({k: np.concatenate([feeds[0][k], feeds[1][k]]) for k in feeds[0]})
         kept = {n for n in names if two[n].shape == (2 * one[n].shape[0], *one[n].shape[1:])}
     return tuple(replace(site, fixed_tokens=site.fixed_tokens and site.y in kept) for site in sites)

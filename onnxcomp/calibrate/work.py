@@ -10,7 +10,6 @@ Limits: the folder is trusted, for its files are pickled. A step that was not fi
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from onnxcomp.calibrate.room import Kept, Room, storing
+from onnxcomp.graph.files import settle
 
 T = TypeVar("T")
 
@@ -66,8 +66,7 @@ class Work:
                 ]
                 with path.with_suffix(".new").open("wb") as stream:
                     pickle.dump((self._values, names), stream)
-                    stream.flush()
-                    os.fsync(stream.fileno())
+                    settle(stream)
                 path.with_suffix(".new").replace(path)
             self.finished, self._values = self.finished + 1, []
             self.room.settle()

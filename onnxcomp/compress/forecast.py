@@ -19,8 +19,9 @@ from onnxcomp.calibrate.room import peak_memory
 from onnxcomp.compress.walk import Walk
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import tensors_of
-from onnxcomp.graph.files import to_bytes
+from onnxcomp.graph.files import bytes_of
 from onnxcomp.graph.finish import fix_axes
+from onnxcomp.graph.mapped import outside
 from onnxcomp.graph.types import TensorType
 from onnxcomp.methods.base import Array
 from onnxcomp.report.model import Forecast
@@ -41,7 +42,7 @@ SOLVE = 2e-3, 1.5e10
 def forecast(walk: Walk, feed: Mapping[str, Array], batches: int, budget: int, *, stays: bool) -> Forecast:
     """What `walk` will take for so many batches like `feed`; `stays`: live tensors lie in a folder that stays."""
     model = to_model(walk.reference, walk.like)
-    session, size = Session(to_bytes(model)), model.ByteSize()
+    session, size, there = Session(model), bytes_of(model), outside(model)
     outputs, once = session.run(feed), _seconds(lambda: session.run(feed))
     fix_axes(model, {name: array.shape for name, array in (*feed.items(), *outputs.items())})
     types, steps = infer_types(model), walk.steps()
@@ -62,7 +63,7 @@ def forecast(walk: Walk, feed: Mapping[str, Array], batches: int, budget: int, *
     piece = _seconds(lambda: walk.run_of(walk.reference, live_in, middle.computed).session)
     seconds = batches * (passes * once + TOUCHES * touch * sum(worked) + STEP_SECONDS * len(steps))
     seconds += PIECES * piece * len(steps) + solving
-    memory = peak_memory() + min(live, budget) + WORKING * max(worked) + 4 * max(sums) + COPIES * size
+    memory = peak_memory() + min(live, budget) + WORKING * max(worked) + 4 * max(sums) + COPIES * (size - there) + there
     return Forecast(live, memory, 2 * live if stays else max(live - budget, 0), seconds)
 
 

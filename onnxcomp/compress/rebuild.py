@@ -46,7 +46,7 @@ def reconstruct(walk: Walk, block: Block, seed: int) -> None:
     feeds = {t.name: live[t.name] for t in part.inputs}
     cut = walk.store.cut({name: name for name in feeds.values()} | {"g_xh": block.y, "f_xh": OWN + block.y})
     weights = [node.inputs[1] for node in walk.reference.nodes if len(node.inputs) > 1]
-    floats = {t.name: t.values for t in weights if isinstance(t, Constant)}
+    floats = {t.name: t.values for t in weights if isinstance(t, Constant) and t.name in read}
     outcome = walk.work.once(lambda: reconstruction.fit(block.name, part, feeds, cut, floats, fixed, seed))
     for name, values in (outcome.fit or {}).items():
         tensors[name].values = values

@@ -24,7 +24,7 @@ from onnxcomp.errors import UsageError
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Constant, Graph, Node, Tape, apply, extract, tensors_of
-from onnxcomp.graph.files import ModelProto, to_bytes
+from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.offsets import fold_offset
 from onnxcomp.graph.schedule import Step, schedule
 from onnxcomp.graph.sites import Site, matches
@@ -80,10 +80,8 @@ class Walk:
     def __post_init__(self) -> None:
         methods = [m for m in self.methods if isinstance(m, InputMethod)]
         self.quantizers = Quantizers(self.reference, self.compressed, self.plan, methods, self.decisions, self.work.once)
-        layers, bits = (
-            [s for s in self.plan.sites if s.kind == "layer"],
-            {k: s.weight_bits for k, s in self.plan.settings.items()},
-        )
+        layers = [site for site in self.plan.sites if site.kind == "layer"]
+        bits = {name: settings.weight_bits for name, settings in self.plan.settings.items()}
         self._series = xint.share_out(self.methods, layers, bits, self._weight)
 
     def run(self, progress: Progress) -> None:
@@ -123,7 +121,7 @@ class Walk:
         if self.store is not None:
             self.store.finish()
         for add, method in self.quantizers.added:
-            fold = fold_offset(self.compressed, add, method, lambda part, feeds: Session(self._bytes(part)).run(feeds))
+            fold = fold_offset(self.compressed, add, method, lambda part, feeds: Session(self._model(part)).run(feeds))
             self.quantizers.folds += [] if fold is None else [fold]
         progress("quantizing", len(steps), len(steps))
 
@@ -264,8 +262,9 @@ class Walk:
         run = self.run_of(self.reference, {t.name: t.name for t in self.reference.inputs}, names)
 
         def read(batch: LiveBatch) -> Array:
-            seen = LiveBatch(batch.indices, run.outputs(batch.live))
-            return np.concatenate([moments.sums(seen, name) for name in names], axis=2)
+            alone = batch.alone(run.feeds.values())  # all layers of a whole batch would not fit beside a budget
+            seen = (LiveBatch(one.indices, run.outputs(one.live)) for one in alone)
+            return combine(np.concatenate([moments.sums(one, name) for name in names], axis=2) for one in seen)
 
         total = self.work.once(lambda: cut.reduce(read))
         widths = [self._weight(site).shape[site.weight_axis] for site in layers if site.y in names]
@@ -311,7 +310,7 @@ class Walk:
             parts = [extract(self.compressed, list(live), [name]) for name in (place.y, before)]
         read = {t.name: live[t.name] for t in parts[0].inputs}
         (feed,) = self.store.first(lambda batch: {k: split(batch.live[v], len(batch.indices))[0] for k, v in read.items()})
-        times = measure(list(map(self._bytes, parts)), [feed], rounds=PRICE_ROUNDS, faithful=True)
+        times = measure(list(map(self._model, parts)), [feed], rounds=PRICE_ROUNDS, faithful=True)
         return max(times[0].median_ms - sum(t.median_ms for t in times[1:]), 0.0)
 
     def _write(self, place: Site | Block, label: str, build: Callable[[Tape], Mapping[str, str]], where: str = "") -> int:
@@ -385,11 +384,11 @@ class Walk:
         part = extract(graph, list(live), list(outputs))
         for tensor in part.outputs:
             tensor.name = f"{prefix}{tensor.name}"
-        return Run(self._bytes(part), {t.name: live[t.name] for t in part.inputs})
+        return Run(self._model(part), {t.name: live[t.name] for t in part.inputs})
 
     def _entries(self, names: Sequence[str]) -> dict[str, str]:
         """What holds each live tensor's value in the compressed graph, and the tensor."""
         return {self.quantizers.entries.get(name, name): name for name in names}
 
-    def _bytes(self, part: Graph) -> bytes:
-        return to_bytes(to_model(self.target.lower(part), self.like))
+    def _model(self, part: Graph) -> ModelProto:
+        return to_model(self.target.lower(part), self.like)

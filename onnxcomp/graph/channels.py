@@ -1,11 +1,12 @@
 """Channels that may be scaled: the tensors between Convs whose channels change together, found by what makes and reads them.
 
-A group is closed under addition and under operators that give s x for s x, s > 0, channel by channel: ReLUs, pools, means.
+A group is closed under addition and under operators that give s x for s x, s > 0, channel by channel: ReLUs and maxima.
 Convs write to it, Convs and Gemms read it. A Clip from 0 upwards belongs to it, with a bound per channel then. Where nothing
 but additions lies between, and the readers are 1x1 and pad nothing, the group is `linear`: its channels may be shifted and
 mixed by any invertible matrix too.
 
-Limits: what is an output of the model, or is made or read by any other operator, is no group.
+Limits: what is an output of the model, or is made or read by any other operator, is no group. Neither is what is averaged: it
+is quantized in front of the average, whose readers do not show what that costs.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from onnxcomp.graph.fold import input_at, is_op, set_input
 from onnxcomp.graph.sites import is_weight
 from onnxcomp.graph.streams import set_constant
 
-_PASSING = ("Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
-_FLAT = ("ReduceMean", "Flatten", "Reshape", "Squeeze")
+_PASSING = ("Relu", "LeakyRelu", "MaxPool", "GlobalMaxPool")
+_FLAT = ("Flatten", "Reshape", "Squeeze")
 
 
 @dataclass

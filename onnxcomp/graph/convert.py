@@ -19,6 +19,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, nump
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from onnxcomp.graph import mapped
 from onnxcomp.graph.weights import remove_if, walk_graphs, walk_nodes
 
 M = TypeVar("M", bound=Message)
@@ -29,28 +30,39 @@ _KEPT_KINDS = ("FLOAT", "INT", "STRING", "TENSOR", "GRAPH", "FLOATS", "INTS", "S
 
 
 def to_graph(model: ModelProto) -> gs.Graph:
-    """The model's graph, on a copy of its weights. Empty lists among the attributes are left to `to_model`."""
+    """The model's graph, on a copy of its weights, or on the files that they are mapped from. Empty lists among the attributes
+    are left to `to_model`.
+    """
     copy = ModelProto()
     copy.CopyFrom(model)
+    stay = {tensor.name: tensor for tensor in model.graph.initializer if mapped.is_mapped(tensor)}
     with G_LOGGER.suppress(G_LOGGER.ERROR):
         graph = gs.import_onnx(copy)
     graph.import_domains = None
     graph.functions.clear()
     for part in (graph, *graph.subgraphs(recursive=True)):
+        for constant in (t for t in part.tensors().values() if t.name in stay):
+            constant.values = mapped.array_of(stay[constant.name])
         for node in part.nodes:
             node.attrs = {key: value for key, value in node.attrs.items() if not _is_empty_list(value)}
     return graph
 
 
 def to_model(graph: gs.Graph, like: ModelProto) -> ModelProto:
-    """The graph as a model, with what graphsurgeon does not keep taken from `like`.
+    """The graph as a model, with what graphsurgeon does not keep taken from `like`; mapped weights stay in their files.
 
     The opset is `graph.opset`; other domains keep the version of `like` (a domain new to it gets version 1), and those
     that no node uses are left out. The same graph gives the same bytes.
     """
     versions = {o.domain: o.version for o in like.opset_import if o.domain not in STANDARD}
+    constants = {id(t): t for node in graph.nodes for t in node.inputs if isinstance(t, gs.Constant)}.values()
+    arrays = [(t, t._values) for t in constants if isinstance(t._values, np.ndarray)]
+    for constant, values in arrays:
+        constant.values = mapped.stored(constant.name, values)
     with G_LOGGER.suppress(G_LOGGER.ERROR):
         model = gs.export_onnx(graph, do_type_check=False, opset_imports=[helper.make_opsetid("", graph.opset)])
+    for constant, values in arrays:
+        constant.values = values
     _restore(model.graph, like.graph)
     _share_constants(model.graph, like.graph)
     copy_fields(like, model, _MODEL_FIELDS)

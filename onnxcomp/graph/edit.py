@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcomp.graph.mapped import keep
 from onnxcomp.graph.types import Tensor as Tensor
 
 Graph = gs.Graph
@@ -89,7 +90,9 @@ def apply(graph: Graph, label: str, tape: Tape, replaced: Mapping[str, str], con
     consumers  the nodes for which it does; None: all
     """
     tensors = tensors_of(graph)
-    values: dict[str, Tensor] = {**tensors, **{name: Constant(name, value) for name, value in tape.constants.items()}}
+    weights = [tensors[name].values for name in replaced if isinstance(tensors.get(name), Constant)]
+    constants = {name: Constant(name, keep(value, *weights)) for name, value in tape.constants.items()}
+    values: dict[str, Tensor] = {**tensors, **constants}
     values |= {new.name: Variable(new.name, dtype=np.dtype(np.float32)) for new in tape.nodes}
     nodes = [
         Node(new.op, new.name, dict(new.attrs), [values[name] for name in new.inputs], [values[new.name]], domain=new.domain)

@@ -1,9 +1,9 @@
 """Model files: reading, writing in one step, metadata and digests.
 
-A model read here always carries its weights in memory; where they lie in separate files beside the model, those are
-read and checked first. A model is written to a hidden folder beside its destination and moved into place in the end, so
-a failure leaves nothing behind and a reader never sees half a file. Above `INLINE_LIMIT` bytes the weights go to
-`<name>.data` beside the model (protobuf ends at 2 GiB).
+A model read here carries its weights in memory, also where they lie in separate files beside the model; above `INLINE_LIMIT`
+bytes they stay there, checked, and are mapped (`graph.mapped`). A model is written to a hidden folder beside its destination
+and moved into place in the end, so a failure leaves nothing behind and a reader never sees half a file. Above `INLINE_LIMIT`
+bytes the weights go to `<name>.data` beside the model (protobuf ends at 2 GiB).
 
 Limits: weights inside the bodies of If, Loop and Scan always stay inside the model file. A model and its weight file
 are two moves: one that fails undoes the other, but a machine that stops between the two can leave a mismatched pair.
@@ -20,11 +20,11 @@ from typing import BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import ModelProto, NodeProto, checker, helper, numpy_helper, shape_inference
-from onnx.external_data_helper import ExternalDataInfo, set_external_data
+from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper, shape_inference
+from onnx.external_data_helper import ExternalDataInfo
 
 from onnxcomp.errors import ModelError, UsageError
-from onnxcomp.graph import weights
+from onnxcomp.graph import mapped, weights
 from onnxcomp.graph.edit import DOMAIN
 
 Location = str | os.PathLike[str]
@@ -36,21 +36,23 @@ _CHUNK = 1 << 20
 
 
 def load(source: Location | bytes | ModelProto) -> ModelProto:
-    """The model with all its weights in memory.
+    """The model with all its weights in memory, or in files that are mapped.
 
     A ModelProto is returned as it is, and no function of this package changes it. Raises ModelError for a file that is
     missing, is no ONNX model, or whose weight files are missing, too short or outside the model's folder.
     """
     if isinstance(source, ModelProto | bytes):
         model = source if isinstance(source, ModelProto) else _parse(source, "The bytes given")
-        outside = next(weights.external_tensors(model.graph), None)
+        outside = next((t for t in weights.external_tensors(model.graph) if not mapped.is_mapped(t)), None)
         if outside is not None:
             raise ModelError(f"The weight '{outside.name}' lies in a file beside the model. Give the model's path.")
         return model
     path = Path(source)
     model = _read_structure(path)
-    for tensor in weights.external_tensors(model.graph):
-        weights.read_external(tensor, path)
+    main = len(model.graph.initializer) if mapped.outside(model) > INLINE_LIMIT else 0
+    for number, tensor in enumerate(weights.external_tensors(model.graph)):
+        if number >= main or not mapped.map_external(tensor, path):
+            weights.read_external(tensor, path)
     return model
 
 
@@ -88,14 +90,35 @@ def size(path: Location) -> int:
     return sum(file.stat().st_size for file in files_of(path))
 
 
-def sha256(source: Location | bytes) -> str:
+def sha256(source: Location | bytes | ModelProto) -> str:
     """Hex digest of a model: of its bytes, then of those of its weight files in the order of their names."""
+    if isinstance(source, ModelProto):
+        with loadable(source) as found:
+            return sha256(found)
     digest = hashlib.sha256(source if isinstance(source, bytes) else b"")
     for file in files_of(source):
         with weights.reading(file) as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def bytes_of(model: ModelProto) -> int:
+    """The bytes of a model and of the weights that it refers to; above `INLINE_LIMIT` those of its weights alone."""
+    stored = sum(map(weights.tensor_bytes, weights.walk_tensors(model.graph)))
+    return stored if stored > INLINE_LIMIT else model.ByteSize() + mapped.outside(model)
+
+
+@contextmanager
+def loadable(model: Location | bytes | ModelProto) -> Iterator[bytes | str]:
+    """The model as a runtime takes it: bytes, or a path, where need be of a file that is there for the time being."""
+    if not isinstance(model, ModelProto):
+        yield model if isinstance(model, bytes) else os.fspath(model)
+    elif bytes_of(model) - mapped.outside(model) <= INLINE_LIMIT:
+        yield to_bytes(model)
+    else:
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder, PendingFile(model, Path(folder) / "m.onnx") as pending:
+            yield str(pending.path)
 
 
 def to_bytes(model: ModelProto) -> bytes:
@@ -143,7 +166,7 @@ def save_text(text: str, path: Location) -> None:
         part = Path(folder) / path.name
         with part.open("wb") as stream:
             stream.write(text.encode())
-            _settle(stream)
+            settle(stream)
         part.replace(path)
 
 
@@ -169,10 +192,10 @@ class PendingFile(AbstractContextManager["PendingFile"]):
             folder = TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent, ignore_cleanup_errors=True)
             self._folder = Path(written.enter_context(folder))
             self.path = self._folder / destination.name
-            structure = _write_weights(model, self._folder / beside[0].name) if beside else model
+            structure = _write_weights(model, self._folder / beside[0].name) if beside else mapped.embed(model)
             with self.path.open("wb") as stream:
                 stream.write(to_bytes(structure))
-                _settle(stream)
+                settle(stream)
             self._written = written.pop_all()
 
     def commit(self) -> None:
@@ -235,16 +258,19 @@ def _write_weights(model: ModelProto, file: Path) -> ModelProto:
     with file.open("wb") as stream:
         for name, tensor in large.items():
             stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
-            packed = tensor if tensor.HasField("raw_data") else numpy_helper.from_array(numpy_helper.to_array(tensor))
-            stub = skeleton.graph.initializer.add(name=name, data_type=tensor.data_type, dims=tensor.dims, raw_data=b"")
+            stub = skeleton.graph.initializer.add(name=name, data_type=tensor.data_type, dims=tensor.dims)
             stub.doc_string = tensor.doc_string
-            set_external_data(stub, file.name, stream.tell(), weights.tensor_bytes(tensor))
-            stub.ClearField("raw_data")
-            stream.write(packed.raw_data)
-        _settle(stream)
-    return skeleton
+            weights.refer(stub, file.name, stream.tell(), weights.tensor_bytes(tensor))
+            if tensor.data_location == TensorProto.EXTERNAL:
+                stream.write(mapped.array_of(tensor).data)
+            else:
+                packed = tensor if tensor.HasField("raw_data") else numpy_helper.from_array(numpy_helper.to_array(tensor))
+                stream.write(packed.raw_data)
+        settle(stream)
+    return mapped.embed(skeleton)
 
 
-def _settle(stream: BinaryIO) -> None:
+def settle(stream: BinaryIO) -> None:
+    """Wait until what was written is on the disk."""
     stream.flush()
     os.fsync(stream.fileno())

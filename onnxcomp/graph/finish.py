@@ -51,7 +51,7 @@ def to_oldest_opset(model: ModelProto, computes_the_same: Callable[[ModelProto],
         older.ir_version = helper.find_min_ir_version_for(list(older.opset_import), ignore_unknown=True)
         try:
             checker.check_model(older, full_check=True)
-        except (checker.ValidationError, shape_inference.InferenceError):
+        except (checker.ValidationError, shape_inference.InferenceError, ValueError):  # also of more than 2 GiB
             continue
         if computes_the_same(older):
             return older

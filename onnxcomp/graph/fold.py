@@ -15,6 +15,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from onnxcomp.graph.convert import STANDARD
 from onnxcomp.graph.edit import detach, replace_uses
+from onnxcomp.graph.mapped import keep
 from onnxcomp.graph.types import Tensor
 
 _FOLDABLE = (
@@ -83,7 +84,7 @@ def _fold(node: gs.Node, leaving: set[str], opset: int) -> bool:
     if value.dtype not in _PLAIN or value.nbytes > limit:
         return False
     detach(node)
-    output.to_constant(np.array(value, order="C"))
+    output.to_constant(keep(np.array(value, order="C"), *feeds.values()))
     return True
 
 

@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.graph.edit import detach, fresh_name, insert_before
 from onnxcomp.graph.fold import input_at, is_op, names_leaving, set_input
+from onnxcomp.graph.mapped import keep
 from onnxcomp.graph.types import Tensor
 
 _PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
@@ -44,7 +45,7 @@ class _Constants:
             assert isinstance(base, gs.Constant)
             is_own = len(base.outputs) == 1 and base.name not in self.leaving
             constant = base if is_own else gs.Constant(fresh_name(base.name, self.taken), base.values)
-            constant.values = np.array(values, dtype=node.inputs[1].dtype, order="C")
+            constant.values = keep(np.array(values, dtype=node.inputs[1].dtype, order="C"), base.values)
         if key is not None:
             self._made[key] = constant
         set_input(node, index, constant)

@@ -19,6 +19,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcomp.graph.fold import input_at, is_op
+from onnxcomp.graph.mapped import keep
 from onnxcomp.graph.offsets import MOVES, Trace, lengths, moved, trace_channels, way_back
 from onnxcomp.graph.sites import Site
 
@@ -223,4 +224,4 @@ def set_constant(node: gs.Node, index: int, values: np.ndarray) -> None:
     """Give the node a constant of its own, float32, as its input at this place."""
     old = node.inputs[index]
     name = old.name if len(old.outputs) == 1 else f"{node.name}/{old.name}"
-    node.inputs[index] = gs.Constant(name, np.ascontiguousarray(values, np.float32))
+    node.inputs[index] = gs.Constant(name, keep(np.ascontiguousarray(values, np.float32), old.values))

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, TypeVar
 from google.protobuf.message import Message
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from onnx.checker import ValidationError
-from onnx.external_data_helper import load_external_data_for_tensor
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor, set_external_data
 
 from onnxcomp.errors import ModelError
 
@@ -100,21 +100,47 @@ def external_tensors(graph: GraphProto) -> Iterator[TensorProto]:
 
 
 def read_external(tensor: TensorProto, model_path: Path) -> None:
-    """Bring the tensor's values into the tensor, in place. Raises ModelError where its file is missing, lies outside the
-    model's folder or holds too few bytes.
+    """Bring the tensor's values into the tensor, in place. Raises what `find_external` raises."""
+    file, start = find_external(tensor, model_path)
+    with reading(file) as stream:
+        stream.seek(start)
+        set_values(tensor, stream.read(tensor_bytes(tensor)))
+
+
+def set_values(tensor: TensorProto, values: bytes) -> None:
+    """Let the tensor hold these values, in place."""
+    tensor.raw_data = values
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
+
+
+def find_external(tensor: TensorProto, model_path: Path) -> tuple[Path, int]:
+    """The file that holds the tensor's values, and where in it they begin. Raises ModelError where that is missing, lies
+    outside the model's folder or holds too few bytes.
     """
+    probe, needed = TensorProto(name=tensor.name), tensor_bytes(tensor)
     try:
-        load_external_data_for_tensor(tensor, str(model_path.parent))
+        info = ExternalDataInfo(tensor)
+        refer(probe, info.location, 0, 1)
+        load_external_data_for_tensor(probe, str(model_path.parent))
+        file, start = model_path.parent / info.location, info.offset or 0
+        held = file.stat().st_size - start
     except (ValidationError, ValueError, OSError) as error:
         text = f"{model_path}: the weight '{tensor.name}' cannot be read: {str(error).rstrip('.')}."
         raise ModelError(f"{text} Copy its file beside the model.") from error
-    needed = tensor_bytes(tensor)
-    if len(tensor.raw_data) < needed:
+    if start < 0 or min(held, info.length or held) < needed:
         raise ModelError(
             f"{model_path}: the weight '{tensor.name}' needs {needed} bytes, but its file holds fewer. "
             "The file is cut short or belongs to another model."
         )
-    tensor.raw_data = tensor.raw_data[:needed]  # all the rest of the file, where no length is given
+    return file, start
+
+
+def refer(tensor: TensorProto, location: str, start: int, length: int) -> None:
+    """Let the tensor's values be those that lie in a file, in place."""
+    tensor.raw_data = b""
+    set_external_data(tensor, location, start, length)
+    tensor.ClearField("raw_data")
 
 
 @contextmanager

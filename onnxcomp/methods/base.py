@@ -154,7 +154,7 @@ def names() -> tuple[str, ...]:
     return tuple(
         name
         for name in found
-        if name not in ("base", "activations", "copies", "equalization", "moments", "reconstruction", "rotation", "weights")
+        if name not in ("base", "activations", "ends", "equalization", "moments", "reconstruction", "rotation", "weights")
     )
 
 

@@ -1,6 +1,6 @@
 """Cross-layer equalization: an equal float model whose activations have channels of like ranges.
 
-    scale    x_c -> s_c x_c in front of and behind ReLUs, pools and additions: writers' rows times s, readers' columns by s
+    scale    x_c -> s_c x_c in front of and behind ReLUs, maxima and additions: writers' rows times s, readers' columns by s
     mixing   x -> (x - m) A where nothing but additions lies between 1x1 layers: writers W A, readers A^-1 W
 
 s_c = w_c^(1-a) / r_c^a from the range r_c of the channel's samples (of least squared error at the bits asked) and the norm w_c
@@ -22,7 +22,7 @@ import numpy as np
 from onnxcomp.graph.channels import Group, columns, divide, find_groups, transform
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph, Node, extract
-from onnxcomp.graph.files import ModelProto, to_bytes
+from onnxcomp.graph.files import ModelProto
 from onnxcomp.methods.base import Array
 from onnxcomp.methods.rotation import EQUAL_DB, agreement
 from onnxcomp.methods.weights import patches
@@ -86,7 +86,7 @@ def _see(graph: Graph, like: ModelProto, groups: Sequence[Group], feeds: Sequenc
     means = {name for group in groups if group.linear for name in group.shifted}
     names = list(dict.fromkeys([*(node.inputs[0].name for node in readers.values()), *sorted(means)]))
     part = extract(graph, [t.name for t in graph.inputs], names)
-    session = Session(to_bytes(to_model(part, like)))
+    session = Session(to_model(part, like))
     rows: dict[str, list[Array]] = {name: [] for name in readers}
     sums: dict[str, Array] = {name: np.zeros(1) for name in means}
     for feed in feeds:

@@ -18,7 +18,7 @@ import numpy as np
 
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Constant, Graph, Node, Tape, apply, detach, extract, replace_uses
-from onnxcomp.graph.files import ModelProto, to_bytes
+from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.sites import Site, find_sites
 from onnxcomp.graph.streams import Heads, Stream, find_heads, find_streams, set_constant
 from onnxcomp.graph.tidy import fold_bias
@@ -71,7 +71,7 @@ def agreement(graph: Graph, other: Graph, like: ModelProto, feed: Mapping[str, A
 
 
 def _run(part: Graph, feed: Mapping[str, Array], like: ModelProto) -> Mapping[str, Array]:
-    return Session(to_bytes(to_model(part, like))).run(feed)
+    return Session(to_model(part, like)).run(feed)
 
 
 def rotate_inputs(
@@ -96,7 +96,7 @@ def rotate_inputs(
     if not asked:
         return tuple(sites), {}
     part = extract(graph, [t.name for t in graph.inputs], list(dict.fromkeys(site.x for site in asked)))
-    live = Session(to_bytes(to_model(part, like))).run({t.name: feed[t.name] for t in part.inputs})
+    live = Session(to_model(part, like)).run({t.name: feed[t.name] for t in part.inputs})
     found, mixed = dict[str, Outcome](), dict[str, Site]()
     for site in asked:
         x, scheme = live[site.x], Scheme(bits[site.name])

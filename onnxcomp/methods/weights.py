@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp.graph.edit import Tape
+from onnxcomp.graph.edit import Node, Tape
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Batch, Fit, Samples, is_held_out
 from onnxcomp.numerics.affine import SMALLEST_SCALE, Scheme, weight_qparams
@@ -100,6 +100,21 @@ def build(op: Tape, site: Site, fitted: Fit, bits: int, block: int = 0) -> dict[
     stored = [op.constant(key, fitted[key]) for key in ("codes", "scale", "zero_point") if key in fitted]
     how = {"axis": 1 - site.weight_axis, "block": block} if block else {"axis": site.weight_axis}
     return {site.weight: op.abstract("Dequantize", *stored, bits=bits, **how)}
+
+
+def stored(node: Node) -> Array:
+    """The float32 weight that an abstract Dequantize makes of its codes."""
+    (codes, *ranges), axis, block = (
+        [t.values.astype(np.float32) for t in node.inputs],
+        node.attrs["axis"],
+        node.attrs.get("block"),
+    )
+    if block:
+        ranges = [np.repeat(a, block, axis).take(range(codes.shape[axis]), axis) for a in ranges]
+    else:
+        ranges = [a.reshape([-1 if i == axis else 1 for i in range(codes.ndim)]) for a in ranges]
+    scale, zero = ranges[0], ranges[1] if len(ranges) > 1 else 0.0
+    return (codes - zero) * scale
 
 
 def _gptq(

@@ -20,7 +20,7 @@ def page(report: model.Report) -> str:
     """The page, UTF-8."""
     kept = [d for d in report.decisions if d.adopted]
     fallbacks = sum(site.falls_back for site in report.sites)
-    asked = sum(site.activations != "float" for site in report.sites)
+    asked = sum(site.has_codes for site in report.sites)
     tiles = {
         "of the size": f"{report.output_bytes / max(report.model_bytes, 1):.3f}",
         "SQNR of the output": text.decibels(report.verification.sqnr_db),

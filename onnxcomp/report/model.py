@@ -62,9 +62,14 @@ class SiteReport:
         return "b" in self.bits
 
     @property
+    def has_codes(self) -> bool:
+        """Whether there are codes that a kernel can read: its activations are quantized, or its weight is in blocks."""
+        return self.in_blocks or self.activations != "float"
+
+    @property
     def falls_back(self) -> bool:
-        """Whether its activations are quantized, or its weight is in blocks, and yet no kernel reads the codes."""
-        return (self.in_blocks or self.activations != "float") and not self.integer
+        """Whether there are codes, and yet no kernel reads them."""
+        return self.has_codes and not self.integer
 
 
 @dataclass(frozen=True)

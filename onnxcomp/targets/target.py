@@ -31,6 +31,8 @@ class Target:
     """What its files need where they run, one sentence each."""
     packed_needs: tuple[str, ...] = ()
     """The same, of files whose weights are packed; in place of `needs` where there are any."""
+    product_needs: tuple[str, ...] = ()
+    """What files with products of codes need besides."""
     block_needs: tuple[str, ...] = ()
     """What files with weights in blocks need besides."""
     rules: tuple[Rule, ...] = ()
@@ -66,6 +68,7 @@ class Target:
         is_cast = self.encoding.packed == "cast"  # where codes of 4 bits in blocks are not
         is_packed = any(s.weight_bits <= widest and not (is_cast and s.block and s.weight_bits == 4) for s in stored)
         needs = self.packed_needs if is_packed and self.packed_needs else self.needs
+        needs = (*needs, *(self.product_needs if plan.points else ()))
         return (*needs, *(self.block_needs if any(s.block for s in stored) else ()))
 
     def lower(self, graph: Graph) -> Graph:

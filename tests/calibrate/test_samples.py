@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from equality import parse
+from onnx import ModelProto
 
+from onnxcomp import runtime
 from onnxcomp.calibrate.samples import LiveBatch, Run, Store, can_stack, combine, confirm_tokens, split
 from onnxcomp.errors import DataError
 from onnxcomp.graph.prepare import prepare
@@ -26,8 +29,8 @@ def session(text: str, **weights: object) -> Session:
     return Session(parse(text, {k: np.asarray(v) for k, v in weights.items()}, opset=21).SerializeToString(), threads=1)
 
 
-def model(text: str) -> bytes:
-    return parse(text, {}, opset=21).SerializeToString()
+def model(text: str) -> ModelProto:
+    return parse(text, {}, opset=21)
 
 
 def batches(store: Store) -> list[LiveBatch]:
@@ -36,6 +39,17 @@ def batches(store: Store) -> list[LiveBatch]:
 
 def shapes(store: Store) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     return [(batch.indices, batch.live["x"].shape) for batch in batches(store)]
+
+
+@pytest.mark.skipif("AzureExecutionProvider" not in ort.get_available_providers(), reason="needs a second provider")
+def test_calibration_runs_on_the_provider_that_is_asked_for():
+    run = Run(model("g (float[N,M] x) => (float[N,M] y) { y = Neg(x) }"), {"x": "x"})
+    store = Store(feeds((1, 3), (1, 4)), batchable=True)
+
+    with runtime.provider("azure"):
+        found = store.cut({"y": run}).reduce(lambda batch: [len(batch.read("y")), *run.session.native.get_providers()])
+
+    assert found == 2 * [1, "AzureExecutionProvider", "CPUExecutionProvider"]
 
 
 # --- batching --------------------------------------------------------------------------------------------------------
@@ -85,6 +99,19 @@ def test_no_samples_are_refused():
 
 
 # --- telling samples apart -------------------------------------------------------------------------------------------
+
+
+def test_the_samples_of_a_batch_may_be_looked_at_one_by_one():
+    batch = LiveBatch((4, 7), {"x": np.arange(6).reshape(2, 3), "y": np.zeros((2, 1)), "z": np.zeros(3)})
+
+    found = list(batch.alone(["x", "y"]))
+
+    assert [(one.indices, one.live["x"].tolist(), set(one.live)) for one in found] == [
+        ((4,), [[0, 1, 2]], {"x", "y"}),
+        ((7,), [[3, 4, 5]], {"x", "y"}),
+    ]
+    (together,) = batch.alone(["x", "z"])
+    assert (together.indices, together.live["x"].shape) == ((4, 7), (2, 3))
 
 
 def test_a_batch_is_split_along_its_leading_axis():

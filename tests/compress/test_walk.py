@@ -21,8 +21,9 @@ from onnxcomp.pipeline import Result, quantize
 from onnxcomp.recipe import NAMED, Bits, Recipe
 
 PLAIN = Recipe(
-    "plain", bits=Bits(4, 4), activations="static", rounding="nearest", equalization="none", moments="none", compensate=()
-)
+    "plain", bits=Bits(4, 4), activations="static", rounding="nearest", ends="asked", equalization="none", moments="none",
+    compensate=(),
+)  # fmt: skip
 MODEL = Recipe(
     "model",
     bits=Bits(4, 4),

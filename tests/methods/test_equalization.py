@@ -14,7 +14,7 @@ from onnxcomp.graph.sites import find_sites
 from onnxcomp.methods import equalization
 from onnxcomp.methods.equalization import equalize
 from onnxcomp.numerics.arrays import energies, sqnr_db
-from onnxcomp.recipe import Bits, Recipe
+from onnxcomp.recipe import Bits, Recipe, SiteRule
 from onnxcomp.runtime import Session, infer_types
 
 RNG = np.random.default_rng(0)
@@ -93,7 +93,7 @@ def test_what_has_one_range_already_is_left_alone():
 
 def error(body: str, bits: str, **options: object) -> float:
     feeds = [{"x": x[None]} for feed in FEEDS for x in feed["x"]]
-    recipe = Recipe(bits=Bits.parse(bits), **options)  # type: ignore[arg-type]
+    recipe = Recipe(bits=Bits.parse(bits), ends="asked", site=(SiteRule("a", bits=Bits(8, 8)),), **options)  # type: ignore[arg-type]
     found, want = (Session(m.SerializeToString()) for m in (quantize(model(body), feeds, recipe).model, model(body)))
     pairs = [energies(want.run(feed)["y"], found.run(feed)["y"]) for feed in FEEDS]
     return float(sum(noise for _, noise in pairs) / sum(signal for signal, _ in pairs))
@@ -101,14 +101,14 @@ def error(body: str, bits: str, **options: object) -> float:
 
 @pytest.mark.parametrize("body", [DEPTHWISE, LINEAR])
 def test_narrow_activations_lose_less(body: str):
-    # at 8 bits for weights nearly all that is lost is the activations'; 2 dB are 0.63 of it
-    assert error(body, "w8a4") < 0.63 * error(body, "w8a4", equalization="none")
+    # at 8 bits for weights nearly all that is lost is the activations'; 1.5 dB are 0.71 of it
+    assert error(body, "w8a4") < 0.71 * error(body, "w8a4", equalization="none")
 
 
 def test_a_bound_per_channel_is_no_operator_of_the_quantized_file():
     feeds = [{"x": x[None]} for feed in FEEDS for x in feed["x"]]
 
-    found = quantize(model(DEPTHWISE), feeds, Recipe(bits=Bits(4, 4)))
+    found = quantize(model(DEPTHWISE), feeds, Recipe(bits=Bits(4, 4), ends="asked"))
 
     assert any(note.startswith("Groups of channels equalized: 1 of 1") for note in found.report.notes)
     assert not {node.op_type for node in found.model.graph.node} & {"Min", "Relu"}

@@ -289,6 +289,12 @@ def test_a_file_with_blocks_says_what_it_needs(bits: int, least: str):
     assert 'session.qdq_matmulnbits_accuracy_level = "1" keeps them float.' in accuracy
 
 
+def test_only_products_of_codes_need_exact_ones():
+    alone, beside = (quantize(WIDE.model, WIDE.samples, Recipe(bits=Bits(4, a), target="ort-x86")) for a in (None, 8))
+
+    assert [sum("VNNI" in need for need in made.report.requirements) for made in (alone, beside)] == [0, 1]
+
+
 def test_the_report_says_how_many_weights_are_read_as_codes():
     assert "2 of 2 read the codes of their weights" in text.report(in_blocks("ort-x86").report, all_sites=True)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from equality import assert_same_function, run, stored
+from equality import assert_same_function, fitting, of_opset_21, run, stored
 from onnx import ModelProto, NodeProto, TensorProto
 from onnx.reference import ReferenceEvaluator
-from tiny import Tiny, models
+from tiny import models
 
 from onnxcomp import targets
 from onnxcomp.errors import RecipeError
@@ -52,11 +52,6 @@ def quantized(target: str, name: str, how: str) -> Result:
 def judged(model: ModelProto, target: str, folder: Path) -> Lint:
     onnx.save(model, folder / "model.onnx")
     return lint(folder / "model.onnx", target)
-
-
-def fitting(tiny: Tiny) -> list[dict[str, np.ndarray]]:
-    """Some samples that every file takes: of the shape of the first, at which axes may be fixed."""
-    return [s for s in tiny.samples if s["x"].shape == tiny.samples[0]["x"].shape][:3]
 
 
 def outputs(model: ModelProto, feeds: list[dict[str, np.ndarray]], *, optimize: bool = False) -> list[list[np.ndarray]]:
@@ -112,14 +107,6 @@ def test_the_reference_implementation_computes_the_same(target: str, name: str, 
     found = [[np.asarray(y) for y in evaluator.run(None, dict(feed))] for feed in feeds]
 
     assert_same_function(found, outputs(model, feeds), outputs(TINY[name].model, feeds))
-
-
-def of_opset_21(model: ModelProto) -> ModelProto:
-    """The model as it was before its opset was lowered: the reference implementation knows DequantizeLinear from 19 on."""
-    newer = ModelProto()
-    newer.CopyFrom(model)
-    newer.opset_import[0].version, newer.ir_version = 21, 10
-    return newer
 
 
 # --- what the encodings promise --------------------------------------------------------------------------------------
