@@ -47,7 +47,8 @@ def reconstruct(walk: Walk, block: Block, seed: int) -> None:
     cut = walk.store.cut({name: name for name in feeds.values()} | {"g_xh": block.y, "f_xh": OWN + block.y})
     weights = [node.inputs[1] for node in walk.reference.nodes if len(node.inputs) > 1]
     floats = {t.name: t.values for t in weights if isinstance(t, Constant) and t.name in read}
-    outcome = walk.work.once(lambda: reconstruction.fit(block.name, part, feeds, cut, floats, fixed, seed))
+    how, tokens = (part, feeds, cut, floats, fixed, seed), block.channel_axis == -1
+    outcome = walk.work.once(lambda: reconstruction.fit(block.name, *how, tokens=tokens))
     for name, values in (outcome.fit or {}).items():
         tensors[name].values = values
     walk.decisions.append(Decision(block.name, "reconstruction", outcome.fit is not None, outcome.reason, outcome.gain_db, 0))

@@ -1,10 +1,11 @@
 """Reconstruction: the rounding, ranges and biases of a finished stretch refined together, so that it gives what the float
 model has there. Optional (`reconstruct = true`), and the only part beside `export` that needs torch.
 
-    min  sum |G(xh) - F(x)|^2        F(x): the float model's own tensor behind the stretch, G the compressed stretch,
-                                     xh: what the compressed model computes in front of it
+    min  mean |G(xh) - F(x)|^2 / |F(x)|^2      F(x): the float model's own tensor behind the stretch, G the compressed
+                                               stretch, xh: what the compressed model computes in front of it
 
-so a stretch also takes up what those before it have lost. Refined by Adam, with straight-through gradients:
+so a stretch also takes up what those before it have lost. The mean is over tokens, in a CNN over samples: a few huge ones do
+not rule. Refined by Adam, with straight-through gradients:
 
     code    clip(rint(u)), from u = w / scale as near as that is to the code that the closed forms have chosen
     scale   s e^v of a weight's channel or of a static range; zero points stay
@@ -16,7 +17,7 @@ what ONNX Runtime does, up to the order of sums.
 Paper   rounding by the output: AdaRound, arXiv:2004.10568; by blocks: BRECQ, arXiv:2102.05426; with the compressed model's
         input: QDrop, arXiv:2203.05740; ranges by gradients: LSQ, arXiv:1902.08153.
 Cost    nothing at run time; `STEPS` passes there and back over `BATCH` samples for each stretch.
-Gate    a stretch is kept as it is when its squared error on held-out samples is the least of `LOOKS` looks, if that is less
+Gate    a stretch is kept as it is when its error on held-out samples is the least of `LOOKS` looks, if that is less
         than at the start.
 Limits  holds input and output of a stretch for up to `MOST` samples in memory. A stretch with an operator that has no
         counterpart here stays as it is, and so do constants that others read too.
@@ -27,7 +28,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -36,7 +37,7 @@ import numpy as np
 
 from onnxcomp.errors import UsageError
 from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node
-from onnxcomp.methods.base import Array, Batch, Outcome, Samples, is_held_out
+from onnxcomp.methods.base import HOLD_OUT, Array, Batch, Outcome, Samples, is_held_out
 from onnxcomp.numerics.affine import SMALLEST_SCALE, Scheme, along
 
 if TYPE_CHECKING:
@@ -55,27 +56,26 @@ THREADS = 2
 """Fixed, for the order of sums depends on it."""
 TINY, SAME_DB = 1e-30, 1.0
 """Nothing; and how far torch may be off in dB of the error that ONNX Runtime has left."""
-NO_TORCH = "Reconstruction needs the package torch. Run: pip install 'onnxcomp[torch]'"
-NO_SAMPLES = "Reconstruction is fitted to samples. Pass --data, or leave --reconstruct out."
 
 
 def check(*, with_data: bool) -> None:
     """Raise UsageError where reconstruction cannot work."""
     if not with_data:
-        raise UsageError(NO_SAMPLES)
+        raise UsageError("Reconstruction is fitted to samples. Pass --data, or leave --reconstruct out.")
     if importlib.util.find_spec("torch") is None:
-        raise UsageError(NO_TORCH)
+        raise UsageError("Reconstruction needs the package torch. Run: pip install 'onnxcomp[torch]'")
 
 
 def fit(
     name: str, part: Graph, feeds: Mapping[str, str], samples: Samples, floats: Mapping[str, Array], fixed: Collection[str],
-    seed: int,
+    seed: int, *, tokens: bool = False,
 ) -> Outcome:  # fmt: skip
     """New values for constants of `part`, one finished stretch called `name`, by their names.
 
     feeds   input of the part -> the read that it is fed with; `f_xh` is what the part shall give, `g_xh` what it gives
     floats  dequantized weight -> the float one
     fixed   constants that must stay
+    tokens  whether the last axis of what it gives is a token's
     """
     unknown = sorted({n.op for n in part.nodes if n.domain != DOMAIN} - _operators().keys())
     if unknown:
@@ -94,22 +94,20 @@ def fit(
             return Outcome(None, "there are too few samples")
 
         def error(some: Sequence[Sample], *, fine: bool) -> Tensor:
-            """The squared error on samples over the energy of what their outputs shall be."""
             found = [(twin.run(dict(zip(feeds, xs, strict=True)), fine=fine), y) for *xs, _, y in _stacked(some)]
-            return torch.stack([(g - y).square().sum() for g, y in found]).sum() / _squares(s[2][-1] for s in some)
+            return torch.stack([_relative(g, y, tokens=tokens) for g, y in found]).mean()
 
         def judge() -> float:
             parts = [judges[start : start + BATCH] for start in range(0, len(judges), BATCH)]
             with torch.no_grad():
-                total = sum(float(error(part, fine=True)) * _squares(s[2][-1] for s in part) for part in parts)
-            return _decibel(total / _squares(s[2][-1] for s in judges))
+                return _decibel(sum(float(error(part, fine=True)) * len(part) for part in parts) / len(judges))
 
-        known = _squares(s[2][-1] - s[2][-2] for s in judges) / _squares(s[2][-1] for s in judges)
+        known = [float(_relative(*map(torch.tensor, s[2][-2:]), tokens=tokens)) for s in judges]
         try:
             before = best = judge()
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
             before = best = np.nan
-        if not abs(before - _decibel(known)) < SAME_DB:
+        if not abs(before - _decibel(sum(known) / len(known))) < SAME_DB:
             return Outcome(None, "torch computes it otherwise than ONNX Runtime")
         found: dict[str, Array] = {}
         optimizer = torch.optim.Adam([{"params": [p.latent], "lr": RATES[p.kind]} for p in twin.parameters.values()])
@@ -128,8 +126,10 @@ def fit(
         return Outcome(found, f"{len(found)} tensors refined", best - before, before, best)
 
 
-def _squares(arrays: Iterable[Array]) -> float:
-    return sum(float(np.square(a, dtype=np.float64).sum()) for a in arrays) + TINY
+def _relative(g: Tensor, y: Tensor, *, tokens: bool) -> Tensor:
+    """The squared error of g over the energy of y, of each of the `tokens` or of each sample; the mean of them."""
+    axes = -1 if tokens else tuple(range(1, y.ndim))
+    return ((g - y).square().sum(axes) / (y.square().sum(axes) + TINY)).mean()
 
 
 def _decibel(error: float) -> float:
@@ -152,7 +152,7 @@ class Parameter:
             return self.latent
         if self.kind == "scale":
             return self.start * self.latent.clamp(max=self.ends[1]).exp()
-        return self.start + self.latent * (self.start.abs().mean() + 1e-6)
+        return self.start + self.latent * self.start.abs().mean().clamp(min=1e-3)
 
     def stored(self) -> Array:
         """What the constant becomes."""
@@ -182,7 +182,7 @@ class Twin:
         """The output for these inputs; not `fine`: as if ranges of 8 bits had no steps, which takes half the time at W4A8."""
         import torch
 
-        live: dict[str, Any] = {name: torch.from_numpy(x) for name, x in feeds.items()}
+        live: dict[str, Any] = {name: torch.tensor(x) for name, x in feeds.items()}
         live |= self.constants | {name: p.value() for name, p in self.parameters.items()}
         steps: dict[str, Any] = {}  # of quantized tensors, for those that quantize what is left
         for node in self.part.nodes:
@@ -297,11 +297,11 @@ def _threads() -> Iterator[Any]:
 
 
 def _read(batch: Batch, names: Sequence[str], stride: int) -> tuple[Sample, ...]:
-    """The samples of a batch, of those with every `stride`th group of four numbers."""
+    """The samples of a batch, of those in every `stride`th group of `HOLD_OUT`."""
     reads = [batch.read(name) for name in names]
     together = len(batch.indices) if {len(read) for read in reads} == {len(batch.indices)} else 1
     found = zip(batch.indices, *reads, strict=False)
-    return tuple((number, together, list(arrays)) for number, *arrays in found if number // 4 % stride == 0)
+    return tuple((number, together, list(arrays)) for number, *arrays in found if number // HOLD_OUT % stride == 0)
 
 
 def _stacked(some: Sequence[Sample]) -> Iterator[list[Any]]:
@@ -310,7 +310,7 @@ def _stacked(some: Sequence[Sample]) -> Iterator[list[Any]]:
 
     alike = len({tuple(a.shape for a in arrays) for _, _, arrays in some}) == 1 and any(n > 1 for _, n, _ in some)
     for arrays in [list(map(np.concatenate, zip(*(s[2] for s in some), strict=True)))] if alike else [s[2] for s in some]:
-        yield [*arrays[:-1], torch.from_numpy(np.asarray(arrays[-1]))]
+        yield [*arrays[:-1], torch.tensor(arrays[-1])]
 
 
 @functools.cache
