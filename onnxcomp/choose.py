@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.errors import ModelError, RecipeError, UnsupportedSite
-from onnxcomp.graph.blocks import Block, find_blocks
+from onnxcomp.graph.blocks import Block, find_blocks, find_rest
 from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, tensors_of
 from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, find_tables, matches, select
+from onnxcomp.methods import reconstruction
 from onnxcomp.recipe import Bits, Recipe, SiteRule
 from onnxcomp.report.model import Skipped
 from onnxcomp.targets.base import Settings
@@ -50,7 +51,9 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     for rule in recipe.site:
         check_pattern(rule.where, every, names, required=False)
     scopes = {method.scope for method in recipe.compensate} if with_data else set()
-    blocks = find_blocks(graph, sites) if "block" in scopes else ()
+    if recipe.reconstruct:
+        reconstruction.check(with_data=with_data)
+    blocks = find_blocks(graph, sites) if "block" in scopes or recipe.reconstruct else ()
     blocks += _outputs(graph, every) if "output" in scopes else ()
     for method in recipe.compensate:
         places = [b for b in blocks if b.kind == method.scope] if method.scope in ("block", "output") else every
@@ -74,6 +77,8 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     is_float = all(s.activations == "float" for s in settings.values()) and recipe.bits.activations is None
     said = NO_SAMPLES if is_float else f"{NO_DATA}{convs}. Pass --data for static ranges."
     notes = () if with_data else (said,)
+    if recipe.reconstruct:
+        blocks += find_rest(graph, [site for site in chosen if site.kind == "layer"], blocks)
     return Choice(chosen, settings, _skipped(graph, every, chosen), notes, blocks)
 
 

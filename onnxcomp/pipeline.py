@@ -195,7 +195,8 @@ def compress(
         if samples is not None and cluster is not None:
             store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, past)
         how = graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, past
-        walk = Walk(*how, choice.blocks, matched=recipe.moments == "auto", decisions=decisions)
+        seed = recipe.seed if recipe.reconstruct else None
+        walk = Walk(*how, choice.blocks, matched=recipe.moments == "auto", seed=seed, decisions=decisions)
         walk.run(progress)
         expected = None if store is None else walk.expected(len(feeds))
     return Compressed(source, recipe, prepared, reference, samples, single, feeds, choice, walk, expected, notes)

@@ -106,6 +106,8 @@ class Recipe:
     """Scale and mix the channels between layers first, where that costs nothing at run time."""
     moments: Literal["auto", "none"] = "auto"
     """Give every channel of a CNN whose activations have fewer than 8 bits back its mean and its spread."""
+    reconstruct: bool = False
+    """Refine codes, ranges and biases of every stretch of the model on its float output; needs torch, and minutes."""
     products: bool = False
     """Quantize MatMuls of two activations too."""
     include: tuple[str, ...] = ()

@@ -60,12 +60,12 @@ THIRD_PARTY = {
     "rich": {"cli"},
     "threadpoolctl": {"calibrate"},
     "tomli": {"toml"},
-    "torch": {"export"},
+    "torch": {"export", "methods.reconstruction"},  # gradients are what the latter is about
 }
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 8520
+LIBRARY_LINES = 8870
 
 
 @dataclass(frozen=True)

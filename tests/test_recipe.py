@@ -29,6 +29,7 @@ FULL = Recipe(
     equalization="none",
     moments="none",
     products=True,
+    reconstruct=True,
     include=("op:Conv", "/head/*"),
     exclude=("re:^/stem\\d",),
     samples=7,

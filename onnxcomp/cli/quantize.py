@@ -31,6 +31,7 @@ LONG = 60
 @click.option("--embeddings", is_flag=True, default=None, help="Quantize embedding tables too.")
 @click.option("--recipe", "recipe_name", default="auto", metavar="NAME|FILE.toml", help="See `onnxcomp recipe list`.")
 @click.option("--compensate", metavar="auto|none|NAME,...", help="Exactly these methods, in this order.")
+@click.option("--reconstruct", is_flag=True, default=None, help="Refine every block by gradients; needs torch, and minutes.")
 @click.option("--target", metavar="NAME", help="The runtime to write for (see `onnxcomp targets`); this machine's by default.")
 @click.option("--half", is_flag=True, default=None, help="Write float16 beside the codes, where the target takes it.")
 @click.option("--samples", type=int, metavar="N", help="Calibrate on at most N samples; 128 by default.")

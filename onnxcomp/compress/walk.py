@@ -18,6 +18,7 @@ import numpy as np
 from onnxcomp.calibrate.room import Room
 from onnxcomp.calibrate.samples import Cut, LiveBatch, Run, Store, combine, split
 from onnxcomp.calibrate.work import Work
+from onnxcomp.compress import rebuild
 from onnxcomp.compress.quantizers import Quantizers
 from onnxcomp.errors import UsageError
 from onnxcomp.graph.blocks import Block
@@ -65,6 +66,8 @@ class Walk:
     """The stretches that block methods are fitted to; the last may be the whole model."""
     matched: bool = False
     """Whether layers of few bits get back the moments of their channels."""
+    seed: int | None = None
+    """Of reconstruction; None where there is none."""
     decisions: list[Decision] = field(default_factory=list)
     results: dict[str, Outcome] = field(default_factory=dict)
     """What was measured at each layer: before the first method and behind the last."""
@@ -77,7 +80,9 @@ class Walk:
     def __post_init__(self) -> None:
         methods = [m for m in self.methods if isinstance(m, InputMethod)]
         self.quantizers = Quantizers(self.reference, self.compressed, self.plan, methods, self.decisions, self.work.once)
-        self._series = self._allocate()
+        layers = [site for site in self.plan.sites if site.kind == "layer"]
+        bits = {name: settings.weight_bits for name, settings in self.plan.settings.items()}
+        self._series = xint.share_out(self.methods, layers, bits, self._weight)
 
     def run(self, progress: Progress) -> None:
         """Quantize every site of the plan."""
@@ -101,9 +106,12 @@ class Walk:
             kept = {name for block in unfinished for name in block.inputs}
             kept |= results if following is None else set(following.live_in)
             if not self.work.is_ahead:
+                kept |= rebuild.follow(self, step, kept) if self.seed is not None else set()
                 run = self.run_of(self.compressed, self._entries(step.live_in), step.computed) if step.computed else None
                 self.store.advance(run, kept)
             for block in ended:
+                if self.seed is not None and block.kind != "output":
+                    rebuild.reconstruct(self, block, self.seed)
                 self._compensate_block(replace(block, macs=macs))
                 unfinished.remove(block)
                 macs = 0
@@ -183,22 +191,6 @@ class Walk:
             self._write(site, method_name(method), lambda tape: add_bias(tape, site, b), "/output")
         if series is not None and outcome is not None:
             self._decide(replace(site, y=site.raw), series, outcome, place)
-
-    def _allocate(self) -> dict[str, XInt]:
-        """The method that adds residual terms to each layer, with as many of the weight as a budget leaves it; where that
-        is one, none.
-        """
-        found: dict[str, XInt] = {}
-        for method in (m for m in self.methods if isinstance(m, XInt)):
-            sites = [s for s in self.plan.sites if s.kind == "layer" and matches(method.where, s)]
-            terms = {site.name: method.weight_terms for site in sites}
-            if method.budget:
-                bits = {site.name: self.plan.settings[site.name].weight_bits for site in sites}
-                ws = {site.name: (self._weight(site), site.weight_axis, bits[site.name]) for site in sites}
-                left = {name: xint.expand(*w, method.weight_terms)[1] for name, w in ws.items()}
-                terms = xint.allocate(left, {name: w[0].size for name, w in ws.items()}, method.budget)
-            found |= {name: replace(method, weight_terms=n) for name, n in terms.items() if n > 1 or not method.budget}
-        return found
 
     def _round(self, site: Site, w: Array, bits: int) -> Mapping[str, Array]:
         cut, settings = self._cut(site.x), self.plan.settings[site.name]
@@ -387,9 +379,11 @@ class Walk:
     def _float(self, place: Site | Block) -> Run:
         return self.run_of(self.reference, {name: name for name in place.inputs}, [place.y])
 
-    def run_of(self, graph: Graph, live: Mapping[str, str], outputs: Sequence[str]) -> Run:
-        """What computes `outputs` in the graph; `live`: the live tensor that each of its inputs is fed with."""
+    def run_of(self, graph: Graph, live: Mapping[str, str], outputs: Sequence[str], prefix: str = "") -> Run:
+        """What computes `outputs` in the graph, under names with the `prefix`; `live`: what each of its inputs is fed with."""
         part = extract(graph, list(live), list(outputs))
+        for tensor in part.outputs:
+            tensor.name = f"{prefix}{tensor.name}"
         return Run(self._model(part), {t.name: live[t.name] for t in part.inputs})
 
     def _entries(self, names: Sequence[str]) -> dict[str, str]:

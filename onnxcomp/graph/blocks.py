@@ -22,11 +22,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.graph.edit import outer_reads
+from onnxcomp.graph.edit import extract, outer_reads, tensors_of
 from onnxcomp.graph.sites import Site
 
 _NORMS = ("LayerNormalization", "RMSNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization")
 _ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Gelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Erf")
+_PASSED = frozenset(
+    (*_ACTIVATIONS, "Min", "MaxPool", "GlobalAveragePool", "ReduceMean", "Flatten", "Reshape", "Squeeze", "Transpose")
+)
+CHAIN = 6
+"""Layers in a row that are one stretch."""
 _SAME_SHAPE = frozenset((*_NORMS, *_ACTIVATIONS, "Add", "Sub", "Mul", "Div", "Sum"))
 """Operators whose output has the shape of what they read."""
 
@@ -56,7 +61,7 @@ class Block:
     """Multiplications of its layers for one sample; filled in by the walk."""
     op: str = "block"
     kind: str = "block"
-    """`block`, or `output` where it is the whole model."""
+    """`block`, `output` where it is the whole model, or `rest` for layers outside all blocks."""
 
     @property
     def x(self) -> str:
@@ -86,6 +91,22 @@ def find_blocks(graph: gs.Graph, sites: Sequence[Site]) -> tuple[Block, ...]:
                 break
     named = all(block.name for block in blocks)
     return tuple(block if named else replace(block, name=f"block-{index}") for index, block in enumerate(blocks))
+
+
+def find_rest(graph: gs.Graph, layers: Sequence[Site], blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """The `layers` that are in none of the blocks as stretches of their own: up to `CHAIN` in a row, each read by the next
+    alone, to behind the activation or pooling that follows.
+    """
+    within = {n.name for block in blocks if block.kind == "block" for n in extract(graph, [*block.inputs], [block.y]).nodes}
+    found, tensors, length = list[Block](), tensors_of(graph), 0
+    for site in (site for site in layers if site.name not in within):
+        y = tensors[site.y]
+        while len(y.outputs) == 1 and y.outputs[0].op in _PASSED and _activations(y.outputs[0]) == [y]:
+            y = y.outputs[0].outputs[0]
+        follows = length < CHAIN and bool(found) and site.inputs == (found[-1].y,) and len(tensors[found[-1].y].outputs) == 1
+        first, length = (found.pop(), length + 1) if follows else (site, 1)
+        found.append(Block(first.name, first.inputs, y.name, site.channel_axis, site.rank, kind="rest"))
+    return tuple(found)
 
 
 @dataclass(frozen=True, eq=False)

@@ -152,7 +152,9 @@ def names() -> tuple[str, ...]:
     package = importlib.import_module("onnxcomp.methods")
     found = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
     return tuple(
-        name for name in found if name not in ("base", "activations", "ends", "equalization", "moments", "rotation", "weights")
+        name
+        for name in found
+        if name not in ("base", "activations", "ends", "equalization", "moments", "reconstruction", "rotation", "weights")
     )
 
 

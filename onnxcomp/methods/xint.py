@@ -24,7 +24,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, final
 
 import numpy as np
@@ -32,7 +32,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph.edit import Constant, Graph, Tape
-from onnxcomp.graph.sites import Site
+from onnxcomp.graph.sites import Site, matches
 from onnxcomp.methods.activations import build_run_time
 from onnxcomp.methods.base import Array, Compensation, Fit, Outcome, Samples, is_held_out
 from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, Scheme, along, from_range
@@ -263,6 +263,24 @@ def allocate(left: Mapping[str, Sequence[float]], sizes: Mapping[str, int], budg
         if sizes[name] <= room:
             terms[name], room = terms[name] + 1, room - sizes[name]
     return terms
+
+
+def share_out(
+    methods: Sequence[Compensation], layers: Sequence[Site], bits: Mapping[str, int], weight: Callable[[Site], Array]
+) -> dict[str, XInt]:
+    """The method that adds residual terms to each layer, with as many of the weight as a budget leaves it; where that is one,
+    none. `bits`: of each layer's weight; `weight`: a layer's float one.
+    """
+    found: dict[str, XInt] = {}
+    for method in (m for m in methods if isinstance(m, XInt)):
+        sites = [site for site in layers if matches(method.where, site)]
+        terms = {site.name: method.weight_terms for site in sites}
+        if method.budget:
+            ws = {site.name: (weight(site), site.weight_axis, bits[site.name]) for site in sites}
+            left = {name: expand(*w, method.weight_terms)[1] for name, w in ws.items()}
+            terms = allocate(left, {name: w[0].size for name, w in ws.items()}, method.budget)
+        found |= {name: replace(method, weight_terms=n) for name, n in terms.items() if n > 1 or not method.budget}
+    return found
 
 
 def split(graph: Graph, sites: Sequence[Site], weight_terms: int) -> list[Graph]:
