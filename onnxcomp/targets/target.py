@@ -68,7 +68,8 @@ class Target:
         is_cast = self.encoding.packed == "cast"  # where codes of 4 bits in blocks are not
         is_packed = any(s.weight_bits <= widest and not (is_cast and s.block and s.weight_bits == 4) for s in stored)
         needs = self.packed_needs if is_packed and self.packed_needs else self.needs
-        needs = (*needs, *(self.product_needs if plan.points else ()))
+        multiplies = any(s.activations != "float" for s in plan.settings.values())
+        needs = (*needs, *(self.product_needs if multiplies else ()))
         return (*needs, *(self.block_needs if any(s.block for s in stored) else ()))
 
     def lower(self, graph: Graph) -> Graph:
