@@ -47,22 +47,21 @@ def widen(
     """What wider codes bring at the ends, on `feed`; `asked`: the widths of the sites that may get others."""
     tensors, found = tensors_of(graph), dict[str, End]()
     sizes = {site.name: tensors[site.weight].values.size for site in sites if site.kind == "layer" and site.weight is not None}
-    ends = [(site, place) for site, place in find_ends(graph, sites) if site.name in asked]
+    wider = {
+        name: (max(bits, WIDE) if sizes[name] <= SHARE * sum(sizes.values()) else bits, activations and max(activations, WIDE))
+        for name, (bits, activations) in asked.items()
+    }
+    ends = [(site, place) for site, place in find_ends(graph, sites) if wider.get(site.name) != asked.get(site.name)]
     unknown = list(dict.fromkeys(site.x for site, _ in ends if site.x not in feed))
     live = {**feed, **(_run(extract(graph, list(feed), unknown), like, feed) if unknown else {})}
     for site, place in ends:
-        bits, activation_bits = asked[site.name]
-        is_small = sizes[site.name] <= SHARE * sum(sizes.values())
-        wide = max(bits, WIDE) if is_small else bits, activation_bits and max(activation_bits, WIDE)
-        if wide == asked[site.name]:
-            continue
-        part = extract(graph, [site.x], [site.y])
+        wide, part = wider[site.name], extract(graph, [site.x], [site.y])
         exact, before, after = (_output(part, like, site, live[site.x], of) for of in (None, asked[site.name], wide))
         one, other = (max(float(np.square(y - exact).sum(dtype=np.float64)), 1e-30) for y in (before, after))
         gains = other < one
         which = [what for what, a, b in zip(("weights", "activations"), asked[site.name], wide, strict=True) if a != b]
         reason = f"{place}{':' if gains else ', but'} {' and '.join(which)} of {WIDE} bits{'' if gains else ' gain nothing'}"
-        added = sizes[site.name] * (wide[0] - bits) // 8 if gains else 0
+        added = sizes[site.name] * (wide[0] - asked[site.name][0]) // 8 if gains else 0
         outcome = Outcome({} if gains else None, reason, 10 * float(np.log10(one / other)))
         found[site.name] = End(wide if gains else asked[site.name], added, outcome)
     return found
