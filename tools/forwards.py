@@ -113,10 +113,10 @@ def stack(blocks: int) -> onnx.ModelProto:
         lines.append(f"""
             [norm{i}] n{i} = LayerNormalization<axis = -1>(x{i}, gain{i}, shift{i})
             [wide{i}] a{i} = MatMul(n{i}, u{i})
-            [wide-bias{i}] b{i} = Add(a{i}, c{i})
+            [wide_bias{i}] b{i} = Add(a{i}, c{i})
             [bend{i}] g{i} = Gelu(b{i})
             [thin{i}] d{i} = MatMul(g{i}, v{i})
-            [thin-bias{i}] e{i} = Add(d{i}, f{i})
+            [thin_bias{i}] e{i} = Add(d{i}, f{i})
             [join{i}] x{i + 1} = Add(x{i}, e{i})""")
         for key, shape in {"u": (WIDTH, 4 * WIDTH), "v": (4 * WIDTH, WIDTH), "c": (4 * WIDTH,), "f": (WIDTH,)}.items():
             weights[f"{key}{i}"] = rng.normal(0, shape[0] ** -0.5 if len(shape) > 1 else 0.1, shape)
