@@ -3,7 +3,7 @@
     live      the tensors alive at a cut, of all samples: the most over all cuts
     memory    what the process took so far + the live tensors within the budget + what one step and the proof work on
     disk      the live tensors beyond the budget; all of two cuts in a folder that stays
-    seconds   batches * (passes * a float pass + statistics) + solves of the weights that are fitted to inputs
+    seconds   batches * (passes * a float pass + statistics / cores) + solves of the weights that are fitted to inputs
 
 Limits: memory within a factor of 1.5, time within a factor of 4, on the models that it was tried on, on a machine that does
 nothing else and without a cluster.
@@ -25,7 +25,7 @@ from onnxcomp.graph.mapped import outside
 from onnxcomp.graph.types import TensorType
 from onnxcomp.methods.base import Array
 from onnxcomp.report.model import Forecast
-from onnxcomp.runtime import Session, infer_types
+from onnxcomp.runtime import Session, cores, infer_types
 
 PASSES, BLOCK_PASSES = 3, 2
 """Through every stretch: to advance, float and compressed to compare; those that block methods add."""
@@ -61,7 +61,8 @@ def forecast(walk: Walk, feed: Mapping[str, Array], batches: int, budget: int, *
     touch = _seconds(lambda: np.rint(array / 3)) / array.nbytes
     live_in = {name: name for name in middle.live_in}
     piece = _seconds(lambda: walk.run_of(walk.reference, live_in, middle.computed).session)
-    seconds = batches * (passes * once + TOUCHES * touch * sum(worked) + STEP_SECONDS * len(steps))
+    beside = TOUCHES * touch * sum(worked) + STEP_SECONDS * len(steps)  # of a pass, on one core
+    seconds = batches * (passes * once + beside / cores())
     seconds += PIECES * piece * len(steps) + solving
     memory = peak_memory() + min(live, budget) + WORKING * max(worked) + 4 * max(sums) + COPIES * (size - there) + there
     return Forecast(live, memory, 2 * live if stays else max(live - budget, 0), seconds)
