@@ -13,16 +13,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph, extract, tensors_of
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.sites import Site
 from onnxcomp.graph.streams import set_constant
 from onnxcomp.methods.base import Array, Outcome
+from onnxcomp.methods.rotation import run_part
 from onnxcomp.numerics.affine import Scheme, weight_qparams
 from onnxcomp.numerics.ranges import choose
 from onnxcomp.numerics.statistics import Histogram
-from onnxcomp.runtime import Session
 
 WIDE = 8
 SHARE = 0.05
@@ -53,7 +52,7 @@ def widen(
     }
     ends = [(site, place) for site, place in find_ends(graph, sites) if wider.get(site.name) != asked.get(site.name)]
     unknown = list(dict.fromkeys(site.x for site, _ in ends if site.x not in feed))
-    live = {**feed, **(_run(extract(graph, list(feed), unknown), like, feed) if unknown else {})}
+    live = {**feed, **(run_part(extract(graph, list(feed), unknown), feed, like) if unknown else {})}
     for site, place in ends:
         wide, part = wider[site.name], extract(graph, [site.x], [site.y])
         exact, before, after = (_output(part, like, site, live[site.x], of) for of in (None, asked[site.name], wide))
@@ -95,8 +94,4 @@ def _output(part: Graph, like: ModelProto, site: Site, x: Array, bits: Widths | 
         w = node.inputs[1].values
         set_constant(node, 1, weight_qparams(w, site.weight_axis, bits[0]).fake(w))
         x = x if bits[1] is None else choose(Histogram.of(x), Scheme(bits[1])).fake(x)
-    return _run(part, like, {site.x: x})[site.y]
-
-
-def _run(part: Graph, like: ModelProto, feed: Mapping[str, Array]) -> Mapping[str, Array]:
-    return Session(to_model(part, like)).run({t.name: feed[t.name] for t in part.inputs})
+    return run_part(part, {site.x: x}, like)[site.y]

@@ -50,7 +50,7 @@ def rotate_folded(graph: Graph, like: ModelProto, feed: Mapping[str, Array]) -> 
     for stream in streams:
         if not stream.refusal:
             _rotate_stream(rotated, stream)
-    heads = find_heads(rotated, find_sites(rotated), functools.partial(_run, like=like))
+    heads = find_heads(rotated, find_sites(rotated), functools.partial(run_part, like=like))
     for head in heads:
         _rotate_values(rotated, head)
     refused = [stream.refusal for stream in streams if stream.refusal]
@@ -66,12 +66,13 @@ def rotate_folded(graph: Graph, like: ModelProto, feed: Mapping[str, Array]) -> 
 
 def agreement(graph: Graph, other: Graph, like: ModelProto, feed: Mapping[str, Array]) -> float:
     """The SQNR of the worst output of `other` against `graph` on one feed, dB."""
-    want, found = (_run(part, feed, like) for part in (graph, other))
+    want, found = (run_part(part, feed, like) for part in (graph, other))
     return min(sqnr_db(*energies(want[name], found[name])) for name in want)
 
 
-def _run(part: Graph, feed: Mapping[str, Array], like: ModelProto) -> Mapping[str, Array]:
-    return Session(to_model(part, like)).run(feed)
+def run_part(part: Graph, feed: Mapping[str, Array], like: ModelProto) -> Mapping[str, Array]:
+    """The outputs of a float graph, for the arrays of `feed` that are its inputs."""
+    return Session(to_model(part, like)).run({t.name: feed[t.name] for t in part.inputs})
 
 
 def rotate_inputs(
@@ -96,7 +97,7 @@ def rotate_inputs(
     if not asked:
         return tuple(sites), {}
     part = extract(graph, [t.name for t in graph.inputs], list(dict.fromkeys(site.x for site in asked)))
-    live = Session(to_model(part, like)).run({t.name: feed[t.name] for t in part.inputs})
+    live = run_part(part, feed, like)
     found, mixed = dict[str, Outcome](), dict[str, Site]()
     for site in asked:
         x, scheme = live[site.x], Scheme(bits[site.name])
