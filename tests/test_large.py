@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import onnx
 import pytest
+from scripts import load_tool
 
 from onnxcomp.calibrate.room import free_memory
 from onnxcomp.graph import files
 
 pytestmark = pytest.mark.real
-SPEC = importlib.util.spec_from_file_location("large_tool", Path(__file__).resolve().parents[1] / "tools" / "large.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-large = importlib.util.module_from_spec(SPEC)
-sys.modules["large_tool"] = large
-SPEC.loader.exec_module(large)
+large = load_tool("large")
 
 LAYERS, WIDTH = 36, 4096
 DISK, MEMORY = 7e9, 8e9

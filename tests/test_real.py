@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import load_tool
 
 from onnxcomp import runtime
 from onnxcomp.data import InputSpec
@@ -16,12 +15,7 @@ from onnxcomp.pipeline import Result, quantize
 from onnxcomp.recipe import Bits, Recipe, find
 
 pytestmark = pytest.mark.real
-SPEC = importlib.util.spec_from_file_location("bench_tool", Path(__file__).resolve().parents[1] / "tools" / "bench.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-bench = importlib.util.module_from_spec(SPEC)
-sys.modules["bench_tool"] = bench
-SPEC.loader.exec_module(bench)
+bench = load_tool("bench")
 
 SAMPLES = 64
 DROPS = {"vit": 1.5, "mobilenet": 0.5, "resnet20": 0.5, "kwt1": 0.5, "mnist": 0.5, "stories260k": 1.0}

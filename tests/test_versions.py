@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import load_tool
 
 from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import Bits, find
 
 ROOT = Path(__file__).resolve().parents[1]
-SPEC = importlib.util.spec_from_file_location("versions_tool", ROOT / "tools" / "versions.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-versions = importlib.util.module_from_spec(SPEC)
-sys.modules["versions_tool"] = versions
-SPEC.loader.exec_module(versions)
+versions = load_tool("versions")
 
 SETTINGS = (("w8a8", "auto"), ("w4a8", "auto"), ("w4a4", "auto"), ("w4a4", "best"))
 SAMPLES = 32
