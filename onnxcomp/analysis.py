@@ -22,8 +22,6 @@ Limits  isolated effects are those among small errors everywhere, not in an unto
         largest are noise of either sign. What compensates blocks or inputs is left out of the walk.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import glob
 import itertools
@@ -31,25 +29,20 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from onnxcomp import account, pipeline, runtime
-from onnxcomp import recipe as recipes
+from onnxcomp import account, pipeline, recipe as recipes, runtime
+from onnxcomp.compress.walk import Walk
 from onnxcomp.errors import ModelError, UsageError
-from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node, Tape, Variable, apply, extract, tensors_of
 from onnxcomp.methods.weights import stored
 from onnxcomp.numerics.affine import Scheme
-from onnxcomp.recipe import Bits
+from onnxcomp.recipe import Bits, Recipe
 from onnxcomp.report.model import Analysis, Damage
 from onnxcomp.targets.lowering import TINY
-
-if TYPE_CHECKING:
-    from onnxcomp.compress.walk import Walk
-    from onnxcomp.recipe import Recipe
 
 Array = np.ndarray
 Feed = Mapping[str, Array]
@@ -70,14 +63,13 @@ class Part(NamedTuple):
 
 
 def analyze(
-    model: str | Path | bytes | files.ModelProto, data: object, recipe: str | Path | Recipe = "auto", *,
-    progress: runtime.Progress = runtime.ignore,
-) -> Analysis:  # fmt: skip
+    model: runtime.Model, data: object, recipe: str | Path | Recipe = "auto", *, progress: runtime.Progress = runtime.ignore
+) -> Analysis:
     """Rank the sites of `model` by the damage that quantizing them as `recipe` says does at the output, measured on `data`.
 
     Arguments are those of `onnxcomp.quantize`. Raises the kinds of `onnxcomp.errors`.
     """
-    recipe = recipe if isinstance(recipe, recipes.Recipe) else recipes.find(recipe)
+    recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
     if data is None or not recipe.samples:
         raise UsageError("Damage is measured on samples. Pass --data, and a recipe with samples above 0.")
     layers = tuple(method for method in recipe.compensate if method.scope == "layer")

@@ -8,8 +8,6 @@ Limits: CPU time that other processes take is part of a latency. Models are time
 round, so that it stays out of the comparison.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -17,7 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,18 +99,23 @@ class Session:
 
 
 @contextmanager
-def provider(name: str) -> Iterator[None]:
+def _setting(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Let the variable have this value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def provider(name: str) -> AbstractContextManager[None]:
     """Let sessions run on another execution provider: `cuda`, `tensorrt` or any that the installed ONNX Runtime has. What it
     does not take runs on the CPU. Raises UsageError for a provider that is not there.
     """
     known = {full.removesuffix("ExecutionProvider").lower(): full for full in ort.get_available_providers()}
     if name.lower() not in known:
         raise UsageError(f"The installed ONNX Runtime has no execution provider '{name}', only: {', '.join(known)}.")
-    token = _providers.set(tuple(dict.fromkeys((known[name.lower()], _CPU))))
-    try:
-        yield
-    finally:
-        _providers.reset(token)
+    return _setting(_providers, tuple(dict.fromkeys((known[name.lower()], _CPU))))
 
 
 def current_provider() -> str:
@@ -120,14 +123,9 @@ def current_provider() -> str:
     return _providers.get()[0].removesuffix("ExecutionProvider").lower()
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int) -> AbstractContextManager[None]:
     """Let sessions that name no number of threads have so many."""
-    token = _threads.set(count)
-    try:
-        yield
-    finally:
-        _threads.reset(token)
+    return _setting(_threads, count)
 
 
 def cores() -> int:

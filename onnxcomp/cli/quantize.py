@@ -1,20 +1,15 @@
 """`onnxcomp quantize`."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from onnxcomp.cli.shell import PREPROCESS, PROVIDER, THREADS, main, progress_bar, read_recipe, size
 from onnxcomp.errors import UsageError
-
-if TYPE_CHECKING:
-    from onnxcomp.report.model import Forecast
 
 LONG = 60
 """Seconds from which a run says in front what it will take."""
@@ -89,10 +84,10 @@ def quantize(
     destination = Path(output) if output is not None else path.with_name(f"{path.stem}.{widths}.onnx")
 
     from onnxcomp import automatic, pipeline
-    from onnxcomp.comparison import compare as compare_models
-    from onnxcomp.comparison import demand
+    from onnxcomp.comparison import compare as compare_models, demand
     from onnxcomp.graph import files
     from onnxcomp.report import html, text
+    from onnxcomp.report.model import Forecast
 
     def announce(found: Forecast) -> None:
         if (found.disk_bytes and work is None) or found.seconds > LONG:
@@ -128,9 +123,5 @@ def quantize(
     if data is None:
         click.echo(shown.notes[0], err=True)
         shown, following = dataclasses.replace(shown, notes=shown.notes[1:]), ["bench", model, str(destination)]
-    return (
-        result.report,
-        text.report(shown, all_sites=all_sites),
-        said,
-        f"\n{destination}\nNext: onnxcomp {shlex.join(following)}",
-    )
+    last = f"\n{destination}\nNext: onnxcomp {shlex.join(following)}"
+    return result.report, text.report(shown, all_sites=all_sites), said, last

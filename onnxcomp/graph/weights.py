@@ -65,11 +65,8 @@ def split_weights(model: ModelProto, minimum: int = WEIGHT_BYTES) -> tuple[Model
 def declare_inputs(skeleton: ModelProto, weights: Mapping[str, TensorProto]) -> None:
     """Make the weights that were split off inputs of the model, in place, where they are not already."""
     declared = {value.name for value in skeleton.graph.input}
-    skeleton.graph.input.extend(
-        helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
-        for name, tensor in weights.items()
-        if name not in declared
-    )
+    missing = (tensor for name, tensor in weights.items() if name not in declared)
+    skeleton.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in missing)
 
 
 def expose_all(model: ModelProto) -> ModelProto:

@@ -102,7 +102,7 @@ class BiasCompensation(Compensation):
     """Largest rank of a table per token; 0 stores the full table, T C numbers per layer, as the paper does."""
 
     @property
-    def scope(self) -> str:
+    def scope(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.level
 
     def fit(self, place: Site | Block, samples: Samples) -> Outcome:

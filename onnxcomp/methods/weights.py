@@ -29,7 +29,7 @@ import numpy as np
 from onnxcomp.graph.edit import Node, Tape
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Batch, Fit, Samples, is_held_out
-from onnxcomp.numerics.affine import SMALLEST_SCALE, Scheme, weight_qparams
+from onnxcomp.numerics.affine import SMALLEST_SCALE, Scheme, along, weight_qparams
 
 ROWS_PER_SAMPLE = 256
 DAMPING = 0.05
@@ -104,16 +104,13 @@ def build(op: Tape, site: Site, fitted: Fit, bits: int, block: int = 0) -> dict[
 
 def stored(node: Node) -> Array:
     """The float32 weight that an abstract Dequantize makes of its codes."""
-    (codes, *ranges), axis, block = (
-        [t.values.astype(np.float32) for t in node.inputs],
-        node.attrs["axis"],
-        node.attrs.get("block"),
-    )
+    codes, *ranges = (t.values.astype(np.float32) for t in node.inputs)
+    axis, block = node.attrs["axis"], node.attrs.get("block")
     if block:
         ranges = [np.repeat(a, block, axis).take(range(codes.shape[axis]), axis) for a in ranges]
     else:
-        ranges = [a.reshape([-1 if i == axis else 1 for i in range(codes.ndim)]) for a in ranges]
-    scale, zero = ranges[0], ranges[1] if len(ranges) > 1 else 0.0
+        ranges = [along(a, axis, codes.ndim) for a in ranges]
+    scale, zero = (*ranges, 0.0)[:2]
     return (codes - zero) * scale
 
 

@@ -3,8 +3,6 @@
 Everything here returns plain text, the same for a terminal, a file or a pipe: each row and each fact is one line.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 from collections import Counter
@@ -218,10 +216,8 @@ def report_facts(value: model.Report) -> Facts:
 
 def _kernels(rows: Sequence[model.SiteReport], kernels_by: str) -> list[str]:
     fallback = [("{} in float", site.reason, site.name) for site in rows if site.falls_back]
-    blocks, codes = (
-        [site.falls_back for site in rows if chosen(site)]
-        for chosen in (lambda site: site.in_blocks, lambda site: site.activations != "float")
-    )
+    blocks = [site.falls_back for site in rows if site.in_blocks]
+    codes = [site.falls_back for site in rows if site.activations != "float"]
     summary = f"{codes.count(False)} of {len(codes)} quantized sites run as integer kernels" if codes or not blocks else ""
     if blocks:
         summary += f"{'; ' * bool(summary)}{blocks.count(False)} of {len(blocks)} read the codes of their weights"

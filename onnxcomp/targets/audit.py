@@ -13,12 +13,11 @@ from functools import cache
 from pathlib import Path
 
 from onnxcomp import runtime
-from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_graph
 from onnxcomp.graph.edit import Graph, Node
-from onnxcomp.graph.files import NodeProto
+from onnxcomp.graph.files import NodeProto, load
 from onnxcomp.graph.offsets import MOVES
-from onnxcomp.targets.base import Facts, Violation
+from onnxcomp.targets.base import Violation
 from onnxcomp.targets.fallback import STORED, explain
 from onnxcomp.targets.target import Target
 
@@ -56,19 +55,19 @@ def audit(model: bytes | Path, sites: Mapping[str, Sequence[str]]) -> tuple[Kern
     nodes = runtime.optimized(model)
     producers = {name: node for node in nodes for name in node.output}
     by_name = {node.name.removesuffix("/MatMulAddFusion"): node for node in nodes if node.name}
-    lowered = cache(lambda: to_graph(files.load(model)))
+    lowered = cache(lambda: to_graph(load(model)))
     return tuple(_find_kernel(*site, producers, by_name, lowered) for site in sites.items())
 
 
 def check(graph: Graph, target: Target) -> tuple[Violation, ...]:
     """Every rule of the target that a node of the graph, of any model, breaks, in graph order, inputs first."""
-    facts = Facts(frozenset(t.name for t in graph.outputs))
+    results = frozenset(t.name for t in graph.outputs)
     nodes = [*(Node("Input", t.name, outputs=[t]) for t in graph.inputs), *graph.nodes]
     return tuple(
         Violation(node.name, node.op, rule.__name__.replace("_", "-"), *broken)
         for node in nodes
         for rule in target.rules
-        for broken in rule(node, facts)
+        for broken in rule(node, results)
     )
 
 
