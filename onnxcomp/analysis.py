@@ -27,7 +27,7 @@ import glob
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +45,6 @@ from onnxcomp.report.model import Analysis, Damage
 from onnxcomp.targets.lowering import TINY
 
 Array = np.ndarray
-Feed = Mapping[str, Array]
 PASSES, SAMPLES = 64, 12
 """Pairs of passes at most, and samples."""
 TURNS = 3
@@ -97,8 +96,7 @@ def analyze(
     bits = Bits(8, None if recipe.bits.activations is None else 8)
     suggestion = "\n".join(f'[[site]]\nwhere = {json.dumps(glob.escape(name))}\nbits = "{bits}"\n' for name in worst)
     title = Path(model).name if isinstance(model, str | Path) else "model"
-    count = 4 * passes + 2
-    return Analysis(title, str(recipe.bits), walk.target.name, len(feeds), count, total, tuple(found), suggestion)
+    return Analysis(title, str(recipe.bits), walk.target.name, len(feeds), 4 * passes + 2, total, tuple(found), suggestion)
 
 
 def blend(walk: Walk) -> tuple[Graph, tuple[Part, ...]]:
@@ -148,7 +146,7 @@ def _fake(op: Tape, node: Node) -> str:
     return op("Mul", op("Clip", op("Round", op("Div", x, step)), least, most), step)
 
 
-Run = Callable[[Feed, Array], tuple[Array, Feed]]
+Run = Callable[[runtime.Feed, Array], tuple[Array, runtime.Feed]]
 """Takes a feed and m; returns all outputs as one vector, and the errors where they are computed."""
 
 
@@ -161,7 +159,7 @@ def _sessions(graph: Graph, walk: Walk, parts: Sequence[Part], outputs: Sequence
     def runner(part: Graph) -> Run:
         session = runtime.Session(to_model(part, walk.like))
 
-        def run(feed: Feed, m: Array) -> tuple[Array, Feed]:
+        def run(feed: runtime.Feed, m: Array) -> tuple[Array, runtime.Feed]:
             found = session.run({**feed, MASK: m.astype(np.float32)})
             y = np.concatenate([found[name].ravel() for name in outputs]).astype(np.float64)
             return np.where(np.isfinite(y), y, 0.0), {**feed, **{name: a for name, a in found.items() if name in taken}}
@@ -172,7 +170,7 @@ def _sessions(graph: Graph, walk: Walk, parts: Sequence[Part], outputs: Sequence
 
 
 def _measure(
-    runs: tuple[Run, Run], parts: Sequence[Part], feeds: Sequence[Feed], passes: int, progress: runtime.Progress
+    runs: tuple[Run, Run], parts: Sequence[Part], feeds: Sequence[runtime.Feed], passes: int, progress: runtime.Progress
 ) -> tuple[float, Array, Array]:
     """The damage of all parts, of each alone with what two of one site have in common beside it, and the share of each."""
     (record, inject), columns, rng = runs, hadamard(passes), np.random.default_rng(0)

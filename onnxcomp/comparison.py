@@ -138,10 +138,8 @@ def demand(found: Comparison, max_drop: float) -> None:
     """Raise BoundError where more is lost than `max_drop` points."""
     drop, what = lost(found)
     if drop > max_drop:
-        raise BoundError(
-            f"The quantized model loses {drop:.2f} points of {what} on {found.samples} samples, more than "
-            f"--max-drop {max_drop:g}. Nothing was written. Try more bits, or --exclude the worst sites."
-        )
+        text = f"The quantized model loses {drop:.2f} points of {what} on {found.samples} samples, more than --max-drop"
+        raise BoundError(f"{text} {max_drop:g}. Nothing was written. Try more bits, or --exclude the worst sites.")
 
 
 def lost(found: Comparison) -> tuple[float, str]:

@@ -76,7 +76,7 @@ def find_kernels(
     else:
         return foretold, f"the rules of {target.name}, which did not run here", notes
     named = (Kernel(k.site, *kernels.get(k.site, (k.op, k.integer)), k.reason) for k in foretold)
-    told = tuple(named) if kernels else audit(path, sites)
+    told = tuple(named) if kernels else audit(path, lowered, sites)
     wrong = [a.site for a, b in zip(told, foretold, strict=True) if a.integer != b.integer]
     notes += [f"The rules of {target.name} foretold other kernels at {', '.join(wrong)}."] if wrong else []
     return told, by, notes

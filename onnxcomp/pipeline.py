@@ -82,9 +82,8 @@ def quantize(
         proof = proving.enter_context(files.PendingFile(finished, Path(folder) / "model.onnx"))
         proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
         verification = verify(proof.path, made.reference, feeds, made.expected)
-        kernels, by, said = find_kernels(
-            proof.path, target, lowered, account.audit_sites(lowered, walk.plan), feeds, made.reference
-        )
+        sites = account.audit_sites(lowered, walk.plan)
+        kernels, by, said = find_kernels(proof.path, target, lowered, sites, feeds, made.reference)
     if target.fixed:
         fix(finished, made.single)
     notes = [*made.notes, *said]
@@ -137,15 +136,14 @@ def compress(
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(prepared.model)
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
-    samples, stackable, feeds, some = None, False, [], []
+    samples, stackable, some = None, False, []
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable = can_stack(reference, samples)
         some = [dict(batch.live) for batch in islice(batches(samples, stackable), TRANSFORM_BATCHES)]
-        feeds = some[:PROOF_BATCHES]
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
-    feeds = feeds or [single]
+    feeds = some[:PROOF_BATCHES] or [single]
     graph, notes = prepared.graph.copy(), list(prepared.notes)
     if recipe.rotation != "none":
         graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])

@@ -229,9 +229,7 @@ def _options(threads: int, *, optimize: bool = True, faithful: bool = True) -> o
 
 
 def _ports(nodes: Sequence[ort.NodeArg]) -> tuple[tuple[str, TensorType], ...]:
-    return tuple(
-        (node.name, TensorType(element_type(node.type), None if node.shape is None else tuple(node.shape))) for node in nodes
-    )
+    return tuple((node.name, TensorType(element_type(node.type), tuple(node.shape))) for node in nodes)
 
 
 def _sentence(error: BaseException) -> str:

@@ -73,13 +73,13 @@ def quantize(
     if labels is not None and max_drop is None:
         raise UsageError("--labels is for --max-drop. Pass both, or compare the result with `onnxcomp compare`.")
     bounds = {"max_drop": max_drop, "max_size": max_size, "max_latency": max_latency}
-    is_auto = options["bits"] == "auto"
+    bits = options.pop("bits")
+    is_auto = bits == "auto"
     if is_auto and (data is None or split or set(bounds.values()) == {None}):
         raise UsageError("--bits auto needs --data and a bound, --max-drop, --max-size or --max-latency, and takes no --split.")
     if not is_auto and (max_size, max_latency) != (None, None):
         raise UsageError("--max-size and --max-latency choose bits. Pass --bits auto.")
-    options["bits"] = None if is_auto else options["bits"]
-    recipe, path = read_recipe(**options), Path(model)
+    recipe, path = read_recipe(bits=None if is_auto else bits, **options), Path(model)
     widths = "auto" if is_auto else recipe.bits
     destination = Path(output) if output is not None else path.with_name(f"{path.stem}.{widths}.onnx")
 

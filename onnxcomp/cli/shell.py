@@ -144,9 +144,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
 
 
-def read_recipe(
-    recipe_name: str, compensate: str | None = None, exclude: tuple[str, ...] = (), **changes: Any
-) -> Recipe:  # fmt: skip
+def read_recipe(recipe_name: str, compensate: str | None = None, exclude: tuple[str, ...] = (), **changes: Any) -> Recipe:
     """The recipe of that name or file, with what was given on the command line in place of its own values."""
     from onnxcomp import recipe as recipes
 

@@ -126,10 +126,8 @@ def find_external(tensor: TensorProto, model_path: Path) -> tuple[Path, int]:
         text = f"{model_path}: the weight '{tensor.name}' cannot be read: {str(error).rstrip('.')}."
         raise ModelError(f"{text} Copy its file beside the model.") from error
     if start < 0 or min(held, info.length or held) < needed:
-        raise ModelError(
-            f"{model_path}: the weight '{tensor.name}' needs {needed} bytes, but its file holds fewer. "
-            "The file is cut short or belongs to another model."
-        )
+        text = f"{model_path}: the weight '{tensor.name}' needs {needed} bytes, but its file holds fewer."
+        raise ModelError(f"{text} The file is cut short or belongs to another model.")
     return file, start
 
 

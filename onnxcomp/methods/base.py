@@ -21,6 +21,8 @@ from onnxcomp.graph.sites import Site
 from onnxcomp.numerics.affine import QParams
 
 Array = np.ndarray
+_OTHERS = ("base", "activations", "ends", "equalization", "moments", "reconstruction", "rotation", "weights")
+"""Modules of this package that are no methods of a recipe."""
 HOLD_OUT = 4
 """Every fourth sample is held out."""
 Fit = Mapping[str, Array]
@@ -145,11 +147,7 @@ def names() -> tuple[str, ...]:
     """The names of every method, in alphabetical order: the modules beside this one that define METHOD."""
     package = importlib.import_module("onnxcomp.methods")
     found = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
-    return tuple(
-        name
-        for name in found
-        if name not in ("base", "activations", "ends", "equalization", "moments", "reconstruction", "rotation", "weights")
-    )
+    return tuple(name for name in found if name not in _OTHERS)
 
 
 def find(name: str) -> type[Compensation]:

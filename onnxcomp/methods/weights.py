@@ -114,9 +114,7 @@ def stored(node: Node) -> Array:
     return (codes - zero) * scale
 
 
-def _gptq(
-    w: Array, xx: Array, xy: Array, scale: Array, blocks: Array, ends: tuple[Array, Array]
-) -> tuple[Array, Array]:  # fmt: skip
+def _gptq(w: Array, xx: Array, xy: Array, scale: Array, blocks: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
     """Codes and scales [G, K, O] for weights [G, K, O], moments [G, K, K] and [G, K, O], the nearest's scales [G, K, O], the
     block [K] of each input and the ends of the codes' range, which are arrays that go with them.
     """
@@ -234,8 +232,6 @@ def patches(x: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any], limit: 
     x = np.pad(x, [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)])
     reach = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
     windows = np.lib.stride_tricks.sliding_window_view(x, reach, axis=tuple(range(2, 2 + rank)))
-    windows = windows[
-        (slice(None), slice(None), *(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
-    ]
+    windows = windows[(slice(None), slice(None), *(slice(None, None, step) for step in (*strides, *dilations)))]
     windows = np.moveaxis(windows, 1, 1 + rank)  # [N, positions, C, kernel]
     return windows[_spread(windows.shape[: 1 + rank], limit)]

@@ -8,7 +8,7 @@ Limits: CPU provider, x86-64; tensors inside control flow are not followed.
 """
 
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -18,19 +18,17 @@ from onnxcomp.targets.base import Results, Rule
 from onnxcomp.targets.regions import clip_bounds
 from onnxcomp.targets.rules import in_blocks, is_stored, maker
 
-STORED = frozenset({
-    "Conv", "Add", "Mul", "Concat", "Where", "Sigmoid", "LeakyRelu", "Softmax", "AveragePool", "GlobalAveragePool",
-})  # fmt: skip
+STORED = ("Conv", "Add", "Mul", "Concat", "Where", "Sigmoid", "LeakyRelu", "Softmax", "AveragePool", "GlobalAveragePool")
 """Operators with an integer kernel that needs a QuantizeLinear behind it."""
 
 
-def explain(node: Node, outputs: Collection[str], version: str) -> str:
-    """Why an operator of the lowered graph, which was meant to run on integers, does not; `outputs` are the graph's.
+def explain(node: Node, results: Results, version: str) -> str:
+    """Why an operator of the lowered graph, which was meant to run on integers, does not; `results` are the graph's outputs.
 
     One sentence: the first rule that does not hold, or that ONNX Runtime `version` did not fuse the operator.
     """
     rules = (dequantized_weight, *(() if in_blocks(node) else _RULES))
-    reasons = (reason for rule in rules for reason, _ in rule(node, frozenset(outputs)))
+    reasons = (reason for rule in rules for reason, _ in rule(node, results))
     return next(reasons, f"ONNX Runtime {version} did not fuse it.")
 
 
@@ -92,13 +90,13 @@ def unabsorbed_clip(node: Node, results: Results) -> Iterator[tuple[str, str]]:
 
 def dequantized_weight(node: Node, results: Results) -> Iterator[tuple[str, str]]:
     """What becomes MatMulNBits: a float activation by a stored matrix, in blocks of inputs, whose codes nobody else reads."""
-    weight = node.inputs[1].inputs[0] if node.op in ("Gemm", "MatMul") and maker(node.inputs[1]) else None
-    is_turned = weight is not None and (weight.op == "Transpose" or bool(node.attrs.get("transB")))
-    weight = (
-        weight.inputs[0].inputs[0] if weight is not None and weight.op == "Transpose" and maker(weight.inputs[0]) else weight
-    )
-    is_float = weight is None or maker(node.inputs[0]) != "DequantizeLinear"
-    if weight is None or not is_float or weight.op != "DequantizeLinear" or not is_stored(weight):
+    if node.op not in ("Gemm", "MatMul") or not maker(node.inputs[1]) or maker(node.inputs[0]) == "DequantizeLinear":
+        return
+    weight = node.inputs[1].inputs[0]
+    is_turned = weight.op == "Transpose" or node.attrs.get("transB")
+    if weight.op == "Transpose" and maker(weight.inputs[0]):
+        weight = weight.inputs[0].inputs[0]
+    if weight.op != "DequantizeLinear" or not is_stored(weight):
         return
     start, block = "Its weight is dequantized at every run: ", weight.attrs.get("block_size", 0)
     if is_turned:

@@ -129,10 +129,8 @@ def openvino_codes(node: Node, results: Results) -> Broken:
         if stored and offset:
             yield f"Its weight '{tensor.name}' has a zero point, so it is computed in float.", "Use symmetric weights."
         if stored and (dequantize.attrs.get("block_size") or codes_type(dequantize) not in ("int8", "int32")):
-            yield (
-                f"The codes of '{tensor.name}' have no integer kernel as they are.",
-                "Cast them to int8, one scale per channel.",
-            )
+            text = f"The codes of '{tensor.name}' have no integer kernel as they are."
+            yield text, "Cast them to int8, one scale per channel."
         if not stored and not all(isinstance(t, Constant) for t in dequantize.inputs[1:]):
             yield f"The range of '{tensor.name}' is measured at run time, over all of it.", "Fix it, or measure it per token."
         if not stored and node.op == "Conv" and index == 0 and offset and codes_type(dequantize) == "int8":
