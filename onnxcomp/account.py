@@ -42,8 +42,7 @@ def fingerprint(source: files.ModelProto, model: object, samples: Data | None, r
 
 
 def _sha256(source: files.ModelProto, model: object) -> str:
-    path = path_of(model)
-    return files.sha256(path if path is not None else source)
+    return files.sha256(path_of(model) or source)
 
 
 def audit_sites(lowered: Graph, plan: Plan) -> dict[str, list[str]]:

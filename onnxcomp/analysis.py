@@ -23,6 +23,7 @@ Limits  isolated effects are those among small errors everywhere, not in an unto
 """
 
 import dataclasses
+import functools
 import glob
 import itertools
 import json
@@ -199,10 +200,8 @@ def _measure(
 
 def hadamard(size: int) -> Array:
     """Orthogonal columns of signs, as a symmetric matrix; `size` is a power of two."""
-    found = np.ones((1, 1))
-    while len(found) < size:
-        found = np.block([[found, found], [found, -found]])
-    return found
+    two = np.array([[1.0, 1.0], [1.0, -1.0]])
+    return functools.reduce(np.kron, [two] * (size.bit_length() - 1), np.ones((1, 1)))
 
 
 def _solve(x: Array, y: Array) -> Array:

@@ -67,11 +67,10 @@ def equalize(
     if not groups:
         return graph, []
     seen = _see(graph, like, groups, feeds)
-    best = {id(group): _best(group, seen, bits) for group in groups}
-    changed = [group for group in groups if best[id(group)].gain_db > GAIN_DB]
-    for group in changed:
-        found = best[id(group)]
-        transform(equal, group, found.scale, found.mix, found.shifts)
+    found = [(group, _best(group, seen, bits)) for group in groups]
+    changed = [(group, choice) for group, choice in found if choice.gain_db > GAIN_DB]
+    for group, choice in changed:
+        transform(equal, group, choice.scale, choice.mix, choice.shifts)
     agreed = agreement(graph, equal, like, feeds[0])
     if agreed < EQUAL_DB:
         return graph, [f"Nothing is equalized: the equalized model agrees to {agreed:.0f} dB with the float one only."]

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from onnxcomp.graph.edit import Constant, Node, Tensor
+from onnxcomp.graph.edit import Constant, Node
 from onnxcomp.graph.sites import LAYER_OPS
 from onnxcomp.targets.base import Results, Rule
 from onnxcomp.targets.regions import clip_bounds
 from onnxcomp.targets.rules import in_blocks, is_stored, maker
+from onnxcomp.targets.settle import tail
 
 STORED = ("Conv", "Add", "Mul", "Concat", "Where", "Sigmoid", "LeakyRelu", "Softmax", "AveragePool", "GlobalAveragePool")
 """Operators with an integer kernel that needs a QuantizeLinear behind it."""
@@ -107,12 +108,6 @@ def dequantized_weight(node: Node, results: Results) -> Iterator[tuple[str, str]
         yield f"{start}it has blocks of {block}.", "Use blocks of 16, 32, 64 or 128."
     if any(reader.op == "QuantizeLinear" for reader in node.outputs[0].outputs):
         yield f"{start}the result is quantized.", "Leave the result in float."
-
-
-def tail(node: Node) -> Tensor:
-    """The operator's output, or that of the ReLU or Clip which alone reads it."""
-    readers = node.outputs[0].outputs
-    return readers[0].outputs[0] if len(readers) == 1 and readers[0].op in ("Relu", "Clip") else node.outputs[0]
 
 
 def _where_meant(rule: Rule) -> Rule:

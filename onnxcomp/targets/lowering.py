@@ -27,7 +27,8 @@ from onnxcomp.numerics.planes import pack, planes, table
 from onnxcomp.targets import nbits
 from onnxcomp.targets.base import Encoding
 from onnxcomp.targets.regions import is_operand
-from onnxcomp.targets.settle import only_reader, put_behind
+from onnxcomp.targets.rules import maker
+from onnxcomp.targets.settle import only_reader, put_behind, tail
 
 TINY = np.float32(1e-12)
 """Floor of a range measured at run time, so that an all-zero tensor does not divide by zero."""
@@ -243,7 +244,7 @@ class _Lowering:
         if width not in (4, 8):
             stored = self._looked_up(new, codes, bits)
         if (self.encoding.fused or self.encoding.tables) and any(
-            reader.op == "Sum" or not _is_quantized(reader.inputs[0]) for reader in y.outputs
+            reader.op == "Sum" or maker(reader.inputs[0]) not in ("FakeQuantize", "DequantizeLinear") for reader in y.outputs
         ):
             factor = Constant(scale.name, along(scale.values, axis, len(codes.shape)))
             new("Mul", y, new("Cast", "codes.f32", stored, to=FLOAT), factor)
@@ -304,9 +305,7 @@ class _Lowering:
     def _integer_operand(self, node: Node) -> None:
         """Store the constant operand of an integer Add or Mul in 8 bits; its kernel takes no float one."""
         constants = [i for i, t in enumerate(node.inputs) if is_operand(node, t)]
-        reader = only_reader(node.outputs[0])
-        if reader is not None and reader.op in ("Relu", "Clip"):
-            reader = only_reader(reader.outputs[0]) or reader
+        reader = only_reader(tail(node))
         if len(constants) != 1 or not _is_static(node.inputs[1 - constants[0]]) or reader is None or reader.domain != DOMAIN:
             return
         self._store(node, constants[0], node.inputs[constants[0]].values)
@@ -361,7 +360,3 @@ def _weight_codes(node: Node) -> Node | None:
 def _is_static(tensor: Tensor) -> bool:
     """Whether a static abstract quantizer makes `tensor`."""
     return len(tensor.inputs) == 1 and tensor.inputs[0].attrs.get("granularity") == "static"
-
-
-def _is_quantized(tensor: Tensor) -> bool:
-    return len(tensor.inputs) == 1 and tensor.inputs[0].op in ("FakeQuantize", "DequantizeLinear")

@@ -135,9 +135,7 @@ def _is_in_blocks(node: Node) -> bool:
 
 def _would_be_quantized(node: Node) -> bool:
     """Whether the runtime would take a float layer between integers, weight per tensor, for one that should be integer."""
-    reader = only_reader(node.outputs[0])
-    if reader is not None and reader.op in ("Relu", "Clip"):
-        reader = only_reader(reader.outputs[0])
+    reader = only_reader(tail(node))
     is_float = isinstance(node.inputs[1], Constant) and any(n.op == "DequantizeLinear" for n in node.inputs[0].inputs)
     return is_float and reader is not None and reader.op == "QuantizeLinear"
 
@@ -153,3 +151,9 @@ def put_behind(graph: Graph, node: Node, op: str, suffix: str, *others: Tensor, 
 def only_reader(tensor: Tensor) -> Node | None:
     """The only node that reads `tensor`."""
     return tensor.outputs[0] if len(tensor.outputs) == 1 else None
+
+
+def tail(node: Node) -> Tensor:
+    """The operator's output, or that of the ReLU or Clip which alone reads it."""
+    reader = only_reader(node.outputs[0])
+    return reader.outputs[0] if reader is not None and reader.op in ("Relu", "Clip") else node.outputs[0]
