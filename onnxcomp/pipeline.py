@@ -28,7 +28,7 @@ from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.mapped import embed, outside
 from onnxcomp.graph.prepare import Prepared, prepare
-from onnxcomp.methods import ends, equalization, rotation
+from onnxcomp.methods import equalization, rotation, sensitivity
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Decision, Forecast, Plan, Report
 from onnxcomp.verify import made_up_feed, verify
@@ -160,11 +160,14 @@ def compress(
         notes += said
     choice = choose(graph, recipe, target, with_data=data is not None)
     decisions: list[Decision] = []
-    if some and recipe.ends == "auto":
-        found = ends.widen(graph, prepared.model, choice.sites, open_widths(recipe, choice), some[0])
-        recipe = widened(recipe, {name: end.widths for name, end in found.items() if end.outcome.fit is not None})
+    if some and recipe.sensitive == "auto" and not outside(prepared.model):
+        few = {name: array[: sensitivity.ROWS] if stackable else array for name, array in some[0].items()}
+        tokens = frozenset(k for k, s in choice.settings.items() if s.activations == "auto")
+        how = graph, prepared.model, choice.sites, open_widths(recipe, choice), few, tokens
+        wide = sensitivity.widen(*how, mixed=recipe.rotation == "auto")
+        recipe = widened(recipe, {name: found.widths for name, found in wide.items()})
         choice = choose(graph, recipe, target, with_data=True)
-        decisions += [account.decision(name, "ends", end.outcome, end.added_bytes) for name, end in found.items()]
+        decisions += [account.decision(name, "8 bits", found.outcome, found.added_bytes) for name, found in wide.items()]
     asked = {k: (s.weight_bits, s.activation_bits) for k, s in choice.settings.items() if s.activations in ("static", "auto")}
     if some and recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
         graph, said = equalization.equalize(graph, prepared.model, asked, some, bounds=target.encoding.where == "regions")

@@ -154,7 +154,8 @@ def names() -> tuple[str, ...]:
     return tuple(
         name
         for name in found
-        if name not in ("base", "activations", "ends", "equalization", "moments", "reconstruction", "rotation", "weights")
+        if name
+        not in ("base", "activations", "equalization", "moments", "reconstruction", "rotation", "sensitivity", "weights")
     )
 
 
