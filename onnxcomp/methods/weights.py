@@ -132,16 +132,16 @@ def _gptq(
     best = inverse @ np.take_along_axis(xy + damping * w, order, 1)
     scale = np.take_along_axis(scale, order, 1)
     low, high = (np.take_along_axis(np.broadcast_to(end, w.shape), order, 1) for end in ends)
-    upper = np.swapaxes(np.linalg.cholesky(inverse), 1, 2)
+    lower = np.linalg.cholesky(inverse)
     codes, rest = np.empty_like(best), best.copy()
     for start in range(0, rest.shape[1], BLOCK):
         stop = min(start + BLOCK, rest.shape[1])
         errors = np.empty((rest.shape[0], stop - start, rest.shape[2]))
         for i in range(start, stop):
-            codes[:, i] = np.clip(np.rint(rest[:, i] / scale[:, i]), low[:, i], high[:, i])
-            errors[:, i - start] = (rest[:, i] - codes[:, i] * scale[:, i]) / upper[:, i, i, None]
-            rest[:, i + 1 : stop] -= upper[:, i, i + 1 : stop, None] * errors[:, i - start, None]
-        rest[:, stop:] -= np.swapaxes(upper[:, start:stop, stop:], 1, 2) @ errors
+            now = rest[:, i] - _times(lower[:, i, start:i], errors)
+            codes[:, i] = _clipped(now / scale[:, i], low[:, i], high[:, i])
+            errors[:, i - start] = (now - codes[:, i] * scale[:, i]) / lower[:, i, i, None]
+        rest[:, stop:] -= lower[:, stop:, start:stop] @ errors
     left, number = h @ (best - codes * scale), blocks[order[0, :, 0]]
     members = [np.flatnonzero(number == b) for b in range(blocks[-1] + 1)] if blocks[-1] else [slice(None)]
     for _ in range(TURNS):
@@ -160,16 +160,27 @@ def _gptq(
 
 def _descend(codes: Array, left: Array, h: Array, scale: Array, ends: tuple[Array, Array]) -> None:
     """Give each code in turn, in place, the value of least error while the others stand; `left`: H (V - scale codes)."""
+    rate = 1.0 / (np.einsum("gkk->gk", h)[..., None] * scale)
     for start in list(range(0, h.shape[1], BLOCK)) * SWEEPS:
         block = slice(start, min(start + BLOCK, h.shape[1]))
-        before = codes[:, block].copy()
-        near, local = h[:, block, block], left[:, block].copy()
+        near, moved = h[:, block, block], np.empty_like(codes[:, block])
         for i in range(near.shape[1]):
-            wanted = codes[:, start + i] + local[:, i] / (near[:, i, i, None] * scale[:, start + i])
-            new = np.clip(np.rint(wanted), ends[0][:, start + i], ends[1][:, start + i])
-            local -= near[:, :, i, None] * ((new - codes[:, start + i]) * scale[:, start + i])[:, None]
-            codes[:, start + i] = new
-        left -= h[:, :, block] @ ((codes[:, block] - before) * scale[:, block])
+            at = start + i
+            wanted = codes[:, at] + (left[:, at] - _times(near[:, i, :i], moved)) * rate[:, at]
+            new = _clipped(wanted, ends[0][:, at], ends[1][:, at])
+            moved[:, i] = (new - codes[:, at]) * scale[:, at]
+            codes[:, at] = new
+        left -= h[:, :, block] @ moved
+
+
+def _times(row: Array, rows: Array) -> Array:
+    """The sum [G, O] of the first of `rows` [G, .., O], each times its number in `row` [G, n]."""
+    return (row[:, None] @ rows[:, : row.shape[1]])[:, 0]
+
+
+def _clipped(a: Array, low: Array, high: Array) -> Array:
+    """The nearest whole numbers from `low` to `high`, in place."""
+    return np.minimum(np.maximum(np.rint(a, out=a), low, out=a), high, out=a)
 
 
 def _loss(values: Array, xx: Array, xy: Array) -> Array:
