@@ -17,7 +17,7 @@ from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
 from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
-from onnxcomp.calibrate.samples import BATCH, Store, batches, can_stack, confirm_tokens, one_thread
+from onnxcomp.calibrate.samples import BATCH, Store, batches, can_stack, confirm_tokens
 from onnxcomp.calibrate.work import Work
 from onnxcomp.choose import Choice, choose, open_widths, widened
 from onnxcomp.compress.forecast import forecast
@@ -130,7 +130,7 @@ class Compressed:
     notes: list[str]
 
 
-@one_thread()
+@runtime.one_thread()
 def compress(
     model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
     *, memory: int | None = None, work: str | Path | None = None, cluster: str | None = None,
