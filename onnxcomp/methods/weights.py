@@ -31,7 +31,8 @@ from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Batch, Fit, Samples, is_held_out
 from onnxcomp.numerics.affine import SMALLEST_SCALE, Scheme, weight_qparams
 
-ROWS_PER_SAMPLE = 256
+ROWS_PER_SAMPLE, ROWS, EACH = 256, 1 << 13, 16
+"""Tokens that are looked at: of a sample at most, of all at least, and per input of a MatMul."""
 DAMPING = 0.05
 BLOCK = 64
 TURNS = 2
@@ -73,7 +74,8 @@ def fit_gptq(
     size, outputs = columns.shape[1:]
     # What the weight is to give is summed as outputs, or as inputs where these are fewer: their product with W comes later.
     gram = columns[0] @ columns[0].T if outputs > size and site.op != "Conv" else None
-    read = functools.partial(_moments, site=site, w=columns, gram=gram, kernel=w.shape[2:], attrs=attrs, fake=fake)
+    limit = ROWS_PER_SAMPLE if site.op == "Conv" else min(max(ROWS, EACH * size) // samples.count, ROWS_PER_SAMPLE)
+    read = functools.partial(_moments, site=site, w=columns, gram=gram, kernel=w.shape[2:], attrs=attrs, fake=fake, limit=limit)
     moments = samples.reduce(read)
     ones = moments[:, :, size:, size, None]
     judge = int(ones[1].any())
@@ -195,7 +197,7 @@ def _columns(w: Array, site: Site, groups: int) -> Array:
 
 def _moments(
     batch: Batch, site: Site, w: Array, gram: Array | None, kernel: tuple[int, ...], attrs: Mapping[str, Any],
-    fake: Callable[[Array], Array],
+    fake: Callable[[Array], Array], limit: int,
 ) -> Array:  # fmt: skip
     """Sums over the layer's quantized inputs xh and its target t, weighted per token, for fitted and for held-out samples:
     [xh, 1]' [xh, 1, t], float64 [2, groups, K + 1, ..]; a sample's own in float32. t is the output W' x, the input x where
@@ -205,10 +207,10 @@ def _moments(
     targets, w = 0 if site.op == "Conv" else outputs if gram is None else size, w.astype(np.float32)
     seen: tuple[list[tuple[Array, Array]], ...] = ([], [])
     for number, sample in zip(batch.indices, batch.read("xh"), strict=False):
-        x = _rows(fake(sample), site, groups, kernel, attrs)
+        x = _rows(fake(sample), site, groups, kernel, attrs, limit)
         root, target = np.ones((x.shape[1], 1), np.float32), np.zeros((groups, x.shape[1], 0), np.float32)
         if targets:
-            raw = _rows(sample, site, groups, kernel, attrs)
+            raw = _rows(sample, site, groups, kernel, attrs, limit)
             target = raw @ w if gram is None else raw
             energy = np.einsum("gtk,gtk->t", target, target if gram is None else raw @ gram.astype(np.float32))
             root = np.sqrt(np.minimum(1.0, energy.mean() / np.maximum(energy, 1e-30)))[:, None]
@@ -223,11 +225,11 @@ def _moments(
     return sums
 
 
-def _rows(x: Array, site: Site, groups: int, kernel: tuple[int, ...], attrs: Mapping[str, Any]) -> Array:
+def _rows(x: Array, site: Site, groups: int, kernel: tuple[int, ...], attrs: Mapping[str, Any], limit: int) -> Array:
     """What the weight is multiplied with, at some tokens of a sample: float32 [groups, n, K]."""
     if site.op != "Conv":
-        return x[_spread(x.shape[:-1], ROWS_PER_SAMPLE)][None]
-    found = patches(x, kernel, attrs)
+        return x[_spread(x.shape[:-1], limit)][None]
+    found = patches(x, kernel, attrs, limit)
     return found.reshape(len(found), groups, -1).swapaxes(0, 1)
 
 
