@@ -76,7 +76,7 @@ def fit_gptq(
     gram = columns[0] @ columns[0].T if outputs > size and site.op != "Conv" else None
     limit = ROWS_PER_SAMPLE if site.op == "Conv" else min(max(ROWS, EACH * size) // samples.count, ROWS_PER_SAMPLE)
     read = functools.partial(_moments, site=site, w=columns, gram=gram, kernel=w.shape[2:], attrs=attrs, fake=fake, limit=limit)
-    moments = samples.reduce(read)
+    moments = samples.reduce(read).astype(np.float64)
     ones = moments[:, :, size:, size, None]
     judge = int(ones[1].any())
     if centred:
@@ -200,7 +200,7 @@ def _moments(
     fake: Callable[[Array], Array], limit: int,
 ) -> Array:  # fmt: skip
     """Sums over the layer's quantized inputs xh and its target t, weighted per token, for fitted and for held-out samples:
-    [xh, 1]' [xh, 1, t], float64 [2, groups, K + 1, ..]; a sample's own in float32. t is the output W' x, the input x where
+    [xh, 1]' [xh, 1, t], float32 [2, groups, K + 1, ..]. t is the output W' x, the input x where
     `gram`, W W', is given, and left out for a Conv, whose x is xh.
     """
     groups, size, outputs = w.shape
@@ -216,7 +216,7 @@ def _moments(
             root = np.sqrt(np.minimum(1.0, energy.mean() / np.maximum(energy, 1e-30)))[:, None]
         ones = np.ones((groups, len(root), 1), np.float32)
         seen[int(is_held_out(number))].append((np.concatenate([x, ones], axis=2) * root, target * root))
-    sums = np.zeros((2, groups, size + 1, size + 1 + targets))
+    sums = np.zeros((2, groups, size + 1, size + 1 + targets), np.float32)
     for found, parts in zip(sums, seen, strict=True):
         if parts:
             left, right = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
