@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from onnxcomp import account, runtime, targets
 from onnxcomp import recipe as recipes
 from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
-from onnxcomp.calibrate.samples import BATCH, Store, batches, can_stack, confirm_tokens, one_thread
+from onnxcomp.calibrate.samples import BATCH, Store, batches, can_stack, confirm_tokens
 from onnxcomp.calibrate.work import Work
 from onnxcomp.choose import Choice, choose, open_widths, widened
 from onnxcomp.compress.forecast import forecast
@@ -25,9 +25,11 @@ from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data, Feed, InputSpec, open_data
 from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
+from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.mapped import embed, outside
 from onnxcomp.graph.prepare import Prepared, prepare
+from onnxcomp.graph.sites import Site
 from onnxcomp.methods import equalization, rotation, sensitivity
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Decision, Forecast, Plan, Report
@@ -36,8 +38,8 @@ from onnxcomp.verify import made_up_feed, verify
 if TYPE_CHECKING:
     import onnx
 
-PROOF_BATCHES = 2
-"""Batches of calibration samples that the finished file is run on."""
+PROOF_SAMPLES = 2
+"""Calibration samples that the finished file is run on, at least; where they are run together, a batch."""
 TRANSFORM_BATCHES = 8
 """Batches that the equal float model is fitted to."""
 
@@ -130,7 +132,7 @@ class Compressed:
     notes: list[str]
 
 
-@one_thread()
+@runtime.one_thread()
 def compress(
     model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
     *, memory: int | None = None, work: str | Path | None = None, cluster: str | None = None,
@@ -145,23 +147,23 @@ def compress(
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(prepared.model)
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
-    samples, stackable, feeds, some = None, False, [], []
+    samples, stackable, feeds, some = None, False, [], iter(())
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable = can_stack(reference, samples)
-        some = [dict(batch.live) for batch in islice(batches(samples, stackable), TRANSFORM_BATCHES)]
-        feeds = some[:PROOF_BATCHES]
+        some = (dict(batch.live) for batch in batches(samples, stackable))
+        feeds = list(itertools.islice(some, 1 if stackable else PROOF_SAMPLES))
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
     feeds = feeds or [single]
     graph, notes = prepared.graph.copy(), list(prepared.notes)
     if recipe.rotation != "none":
-        graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
+        graph, said = rotation.rotate_folded(graph, prepared.model, single)
         notes += said
     choice = choose(graph, recipe, target, with_data=data is not None)
     decisions: list[Decision] = []
-    if some and recipe.sensitive == "auto" and not outside(prepared.model):
-        few = {name: array[: sensitivity.ROWS] if stackable else array for name, array in some[0].items()}
+    if samples is not None and recipe.sensitive == "auto" and not outside(prepared.model):
+        few = {name: array[: sensitivity.ROWS] if stackable else array for name, array in feeds[0].items()}
         tokens = frozenset(k for k, s in choice.settings.items() if s.activations == "auto")
         how = graph, prepared.model, choice.sites, open_widths(recipe, choice), few, tokens
         wide = sensitivity.widen(*how, mixed=recipe.rotation == "auto")
@@ -169,13 +171,15 @@ def compress(
         choice = choose(graph, recipe, target, with_data=True)
         decisions += [account.decision(name, "8 bits", found.outcome, found.added_bytes) for name, found in wide.items()]
     asked = {k: (s.weight_bits, s.activation_bits) for k, s in choice.settings.items() if s.activations in ("static", "auto")}
-    if some and recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
-        graph, said = equalization.equalize(graph, prepared.model, asked, some, bounds=target.encoding.where == "regions")
+    if samples is not None and recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
+        more = itertools.chain(feeds, itertools.islice(some, TRANSFORM_BATCHES - len(feeds)))
+        graph, said = equalization.equalize(graph, prepared.model, asked, more, bounds=target.encoding.where == "regions")
         notes += said
         choice = choose(graph, recipe, target, with_data=True)
     if samples is not None:
-        sites = confirm_tokens(graph, prepared.model, choice.sites, samples, stackable=stackable)
-        blocks = confirm_tokens(graph, prepared.model, choice.blocks, samples, stackable=stackable)
+        places = confirm_tokens(graph, prepared.model, (*choice.sites, *choice.blocks), samples, stackable=stackable)
+        sites = tuple(place for place in places if isinstance(place, Site))
+        blocks = tuple(place for place in places if isinstance(place, Block))
         if recipe.rotation == "auto":
             bits = {name: s.activation_bits for name, s in choice.settings.items() if s.activations != "float"}
             decided = {name: s.mixed for name, s in choice.settings.items()}

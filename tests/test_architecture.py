@@ -58,7 +58,7 @@ THIRD_PARTY = {
     "pydantic": {"errors", "methods", "preprocess", "recipe", "report"},
     "pydantic_core": {"report"},
     "rich": {"cli"},
-    "threadpoolctl": {"calibrate"},
+    "threadpoolctl": {"runtime"},
     "tomli": {"toml"},
     "torch": {"export", "methods.reconstruction"},  # gradients are what the latter is about
 }

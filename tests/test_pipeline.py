@@ -23,7 +23,7 @@ from onnxcomp.errors import (
     VerificationError,
 )
 from onnxcomp.graph import files
-from onnxcomp.pipeline import PROOF_BATCHES, quantize
+from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import NAMED, Recipe, dumps
 
 TINY = tiny.linear()
@@ -112,7 +112,7 @@ def test_the_account_names_the_model_the_data_and_the_target(folder: Path):
 
     assert (report.model_name, report.model_sha256, report.model_bytes) == ("net.onnx", files.sha256(net), net.stat().st_size)
     assert (report.target, report.samples) == ("ort-x86", 12)
-    assert report.verification.samples == min(PROOF_BATCHES * 8, 12)
+    assert report.verification.samples == 8
 
 
 def test_progress_begins_with_preparing_and_ends_with_verifying():
