@@ -12,12 +12,9 @@ Activations have 8 bits throughout: fewer make a file neither smaller nor faster
 fp32, W4A8 0.55). Where only the time is missed, the ladder is climbed again with ranges fixed at calibration and nothing mixed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,13 +24,10 @@ from onnxcomp.comparison import compare, lost
 from onnxcomp.data import InputSpec, open_data
 from onnxcomp.errors import BoundError, DataError
 from onnxcomp.graph import files
-from onnxcomp.recipe import Bits, SiteRule, dumps
+from onnxcomp.recipe import Bits, Recipe, SiteRule, dumps
 from onnxcomp.report.model import Analysis
 from onnxcomp.targets.base import Encoding
 from onnxcomp.targets.nbits import stored_bits
-
-if TYPE_CHECKING:
-    from onnxcomp.recipe import Recipe
 
 FLOAT = 32
 WIDTHS = (2, 3, 4, 5, 6, 8, FLOAT)

@@ -1,20 +1,15 @@
 """The whole program on one screen: a float ONNX model in, a quantized one out, proven to run."""
 
-from __future__ import annotations
-
-import dataclasses
 import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxcomp import account, runtime, targets
-from onnxcomp import recipe as recipes
+from onnxcomp import account, recipe as recipes, runtime, targets
 from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
 from onnxcomp.calibrate.samples import BATCH, Store, batches, can_stack, confirm_tokens
@@ -35,9 +30,6 @@ from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Decision, Forecast, Plan, Report
 from onnxcomp.verify import made_up_feed, verify
 
-if TYPE_CHECKING:
-    import onnx
-
 PROOF_SAMPLES = 2
 """Calibration samples that the finished file is run on, at least; where they are run together, a batch."""
 TRANSFORM_BATCHES = 8
@@ -48,16 +40,16 @@ TRANSFORM_BATCHES = 8
 class Result:
     """A quantized model and the account of how it came about."""
 
-    model: onnx.ModelProto
+    model: files.ModelProto
     report: Report
-    terms: tuple[onnx.ModelProto, ...] = ()
+    terms: tuple[files.ModelProto, ...] = ()
     """The low-bit model of every weight term, where `split` asked for them."""
     traffic: Sequence[tuple[str, int, int]] = ()
     """Of a cluster, for every step: its site, the bytes sent from here, and those that workers have sent."""
 
 
 def quantize(
-    model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
+    model: runtime.Model, data: object = None, recipe: str | Path | Recipe = "auto", *,
     output: str | Path | None = None, force: bool = False, split: bool = False, memory: int | None = None,
     work: str | Path | None = None, cluster: str | None = None, progress: runtime.Progress = runtime.ignore,
     announce: Callable[[Forecast], None] | None = None,
@@ -92,9 +84,8 @@ def quantize(
         proof = proving.enter_context(files.PendingFile(finished, Path(folder) / "model.onnx"))
         proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
         verification = verify(proof.path, made.reference, feeds, made.expected)
-        kernels, by, said = find_kernels(
-            proof.path, target, lowered, account.audit_sites(lowered, walk.plan), feeds, made.reference
-        )
+        sites = account.audit_sites(lowered, walk.plan)
+        kernels, by, said = find_kernels(proof.path, target, lowered, sites, feeds, made.reference)
     if target.fixed:
         fix(finished, made.single)
     notes = [*made.notes, *said]
@@ -103,7 +94,7 @@ def quantize(
     if output is not None:
         with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
             runtime.Session(pending.path).run(made.single)
-            report = dataclasses.replace(report, output_bytes=files.size(pending.path))
+            report = replace(report, output_bytes=files.size(pending.path))
             pending.commit()
         for number, term in enumerate(terms, 1):
             files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
@@ -115,7 +106,7 @@ def quantize(
 class Compressed:
     """A model behind its walk: both graphs, everything that was fitted, and nothing proven yet."""
 
-    source: onnx.ModelProto
+    source: files.ModelProto
     recipe: Recipe
     prepared: Prepared
     reference: runtime.Session
@@ -134,7 +125,7 @@ class Compressed:
 
 @runtime.one_thread()
 def compress(
-    model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
+    model: runtime.Model, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
     *, memory: int | None = None, work: str | Path | None = None, cluster: str | None = None,
     announce: Callable[[Forecast], None] | None = None,
 ) -> Compressed:  # fmt: skip
@@ -185,7 +176,7 @@ def compress(
             decided = {name: s.mixed for name, s in choice.settings.items()}
             sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0], decided)
             decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
-        choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
+        choice = replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 
     if outside(prepared.model):
@@ -210,7 +201,7 @@ def compress(
 
 
 def foresee(
-    model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
+    model: runtime.Model, data: object = None, recipe: str | Path | Recipe = "auto", *,
     memory: int | None = None, work: str | Path | None = None,
 ) -> Plan:  # fmt: skip
     """What `quantize` would do and what it would take, with nothing written. The sites are those of a rehearsal on one batch,
@@ -225,7 +216,7 @@ def foresee(
 
     with suppress(_ForeseenError):
         quantize(model, data if recipe.samples else None, recipe, memory=memory, work=work, announce=stop)
-    few = dataclasses.replace(recipe, samples=min(recipe.samples, BATCH), rounding="nearest", compensate=())
+    few = replace(recipe, samples=min(recipe.samples, BATCH), rounding="nearest", compensate=())
     return Plan(quantize(model, data, few).report.sites, found[0] if found else None)
 
 

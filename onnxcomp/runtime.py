@@ -19,7 +19,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,18 +108,23 @@ class Session:
 
 
 @contextmanager
-def provider(name: str) -> Iterator[None]:
+def _setting(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Let the variable have this value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def provider(name: str) -> AbstractContextManager[None]:
     """Let sessions run on another execution provider: `cuda`, `tensorrt` or any that the installed ONNX Runtime has. What it
     does not take runs on the CPU. Raises UsageError for a provider that is not there.
     """
     known = {full.removesuffix("ExecutionProvider").lower(): full for full in ort.get_available_providers()}
     if name.lower() not in known:
         raise UsageError(f"The installed ONNX Runtime has no execution provider '{name}', only: {', '.join(known)}.")
-    token = _providers.set(tuple(dict.fromkeys((known[name.lower()], _CPU))))
-    try:
-        yield
-    finally:
-        _providers.reset(token)
+    return _setting(_providers, tuple(dict.fromkeys((known[name.lower()], _CPU))))
 
 
 def current_provider() -> str:
@@ -127,14 +132,9 @@ def current_provider() -> str:
     return _providers.get()[0].removesuffix("ExecutionProvider").lower()
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int) -> AbstractContextManager[None]:
     """Let sessions that name no number of threads have so many."""
-    token = _threads.set(count)
-    try:
-        yield
-    finally:
-        _threads.reset(token)
+    return _setting(_threads, count)
 
 
 def cores() -> int:
@@ -264,9 +264,7 @@ def _options(threads: int, *, optimize: bool = True, faithful: bool = True) -> o
 
 
 def _ports(nodes: Sequence[ort.NodeArg]) -> tuple[tuple[str, TensorType], ...]:
-    return tuple(
-        (node.name, TensorType(element_type(node.type), None if node.shape is None else tuple(node.shape))) for node in nodes
-    )
+    return tuple((node.name, TensorType(element_type(node.type), tuple(node.shape))) for node in nodes)
 
 
 def _sentence(error: BaseException) -> str:

@@ -33,7 +33,7 @@ TRIM = 0.05
 FLOAT32 = 1
 """ONNX's number of the element type."""
 TABLE_GAIN_DB, RANK_GAIN_DB = 0.5, 0.02
-"""What a table, an Add of its own, must gain over one number per channel, which the kernel adds, and a rank over a lower one."""
+"""What a table, an Add of its own, must gain over one number per channel, and a rank over a lower one."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class BiasCompensation(Compensation):
     """Largest rank of a table per token; 0 stores the full table, T C numbers per layer, as the paper does."""
 
     @property
-    def scope(self) -> str:
+    def scope(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.level
 
     def fit(self, place: Site | Block, samples: Samples) -> Outcome:

@@ -166,9 +166,8 @@ def _error(
         lost, w = np.minimum(q.fake(x), bound) - x, divide(columns(node), scale, mix)
         flat = w.reshape(w.shape[0] * w.shape[1], -1)
         rounded = weight_qparams(flat, 0, weight_bits).fake(flat).reshape(w.shape)
-        lost = lost.reshape(len(lost), len(w), -1).swapaxes(0, 1) @ w.reshape(*w.shape[:2], -1).swapaxes(1, 2).astype(
-            np.float32
-        )
+        kernels = w.reshape(*w.shape[:2], -1).swapaxes(1, 2).astype(np.float32)
+        lost = lost.reshape(len(lost), len(w), -1).swapaxes(0, 1) @ kernels
         energy = np.square(x).mean(axis=0, dtype=np.float64).reshape(len(w), 1, *w.shape[2:])
         total += float(lost.var(axis=1, dtype=np.float64).sum() + ROUNDED * (energy * np.square(rounded - w)).sum())
     return total

@@ -24,7 +24,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import numpy as np
 from pydantic import NonNegativeFloat, PositiveFloat
@@ -112,10 +112,7 @@ class NonlinearBipolarCompensation(Compensation):
     """lambda, in mean squares of U."""
     price: NonNegativeFloat = 0.012
     """The gain in dB that one percent of the block's time must bring; 0 takes the best at any price."""
-
-    @property
-    def scope(self) -> str:
-        return "block"
+    scope: ClassVar[str] = "block"
 
     def fit(self, place: Block, samples: Samples) -> Outcome:
         # Kept, not summed: every pair of c looks at them anew, and what both blocks give is computed but once.

@@ -78,13 +78,9 @@ def run_part(part: Graph, feed: Mapping[str, Array], like: ModelProto) -> Mappin
 
 
 def rotate_inputs(
-    graph: Graph,
-    like: ModelProto,
-    sites: Sequence[Site],
-    bits: Mapping[str, int],
-    feed: Mapping[str, Array],
+    graph: Graph, like: ModelProto, sites: Sequence[Site], bits: Mapping[str, int], feed: Mapping[str, Array],
     decided: Mapping[str, bool | None] | None = None,
-) -> tuple[tuple[Site, ...], dict[str, Outcome]]:
+) -> tuple[tuple[Site, ...], dict[str, Outcome]]:  # fmt: skip
     """Mix, in place, the inputs that are worth it on `feed`; `sites` as they are then, and what was found at each.
 
     `bits`: the width of the activations of each site whose input is to be quantized; `decided`: whether to mix it, where

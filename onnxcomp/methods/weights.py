@@ -29,7 +29,7 @@ import numpy as np
 from onnxcomp.graph.edit import Node, Tape
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Batch, Fit, Samples, is_held_out
-from onnxcomp.numerics.affine import SMALLEST_SCALE, Scheme, weight_qparams
+from onnxcomp.numerics.affine import SMALLEST_SCALE, Scheme, along, weight_qparams
 
 ROWS_PER_SAMPLE, ROWS, EACH = 256, 1 << 13, 16
 """Tokens that are looked at: of a sample at most, of all at least, and per input of a MatMul."""
@@ -106,22 +106,17 @@ def build(op: Tape, site: Site, fitted: Fit, bits: int, block: int = 0) -> dict[
 
 def stored(node: Node) -> Array:
     """The float32 weight that an abstract Dequantize makes of its codes."""
-    (codes, *ranges), axis, block = (
-        [t.values.astype(np.float32) for t in node.inputs],
-        node.attrs["axis"],
-        node.attrs.get("block"),
-    )
+    codes, *ranges = (t.values.astype(np.float32) for t in node.inputs)
+    axis, block = node.attrs["axis"], node.attrs.get("block")
     if block:
         ranges = [np.repeat(a, block, axis).take(range(codes.shape[axis]), axis) for a in ranges]
     else:
-        ranges = [a.reshape([-1 if i == axis else 1 for i in range(codes.ndim)]) for a in ranges]
-    scale, zero = ranges[0], ranges[1] if len(ranges) > 1 else 0.0
+        ranges = [along(a, axis, codes.ndim) for a in ranges]
+    scale, zero = (*ranges, 0.0)[:2]
     return (codes - zero) * scale
 
 
-def _gptq(
-    w: Array, xx: Array, xy: Array, scale: Array, blocks: Array, ends: tuple[Array, Array]
-) -> tuple[Array, Array]:  # fmt: skip
+def _gptq(w: Array, xx: Array, xy: Array, scale: Array, blocks: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
     """Codes and scales [G, K, O] for weights [G, K, O], moments [G, K, K] and [G, K, O], the nearest's scales [G, K, O], the
     block [K] of each input and the ends of the codes' range, which are arrays that go with them.
     """
@@ -250,8 +245,6 @@ def patches(x: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any], limit: 
     x = np.pad(x, [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)])
     reach = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
     windows = np.lib.stride_tricks.sliding_window_view(x, reach, axis=tuple(range(2, 2 + rank)))
-    windows = windows[
-        (slice(None), slice(None), *(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
-    ]
+    windows = windows[(slice(None), slice(None), *(slice(None, None, step) for step in (*strides, *dilations)))]
     windows = np.moveaxis(windows, 1, 1 + rank)  # [N, positions, C, kernel]
     return windows[_spread(windows.shape[: 1 + rank], limit)]
