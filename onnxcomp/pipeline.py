@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxcomp import account, runtime, targets
+from onnxcomp import account, runtime, scratch, targets
 from onnxcomp import recipe as recipes
 from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
-from onnxcomp.calibrate.samples import BATCH, Store, batches, can_stack, confirm_tokens, one_thread
+from onnxcomp.calibrate.samples import BATCH, Store, batch_size, batches, can_stack, confirm_tokens, one_thread
 from onnxcomp.calibrate.work import Work
 from onnxcomp.choose import Choice, choose, open_widths, widened
 from onnxcomp.compress.forecast import forecast
@@ -37,9 +36,9 @@ if TYPE_CHECKING:
     import onnx
 
 PROOF_BATCHES = 2
-"""Batches of calibration samples that the finished file is run on."""
+"""Batches of `BATCH` calibration samples that the finished file is run on."""
 TRANSFORM_BATCHES = 8
-"""Batches that the equal float model is fitted to."""
+"""Such batches that the equal float model is fitted to."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,8 @@ def quantize(
     finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
     progress("verifying", 0, 1)
     with ExitStack() as proving:
-        folder = proving.enter_context(tempfile.TemporaryDirectory())
-        proof = proving.enter_context(files.PendingFile(finished, Path(folder) / "model.onnx"))
+        folder = proving.enter_context(scratch.folder())
+        proof = proving.enter_context(files.PendingFile(finished, folder / "model.onnx"))
         proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
         verification = verify(proof.path, made.reference, feeds, made.expected)
         kernels, by, said = find_kernels(
@@ -145,18 +144,20 @@ def compress(
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(prepared.model)
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
-    samples, stackable, feeds, some = None, False, [], []
+    samples, stackable, size, feeds, some = None, False, BATCH, [], []
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable = can_stack(reference, samples)
         some = [dict(batch.live) for batch in islice(batches(samples, stackable), TRANSFORM_BATCHES)]
-        feeds = some[:PROOF_BATCHES]
+        size = batch_size(prepared.graph, samples[0])
+        proven = islice(batches(samples, stackable, size), PROOF_BATCHES * BATCH // size)
+        feeds = [dict(batch.live) for batch in proven]
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
     feeds = feeds or [single]
     graph, notes = prepared.graph.copy(), list(prepared.notes)
     if recipe.rotation != "none":
-        graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
+        graph, said = rotation.rotate_folded(graph, prepared.model, (some or feeds)[0])
         notes += said
     choice = choose(graph, recipe, target, with_data=data is not None)
     decisions: list[Decision] = []
@@ -176,7 +177,7 @@ def compress(
         if recipe.rotation == "auto":
             bits = {name: s.activation_bits for name, s in choice.settings.items() if s.activations != "float"}
             decided = {name: s.mixed for name, s in choice.settings.items()}
-            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0], decided)
+            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, some[0], decided)
             decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
         choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
@@ -186,14 +187,14 @@ def compress(
     memory = free_memory() // 4 if memory is None else memory
     if announce is not None and samples is not None:
         ahead = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, None, blocks=choice.blocks)
-        count = -(-len(samples) // (BATCH if stackable else 1))
+        count = -(-len(samples) // (size if stackable else 1))
         announce(forecast(ahead, feeds[0], count, memory, stays=work is not None))
     kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
     with ExitStack() as calibrating:
         past = Work(calibrating.enter_context(Room(memory, kept)))
-        store = None if samples is None else Store(samples, stackable, work=past)
+        store = None if samples is None else Store(samples, stackable, size, past)
         if samples is not None and cluster is not None:
-            store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, past)
+            store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, size, past)
         how = graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, past
         seed = recipe.seed if recipe.reconstruct else None
         walk = Walk(*how, choice.blocks, matched=recipe.moments == "auto", seed=seed, decisions=decisions)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "onnxcomp"
 
 LAYERS = (
-    ("errors", "toml"),
+    ("errors", "scratch", "toml"),
     ("numerics", "preprocess"),
     ("data", "graph"),
     ("runtime",),
@@ -65,7 +65,7 @@ THIRD_PARTY = {
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 8870
+LIBRARY_LINES = 8938
 
 
 @dataclass(frozen=True)
