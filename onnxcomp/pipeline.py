@@ -1,7 +1,6 @@
 """The whole program on one screen: a float ONNX model in, a quantized one out, proven to run."""
 
 import itertools
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -9,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxcomp import account, recipe as recipes, runtime, targets
+from onnxcomp import account, recipe as recipes, runtime, scratch, targets
 from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
-from onnxcomp.calibrate.samples import BATCH, Store, batches, can_stack, confirm_tokens
+from onnxcomp.calibrate.samples import BATCH, Store, batch_size, batches, can_stack, confirm_tokens
 from onnxcomp.calibrate.work import Work
 from onnxcomp.choose import Choice, choose, open_widths, widened
 from onnxcomp.compress.forecast import forecast
@@ -31,9 +30,9 @@ from onnxcomp.report.model import Decision, Forecast, Plan, Report
 from onnxcomp.verify import made_up_feed, verify
 
 PROOF_SAMPLES = 2
-"""Calibration samples that the finished file is run on, at least; where they are run together, a batch."""
+"""Calibration samples that the finished file is run on, at least; where they are run together, `BATCH`."""
 TRANSFORM_BATCHES = 8
-"""Batches that the equal float model is fitted to."""
+"""Batches of `BATCH` that the equal float model is fitted to."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ def quantize(
     finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
     progress("verifying", 0, 1)
     with ExitStack() as proving:
-        folder = proving.enter_context(tempfile.TemporaryDirectory())
-        proof = proving.enter_context(files.PendingFile(finished, Path(folder) / "model.onnx"))
+        folder = proving.enter_context(scratch.folder())
+        proof = proving.enter_context(files.PendingFile(finished, folder / "model.onnx"))
         proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
         verification = verify(proof.path, made.reference, feeds, made.expected)
         sites = account.audit_sites(lowered, walk.plan)
@@ -138,12 +137,14 @@ def compress(
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(prepared.model)
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
-    samples, stackable, feeds, some = None, False, [], iter(())
+    samples, stackable, size, feeds, few, some = None, False, BATCH, [], {}, iter(())
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
-        stackable = can_stack(reference, samples)
+        stackable, size = can_stack(reference, samples), batch_size(prepared.graph, samples[0])
+        proven = itertools.islice(batches(samples, stackable, size), -(-BATCH // size) if stackable else PROOF_SAMPLES)
+        feeds = [dict(batch.live) for batch in proven]
         some = (dict(batch.live) for batch in batches(samples, stackable))
-        feeds = list(itertools.islice(some, 1 if stackable else PROOF_SAMPLES))
+        few = next(some)
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
     feeds = feeds or [single]
@@ -154,16 +155,16 @@ def compress(
     choice = choose(graph, recipe, target, with_data=data is not None)
     decisions: list[Decision] = []
     if samples is not None and recipe.sensitive == "auto" and not outside(prepared.model):
-        few = {name: array[: sensitivity.ROWS] if stackable else array for name, array in feeds[0].items()}
+        rows = {name: array[: sensitivity.ROWS] if stackable else array for name, array in few.items()}
         tokens = frozenset(k for k, s in choice.settings.items() if s.activations == "auto")
-        how = graph, prepared.model, choice.sites, open_widths(recipe, choice), few, tokens
+        how = graph, prepared.model, choice.sites, open_widths(recipe, choice), rows, tokens
         wide = sensitivity.widen(*how, mixed=recipe.rotation == "auto")
         recipe = widened(recipe, {name: found.widths for name, found in wide.items()})
         choice = choose(graph, recipe, target, with_data=True)
         decisions += [account.decision(name, "8 bits", found.outcome, found.added_bytes) for name, found in wide.items()]
     asked = {k: (s.weight_bits, s.activation_bits) for k, s in choice.settings.items() if s.activations in ("static", "auto")}
     if samples is not None and recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
-        more = itertools.chain(feeds, itertools.islice(some, TRANSFORM_BATCHES - len(feeds)))
+        more = itertools.chain([few], itertools.islice(some, TRANSFORM_BATCHES - 1))
         graph, said = equalization.equalize(graph, prepared.model, asked, more, bounds=target.encoding.where == "regions")
         notes += said
         choice = choose(graph, recipe, target, with_data=True)
@@ -174,7 +175,7 @@ def compress(
         if recipe.rotation == "auto":
             bits = {name: s.activation_bits for name, s in choice.settings.items() if s.activations != "float"}
             decided = {name: s.mixed for name, s in choice.settings.items()}
-            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0], decided)
+            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, few, decided)
             decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
         choice = replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
@@ -184,14 +185,14 @@ def compress(
     memory = free_memory() // 4 if memory is None else memory
     if announce is not None and samples is not None:
         ahead = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, None, blocks=choice.blocks)
-        count = -(-len(samples) // (BATCH if stackable else 1))
+        count = -(-len(samples) // (size if stackable else 1))
         announce(forecast(ahead, feeds[0], count, memory, stays=work is not None))
     kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
     with ExitStack() as calibrating:
         past = Work(calibrating.enter_context(Room(memory, kept)))
-        store = None if samples is None else Store(samples, stackable, work=past)
+        store = None if samples is None else Store(samples, stackable, size, past)
         if samples is not None and cluster is not None:
-            store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, past)
+            store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, size, past)
         how = graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, past
         seed = recipe.seed if recipe.reconstruct else None
         walk = Walk(*how, choice.blocks, matched=recipe.moments == "auto", seed=seed, decisions=decisions)

@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import re
-import tempfile
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native  # pyright: ignore[reportAttributeAccessIssue]
 
+from onnxcomp import scratch
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import files, mapped
 from onnxcomp.graph.types import TensorType, element_type
@@ -195,8 +195,8 @@ def optimized(model: Model) -> tuple[files.NodeProto, ...]:
     Changes of memory layout are left out: they rename tensors and nodes, and compute the same. Raises ModelError for a
     model that cannot be loaded.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
+    with scratch.folder() as folder:
+        path = folder / "optimized.onnx"
         options = _options(1, faithful=False)
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         options.optimized_model_filepath = str(path)
@@ -230,10 +230,10 @@ def measure(
 
 def profile(model: Model, feed: Feed, threads: int = 1) -> tuple[tuple[str, float], ...]:
     """Milliseconds per run by the type of the executed operators, the costliest first; the first run is not counted."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder() as folder:
         options = _options(threads)
         options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
+        options.profile_file_prefix = str(folder / "profile")
         session = Session(model, options=options)
         for _ in range(_PROFILED_RUNS + 1):
             session.run(feed)

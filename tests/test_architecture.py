@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "onnxcomp"
 
 LAYERS = (
-    ("errors", "toml"),
+    ("errors", "scratch", "toml"),
     ("numerics", "preprocess"),
     ("data", "graph"),
     ("runtime",),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,8 +38,10 @@ from onnxcomp.numerics.arrays import energies, sqnr_db
 from onnxcomp.runtime import Session, each
 
 Feed = Mapping[str, Array]
-BATCH = 8
-"""Samples that travel together."""
+BATCH, BATCH_BYTES = 8, 1 << 23
+"""Samples that travel together, fewer where the widest tensor of so many would take more bytes: of such batches a step works
+on several at once, with copies of each.
+"""
 SAME_DB = 60.0
 """SQNR from which two runs of the same samples count as equal."""
 P = TypeVar("P", bound=Site | Block)
@@ -224,6 +227,14 @@ def split(array: Array, samples: int) -> list[Array]:
     if samples == 1 or array.ndim == 0 or array.shape[0] % samples:
         return [array]
     return list(array.reshape(samples, array.shape[0] // samples, *array.shape[1:]))
+
+
+def batch_size(graph: Graph, feed: Feed) -> int:
+    """How many samples like `feed` travel together, as far as the shapes in the graph are known."""
+    lengths = {dim: n for t in graph.inputs for dim, n in zip(t.shape or (), feed[t.name].shape, strict=False)}
+    shapes = [t.shape for node in graph.nodes for t in node.outputs if t.shape]
+    widest = max(math.prod(n if isinstance(n, int) else lengths.get(n, 1) for n in shape) for shape in [(1,), *shapes])
+    return min(max(BATCH_BYTES // (4 * widest), 1), BATCH)
 
 
 def batches(feeds: Iterable[Feed], batchable: bool, size: int = BATCH) -> Iterator[LiveBatch]:
