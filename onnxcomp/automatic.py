@@ -57,7 +57,7 @@ def quantize(
     if len(samples) < 2:
         raise DataError("One sample cannot be calibrated on and held out. Give at least two.")
     kept = min(recipe.samples, 3 * len(samples) // 4)
-    recipe = dataclasses.replace(recipe, bits=Bits(8, 8), samples=kept, ends="asked")
+    recipe = dataclasses.replace(recipe, bits=Bits(8, 8), samples=kept, sensitive="asked")
 
     limits = {"--max-size": max_size, "--max-latency": max_latency, "--max-drop": max_drop}
     limits = {option: limit for option, limit in limits.items() if limit is not None}

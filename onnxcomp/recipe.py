@@ -99,8 +99,8 @@ class Recipe:
     """Asymmetric weights: a zero point per block too."""
     embeddings: bool = False
     """Quantize the tables that Gather reads rows of too."""
-    ends: Literal["auto", "asked"] = "auto"
-    """The bits of the layers at the model's inputs and outputs: 8 where that gains, or those asked for."""
+    sensitive: Literal["auto", "asked"] = "auto"
+    """The bits of the few layers that the outputs lose most by: 8, or those asked for."""
     equalization: Literal["auto", "none"] = "auto"
     """Scale and mix the channels between layers first, where that costs nothing at run time."""
     moments: Literal["auto", "none"] = "auto"

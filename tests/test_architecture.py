@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "onnxcomp"
 
 LAYERS = (
-    ("errors", "toml"),
+    ("errors", "scratch", "toml"),
     ("numerics", "preprocess"),
     ("data", "graph"),
     ("runtime",),
@@ -58,14 +58,14 @@ THIRD_PARTY = {
     "pydantic": {"errors", "methods", "preprocess", "recipe", "report"},
     "pydantic_core": {"report"},
     "rich": {"cli"},
-    "threadpoolctl": {"calibrate"},
+    "threadpoolctl": {"runtime"},
     "tomli": {"toml"},
     "torch": {"export", "methods.reconstruction"},  # gradients are what the latter is about
 }
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 8720
+LIBRARY_LINES = 8_895
 
 
 @dataclass(frozen=True)

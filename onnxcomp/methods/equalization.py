@@ -14,7 +14,7 @@ Gate    the error of activations and weights, estimated from moments, must fall;
 Limits  see `graph.channels`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +55,7 @@ class Choice:
 
 
 def equalize(
-    graph: Graph, like: ModelProto, bits: Mapping[str, tuple[int, int]], feeds: Sequence[Mapping[str, Array]], *, bounds: bool
+    graph: Graph, like: ModelProto, bits: Mapping[str, tuple[int, int]], feeds: Iterable[Mapping[str, Array]], *, bounds: bool
 ) -> tuple[Graph, list[str]]:
     """The graph with the channels of every group equalized that gains by it, and notes. `bits`: of the weights and of the
     activations of each layer to be quantized; `bounds`: whether a Clip may get a bound per channel.
@@ -66,6 +66,7 @@ def equalize(
     groups = [g for g in find_groups(equal) if all(node.name in bits for node in g.readers) and (bounds or not g.clips)]
     if not groups:
         return graph, []
+    feeds = list(feeds)
     seen = _see(graph, like, groups, feeds)
     found = [(group, _best(group, seen, bits)) for group in groups]
     changed = [(group, choice) for group, choice in found if choice.gain_db > GAIN_DB]
