@@ -41,7 +41,7 @@ BATCH = 8
 """Samples that travel together."""
 SAME_DB = 60.0
 """SQNR from which two runs of the same samples count as equal."""
-P = TypeVar("P", bound=Site | Block)
+P = TypeVar("P", Site, Block)
 S = TypeVar("S")
 
 
