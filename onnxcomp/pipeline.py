@@ -19,11 +19,9 @@ from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data, Feed, InputSpec, open_data
 from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
-from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.mapped import embed, outside
 from onnxcomp.graph.prepare import Prepared, prepare
-from onnxcomp.graph.sites import Site
 from onnxcomp.methods import equalization, rotation, sensitivity
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Decision, Forecast, Plan, Report
@@ -169,9 +167,8 @@ def compress(
         notes += said
         choice = choose(graph, recipe, target, with_data=True)
     if samples is not None:
-        places = confirm_tokens(graph, prepared.model, (*choice.sites, *choice.blocks), samples, stackable=stackable)
-        sites = tuple(place for place in places if isinstance(place, Site))
-        blocks = tuple(place for place in places if isinstance(place, Block))
+        sites = confirm_tokens(graph, prepared.model, choice.sites, samples, stackable=stackable)
+        blocks = confirm_tokens(graph, prepared.model, choice.blocks, samples, stackable=stackable)
         if recipe.rotation == "auto":
             bits = {name: s.activation_bits for name, s in choice.settings.items() if s.activations != "float"}
             decided = {name: s.mixed for name, s in choice.settings.items()}

@@ -44,7 +44,7 @@ on several at once, with copies of each.
 """
 SAME_DB = 60.0
 """SQNR from which two runs of the same samples count as equal."""
-P = TypeVar("P", bound=Site | Block)
+P = TypeVar("P", Site, Block)
 S = TypeVar("S")
 
 

@@ -78,11 +78,8 @@ class Nodes:
 
 def tensors_of(graph: Graph) -> dict[str, Tensor]:
     """Every tensor of the graph by name, in the order of its nodes: what `graph.tensors()` gives, twenty times as fast."""
-    found = {tensor.name: tensor for tensor in graph.inputs}
-    for node in graph.nodes:
-        for tensor in (*node.inputs, *node.outputs):
-            found[tensor.name] = tensor
-    found |= {tensor.name: tensor for tensor in graph.outputs}
+    attached = [tensor for node in graph.nodes for tensor in (*node.inputs, *node.outputs)]
+    found = {tensor.name: tensor for tensor in (*graph.inputs, *attached, *graph.outputs)}
     found.pop("", None)
     return found
 

@@ -71,8 +71,7 @@ class SampleErrors:
             if n < count:
                 kept.reshape(-1)[np.argpartition(errors.reshape(-1), n - 1)[n:]] = 0.0
             sums = (float(np.sum(a * kept, dtype=np.float64)) / n for a in (errors, energies))
-            total = kept.reshape(1, -1) @ e.reshape(-1, channels) if names == "ntc" else e @ kept[..., None]
-            rows.append((total.reshape(-1, channels).sum(axis=0, dtype=np.float64) / n, *sums))
+            rows.append((np.einsum(f"nt,{names}->c", kept, e).astype(np.float64) / n, *sums))
             for part, square in zip(e.reshape(-1, length, channels), errors.reshape(-1, length), strict=True) if length else ():
                 tokens[int(is_held_out(number))] += part
                 squares[int(is_held_out(number))] += np.stack([square, np.ones_like(square)], axis=1)

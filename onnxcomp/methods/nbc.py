@@ -116,8 +116,7 @@ class NonlinearBipolarCompensation(Compensation):
 
     def fit(self, place: Block, samples: Samples) -> Outcome:
         # Kept, not summed: every pair of c looks at them anew, and what both blocks give is computed but once.
-        inputs = place.channels[0] // _groups(place)
-        limit = min(TOKENS, max(max(TOTAL, EACH * inputs) // samples.count, 1))
+        limit = min(TOKENS, max(TOTAL // samples.count, EACH * place.channels[0] // _groups(place) // samples.count, 1))
         seen = samples.reduce(lambda batch: tuple(_samples(batch, place, limit)))
         if any(len(s.x) != len(s.e) for s in seen):
             return Outcome(None, "its input and output do not line up")
@@ -141,9 +140,8 @@ class NonlinearBipolarCompensation(Compensation):
         spread = Spread.of(seen)
         found = dict(zip(grid, _regressions(place, spread, fitted, grid, self.ridge), strict=True))
         if len(grid) > FINALISTS:  # every c in one form, the best in all
-            _, *worths = judge(dict(self._branches(place, spread, found, first=True)))
-            best = np.sort(np.argsort(-worth(*worths), kind="stable")[:FINALISTS])
-            found = {grid[i]: found[grid[i]] for i in best}
+            _, *judged = judge(dict(self._branches(place, spread, found, first=True)))
+            found = {grid[i]: found[grid[i]] for i in np.sort(np.argsort(-worth(*judged), kind="stable")[:FINALISTS])}
         branches = dict(self._branches(place, spread, found))
         before_db, gains, percents = judge(branches)
         worths = worth(gains, percents)
@@ -258,15 +256,13 @@ def compensation(fit: Fit, x: Array) -> Array:
 def _regressions(block: Block, spread: Spread, fitted: Sequence[Rows], grid: Grid, ridge: float) -> Iterator[Regression]:
     """W for every pair of c. What two pairs have in common is computed but once."""
     pairs = {c: [e for x, e in grid if x == c] for c, _ in grid}
-    thin = (
-        {c: spread.factor(c).astype(np.float32) for c in pairs},
-        {c: (1.0 / spread.unit(c)).astype(np.float32) for _, c in grid},
-    )
+    factors = {c: spread.factor(c).astype(np.float32) for c in pairs}
+    units = {c: (1.0 / spread.unit(c)).astype(np.float32) for _, c in grid}
 
     def read(part: Sequence[Rows]) -> list[list[Array]]:
         x, e = (np.concatenate([s[i] for s in part]) for i in (2, 3))
-        v = {c: _bent(e * unit, c) for c, unit in thin[1].items()}
-        return [products(_bent(x * thin[0][c], c), [v[other] for other in pairs[c]], _groups(block)) for c in pairs]
+        v = {c: _bent(e * unit, c) for c, unit in units.items()}
+        return [products(_bent(x * factors[c], c), [v[other] for other in pairs[c]], _groups(block)) for c in pairs]
 
     parts = [fitted[start : start + PART] for start in range(0, len(fitted), PART)]
     sums = functools.reduce(lambda a, b: [[*map(np.add, *both)] for both in zip(a, b, strict=True)], each(read, parts))

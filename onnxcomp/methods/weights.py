@@ -74,7 +74,7 @@ def fit_gptq(
     size, outputs = columns.shape[1:]
     # What the weight is to give is summed as outputs, or as inputs where these are fewer: their product with W comes later.
     gram = columns[0] @ columns[0].T if outputs > size and site.op != "Conv" else None
-    limit = ROWS_PER_SAMPLE if site.op == "Conv" else min(max(ROWS, EACH * size) // samples.count, ROWS_PER_SAMPLE)
+    limit = ROWS_PER_SAMPLE if site.op == "Conv" else min(max(ROWS, EACH * size) // samples.count + 1, ROWS_PER_SAMPLE)
     read = functools.partial(_moments, site=site, w=columns, gram=gram, kernel=w.shape[2:], attrs=attrs, fake=fake, limit=limit)
     moments = samples.reduce(read).astype(np.float64)
     ones = moments[:, :, size:, size, None]

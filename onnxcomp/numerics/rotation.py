@@ -38,8 +38,7 @@ def _transform(x: Array, *, inverse: bool = False) -> Array:
     step = 1
     while step < d // odd:
         pairs = rows.reshape(-1, 2, step, odd, rows.shape[-1])
-        rows = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1)
-        rows *= np.sqrt(0.5)
+        rows = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1) * np.sqrt(0.5)
         step *= 2
     return np.ascontiguousarray(rows.reshape(d, -1).T).reshape(x.shape)
 
