@@ -1,6 +1,7 @@
 """The whole program on one screen: a float ONNX model in, a quantized one out, proven to run."""
 
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -127,7 +128,7 @@ def compress(
     announce: Callable[[Forecast], None] | None = None,
 ) -> Compressed:  # fmt: skip
     """Prepare `model`, choose what is quantized, and walk; arguments as those of `quantize`."""
-    recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
+    start, recipe = time.perf_counter(), recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
     data = data if recipe.samples else None
     target = targets.find(recipe.target)
     source = files.load(model)
@@ -183,7 +184,7 @@ def compress(
     if announce is not None and samples is not None:
         ahead = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, None, blocks=choice.blocks)
         count = -(-len(samples) // (size if stackable else 1))
-        announce(forecast(ahead, feeds[0], count, memory, stays=work is not None))
+        announce(forecast(ahead, feeds[0], count, memory, stays=work is not None, start=start))
     kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
     with ExitStack() as calibrating:
         past = Work(calibrating.enter_context(Room(memory, kept)))

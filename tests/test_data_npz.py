@@ -7,6 +7,7 @@ import tempfile
 import tracemalloc
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def error(path: Path) -> str:
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_a_large_array_of_a_npz_is_mapped(tmp_path: Path, save, order: str):
+def test_a_large_array_of_a_npz_is_mapped(tmp_path: Path, save, order: Literal["C", "F"]):
     block = np.asarray(np.arange(MAPPED_BYTES // 8).reshape(-1, 128).astype(">f8"), order=order)
     save(tmp_path / "d.npz", y=np.arange(len(block)), x=block)
 

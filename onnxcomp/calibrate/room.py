@@ -7,11 +7,12 @@ no step needs it any more.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,12 @@ def free_memory() -> int:
 def peak_memory() -> int:
     """The most bytes of memory that this process has held; 0 where the system does not say."""
     return _read("/proc/self/status", "VmHWM:", 0)
+
+
+def give_back() -> None:
+    """Return to the system what was freed, where the C library can: between live tensors it would keep ever more of it."""
+    with suppress(AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _read(path: str, name: str, otherwise: int) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnxcomp.calibrate.room import Room
+from onnxcomp.calibrate.room import Room, give_back
 from onnxcomp.calibrate.samples import Cut, LiveBatch, Run, Store, combine, split
 from onnxcomp.calibrate.work import Work
 from onnxcomp.compress import rebuild
@@ -93,6 +93,7 @@ class Walk:
         for step, following in zip(steps, [*steps[1:], None], strict=True):
             name = "" if step.site is None else step.site.name
             progress(f"quantizing {name}", step.index, len(steps))
+            give_back()
             for point in self.quantizers.due(step):
                 self.quantizers.put(point, self._cut(point.tensor))
             layer = step.site if step.site is not None and step.site.kind == "layer" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +41,11 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def resident() -> int:
+    """Bytes of memory of this process."""
+    return int(Path("/proc/self/statm").read_text("utf-8").split()[1]) * resource.getpagesize()
 
 
 def test_what_exceeds_the_budget_lies_in_files_and_is_mapped(scratch: Path):
@@ -140,3 +146,16 @@ def test_where_the_system_does_not_say_it_is_a_small_machine(monkeypatch: pytest
     monkeypatch.setattr(Path, "read_text", refuse)
 
     assert free_memory() == 4 << 30
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library keeps what was freed as it likes")
+def test_what_was_freed_between_live_tensors_goes_back_to_the_system():
+    tensors = [np.ones(1 << 14, np.uint8) for _ in range(4096)]  # 64 MB in pieces too small to be mapped each
+    live = tensors[::16]
+    del tensors
+    before = resident()
+
+    room.give_back()
+
+    assert before - resident() > 32 << 20
+    assert all(tensor.all() for tensor in live)
