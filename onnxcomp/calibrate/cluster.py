@@ -8,8 +8,6 @@ Limits: processors must be of one kind, for others round float sums otherwise. T
 stretch of the compressed model, to recompute from. Workers spill to their own disks what exceeds their memory, as Dask does.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import pickle
@@ -19,18 +17,17 @@ from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from onnxcomp import __version__, runtime
 from onnxcomp.calibrate.samples import Compute, Cut, Feed, LiveBatch, Reads, Store, combine
 from onnxcomp.calibrate.work import Work
 from onnxcomp.errors import ResourceError, UsageError
 
-if TYPE_CHECKING:
-    from distributed import Future
-
 S = TypeVar("S")
 Part = list[LiveBatch]
+Future = Any
+"""Dask's name of what a worker has, or will have."""
 SECONDS = 60
 """That a cluster has to answer, and a worker to come."""
 

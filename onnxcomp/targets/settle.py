@@ -10,11 +10,9 @@ The right side is the one that becomes a single kernel with its bias. The produc
 before that, so one of them is multiplied with a 1 that the runtime does not see through.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
-from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, insert_after, remove, tensors_of
+from onnxcomp.graph.edit import Constant, Graph, Node, Nodes, Tensor, Variable, insert_after, remove, tensors_of
 from onnxcomp.graph.tidy import is_load_time
 from onnxcomp.targets.regions import clip_bounds
 
@@ -83,9 +81,9 @@ def _unfolded(graph: Graph, scale: Tensor) -> Tensor:
     one, made = tensors.get(ONE), Variable(f"{scale.name}/unfolded", dtype=np.dtype(np.float32))
     if one is None:
         code, step, zero = (Constant(f"{ONE}.{k}", np.array(v, t)) for k, v, t in zip("csz", (1, 1, 0), "BfB", strict=True))
-        value, one = (Variable(name, dtype=np.dtype(np.float32)) for name in (f"{ONE}/value", ONE))
-        graph.nodes.insert(0, Node("Abs", f"{ONE}/Abs", inputs=[value], outputs=[one]))
-        graph.nodes.insert(0, Node("DequantizeLinear", f"{ONE}/DequantizeLinear", inputs=[code, step, zero], outputs=[value]))
+        new, one = Nodes(ONE), Variable(ONE, dtype=np.dtype(np.float32))
+        new("Abs", one, new("DequantizeLinear", "value", code, step, zero))
+        graph.nodes[:0] = new.made
     insert_after(graph, one.inputs[0], [Node("Mul", f"{scale.name}/unfolded/Mul", inputs=[one, scale], outputs=[made])])
     return made
 
@@ -137,9 +135,7 @@ def _is_in_blocks(node: Node) -> bool:
 
 def _would_be_quantized(node: Node) -> bool:
     """Whether the runtime would take a float layer between integers, weight per tensor, for one that should be integer."""
-    reader = only_reader(node.outputs[0])
-    if reader is not None and reader.op in ("Relu", "Clip"):
-        reader = only_reader(reader.outputs[0])
+    reader = only_reader(tail(node))
     is_float = isinstance(node.inputs[1], Constant) and any(n.op == "DequantizeLinear" for n in node.inputs[0].inputs)
     return is_float and reader is not None and reader.op == "QuantizeLinear"
 
@@ -155,3 +151,9 @@ def put_behind(graph: Graph, node: Node, op: str, suffix: str, *others: Tensor, 
 def only_reader(tensor: Tensor) -> Node | None:
     """The only node that reads `tensor`."""
     return tensor.outputs[0] if len(tensor.outputs) == 1 else None
+
+
+def tail(node: Node) -> Tensor:
+    """The operator's output, or that of the ReLU or Clip which alone reads it."""
+    reader = only_reader(node.outputs[0])
+    return reader.outputs[0] if reader is not None and reader.op in ("Relu", "Clip") else node.outputs[0]
