@@ -31,7 +31,7 @@ from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Batch, Fit, Samples, is_held_out
 from onnxcomp.numerics.affine import SMALLEST_SCALE, Scheme, along, weight_qparams
 
-ROWS_PER_SAMPLE, ROWS, EACH = 256, 1 << 13, 16
+ROWS_PER_SAMPLE, ROWS, EACH = 256, 1 << 13, 32
 """Tokens that are looked at: of a sample at most, of all at least, and per input of a MatMul."""
 DAMPING = 0.05
 BLOCK = 64
