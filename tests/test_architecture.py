@@ -60,7 +60,7 @@ THIRD_PARTY = {
     "rich": {"cli"},
     "threadpoolctl": {"calibrate"},
     "tomli": {"toml"},
-    "torch": {"export", "methods.reconstruction"},  # gradients are what the latter is about
+    "torch": {"export", "methods.reconstruction", "methods.twin"},  # gradients are what the latter two are about
 }
 """Packages and the parts of the library that may import them."""
 

@@ -1,7 +1,7 @@
 """What reconstruction needs of a walk: the float model's own tensors beside the live ones, and a stretch out and back in.
 
 The float model is run along on the samples as they are, a stretch at a time, so what it has behind every stretch is there
-when the walk arrives: one more float pass over the model, and as much again of live tensors.
+when the walk arrives, and once at the start for its outputs: two more float passes, and as much again of live tensors.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from onnxcomp.graph.blocks import Block
-from onnxcomp.graph.edit import Constant, extract, tensors_of
+from onnxcomp.graph.edit import DOMAIN, Constant, extract, tensors_of
 from onnxcomp.graph.schedule import Step
 from onnxcomp.methods import reconstruction
 from onnxcomp.report.model import Decision
@@ -20,35 +22,47 @@ if TYPE_CHECKING:
 
 OWN = "float/"
 """In front of the name of a live tensor: the float model's own."""
+RESULT = "result/"
+"""In front of the name of an output: what the float model has there in the end."""
 
 
 def follow(walk: Walk, step: Step, kept: Collection[str]) -> set[str]:
     """Take the float model through one step, in front of the compressed one; the names of its tensors that stay."""
     assert walk.store is not None
-    inputs = {t.name for t in walk.reference.inputs}
+    inputs, results = {t.name for t in walk.reference.inputs}, [t.name for t in walk.reference.outputs]
+    if step.index == 0:
+        for name in results:
+            walk.store.add(RESULT + name, walk.run_of(walk.reference, {k: k for k in inputs}, [name]))
     own = {name: name if name in inputs else OWN + name for name in step.live_in}
     run = walk.run_of(walk.reference, own, step.computed, prefix=OWN) if step.computed else None
-    stay = {OWN + name for name in kept}
+    stay = {OWN + name for name in kept} | {RESULT + name for name in results}
     walk.store.advance(run, {*step.live_in, *kept, *stay})
     return stay
 
 
-def reconstruct(walk: Walk, block: Block, seed: int) -> None:
-    """Refine a finished stretch, and compute what is behind it anew."""
+def reconstruct(walk: Walk, block: Block, seed: int, alive: Collection[str]) -> None:
+    """Refine a finished stretch, and compute what is behind it anew; `alive`: what is read there, or later."""
     assert walk.store is not None
     live = {walk.quantizers.entries.get(name, name): name for name in block.inputs}
     part = extract(walk.compressed, list(live), [block.y])
+    if all(node.attrs["bits"] >= 8 for node in part.nodes if node.domain == DOMAIN):
+        walk.decisions.append(Decision(block.name, "reconstruction", False, "it has no codes of fewer than 8 bits", None, 0))
+        return
     inside, tensors = {node.name for node in part.nodes}, tensors_of(walk.compressed)
     read = {t.name for node in part.nodes for t in (*node.inputs, *node.outputs) if t.name}
     shared = [tensors[name] for name in read if any(reader.name not in inside for reader in tensors[name].outputs)]
     makers = [maker for t in shared for maker in t.inputs if maker.op in ("Dequantize", "FakeQuantize")]
     fixed = {t.name for t in (*shared, *(t for maker in makers for t in maker.inputs))}
     feeds = {t.name: live[t.name] for t in part.inputs}
-    cut = walk.store.cut({name: name for name in feeds.values()} | {"g_xh": block.y, "f_xh": OWN + block.y})
+    later = [t.name for t in walk.reference.outputs if t.name not in alive and t.dtype == np.float32]
+    run = walk.run_of(walk.reference, {name: name for name in alive}, later) if later else None
+    tail = reconstruction.Tail(block.y, run.feeds.values(), {n: RESULT + n for n in later}, run.outputs) if run else None
+    reads = {*feeds.values(), *(() if tail is None else (*tail.reads, *tail.results.values()))}
+    cut = walk.store.cut({name: name for name in reads} | {"g_xh": block.y, "f_xh": OWN + block.y})
     weights = [node.inputs[1] for node in walk.reference.nodes if len(node.inputs) > 1]
     floats = {t.name: t.values for t in weights if isinstance(t, Constant) and t.name in read}
     how, tokens = (part, feeds, cut, floats, fixed, seed), block.channel_axis == -1
-    outcome = walk.work.once(lambda: reconstruction.fit(block.name, *how, tokens=tokens))
+    outcome = walk.work.once(lambda: reconstruction.fit(block.name, *how, tokens=tokens, tail=tail))
     for name, values in (outcome.fit or {}).items():
         tensors[name].values = values
     walk.decisions.append(Decision(block.name, "reconstruction", outcome.fit is not None, outcome.reason, outcome.gain_db, 0))

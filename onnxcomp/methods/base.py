@@ -151,11 +151,8 @@ def names() -> tuple[str, ...]:
     """The names of every method, in alphabetical order: the modules beside this one that define METHOD."""
     package = importlib.import_module("onnxcomp.methods")
     found = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
-    return tuple(
-        name
-        for name in found
-        if name not in ("base", "activations", "ends", "equalization", "moments", "reconstruction", "rotation", "weights")
-    )
+    others = {"base", "activations", "ends", "equalization", "moments", "reconstruction", "rotation", "twin", "weights"}
+    return tuple(name for name in found if name not in others)
 
 
 def find(name: str) -> type[Compensation]:

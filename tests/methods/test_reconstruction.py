@@ -53,8 +53,9 @@ TRANSLATED = (
 
 
 @pytest.fixture(autouse=True)
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_steps_and_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconstruction, "STEPS", 60)
+    monkeypatch.setattr(reconstruction, "RATES", {"code": 0.01, "scale": 0.005, "bias": 0.002})
 
 
 def many(subject: tiny.Tiny, rng: np.random.Generator, count: int = 64) -> list[dict[str, Array]]:
@@ -133,7 +134,7 @@ def test_torch_computes_compensations_as_the_runtime_does(methods: tuple[str, ..
 
 
 @needs_torch
-@pytest.mark.parametrize("name", ["transformer", "residual"])
+@pytest.mark.parametrize("name", ["transformer", "conv_bn"])
 def test_a_stretch_is_kept_where_it_gains_on_held_out_samples(name: str, rng: np.random.Generator):
     subject = tiny.models()[name]
 
@@ -230,6 +231,50 @@ def test_what_does_not_improve_held_out_samples_is_not_kept(rng: np.random.Gener
 
     assert (found.fit, found.reason) == (None, "held-out samples do not improve")
     assert found.gain_db == 0.0
+
+
+@needs_torch
+def test_what_makes_the_model_worse_is_not_kept_although_the_stretch_gains(rng: np.random.Generator):
+    """The output of the model is the best as it is, and moves away with what the stretch gives."""
+    x = rng.normal(size=(64, 8)).astype(np.float32)
+    batches = [
+        LiveBatch((i,), {"x": x[i : i + 1], "f_xh": x[i : i + 1] + 0.103, "g_xh": x[i : i + 1] + 0.1}) for i in range(64)
+    ]
+    seen = Cut([replace(b, live={**b.live, "r": b.live["g_xh"]}) for b in batches], {n: n for n in ("x", "f_xh", "g_xh", "r")})
+    tail = reconstruction.Tail("y", ["y"], {"out": "r"}, lambda live: {"out": live["y"]})
+
+    found = reconstruction.fit(
+        "s", biased(0.1), {"x": "x"}, replace(seen, reads={**seen.reads, "y": "g_xh"}), {}, (), 0, tail=tail
+    )
+
+    assert (found.fit, found.reason, found.gain_db) == (None, "the model's output does not improve", 0.0)
+
+
+@needs_torch
+def test_samples_of_many_lengths_are_run_together_where_they_have_the_same(rng: np.random.Generator):
+    lengths = [2 + i % 3 for i in range(32)]
+    live = [{"x": rng.normal(size=(n, 8)).astype(np.float32)} for n in lengths for _ in range(2)]
+    batches = [
+        LiveBatch((2 * i, 2 * i + 1), {"x": np.stack([live[2 * i]["x"], live[2 * i + 1]["x"]])}) for i in range(len(lengths))
+    ]
+    reads = [replace(b, live={**b.live, "f_xh": b.live["x"] + 0.103, "g_xh": b.live["x"] + 0.1}) for b in batches]
+    samples = Cut([replace(b, live=dict(b.live)) for b in reads], {name: name for name in ("x", "f_xh", "g_xh")})
+    graph = to_graph(parse("g (float[N,T,8] x) => (float[N,T,8] y) { y = Add(x, b) }", {"b": np.full(8, 0.1, np.float32)}))
+
+    found = reconstruction.fit("s", graph, {"x": "x"}, samples, {}, (), 0, tokens=True)
+
+    assert found.fit is not None
+    assert np.abs(found.fit["b"] - 0.103).max() < 2e-3
+
+
+@needs_torch
+def test_what_has_eight_bits_is_left_at_once(rng: np.random.Generator):
+    subject = tiny.models()["residual"]
+
+    report = quantize(subject.model, many(subject, rng), replace(RECONSTRUCTED, bits=Bits(8, 8))).report
+
+    found = [(d.adopted, d.reason) for d in report.decisions if d.method == "reconstruction"]
+    assert set(found) == {(False, "it has no codes of fewer than 8 bits")}
 
 
 @needs_torch
