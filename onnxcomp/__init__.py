@@ -8,8 +8,6 @@
 The public names are loaded on first use: `import onnxcomp` alone loads neither onnx, onnxruntime nor torch.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from onnxcomp import __version__, runtime
-from onnxcomp import recipe as recipes
+from onnxcomp import __version__, recipe as recipes, runtime
 from onnxcomp.choose import Choice
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data
 from onnxcomp.graph import files
 from onnxcomp.graph.edit import Graph, Node, tensors_of
-from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.sites import Site
 from onnxcomp.graph.strip import dump_folds
 from onnxcomp.graph.tidy import Fold, is_load_time
@@ -36,14 +34,14 @@ def path_of(model: object) -> Path | None:
     return Path(model) if isinstance(model, (str, Path)) else None
 
 
-def fingerprint(source: ModelProto, model: object, samples: Data | None, recipe: Recipe, target: Target) -> str:
+def fingerprint(source: files.ModelProto, model: object, samples: Data | None, recipe: Recipe, target: Target) -> str:
     """What a run's result follows from, in 16 hex digits: model, data, recipe, target and versions."""
     data = None if samples is None else samples.digest
     parts = __version__, runtime.version(), _sha256(source, model), data, target.name, recipes.dumps(recipe)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _sha256(source: ModelProto, model: object) -> str:
+def _sha256(source: files.ModelProto, model: object) -> str:
     path = path_of(model)
     return files.sha256(path if path is not None else source)
 
@@ -66,7 +64,7 @@ def _is_computed_with(node: Node, reader: Node) -> bool:
 
 
 def report(
-    source: ModelProto, model: object, samples: Data | None, recipe: Recipe, choice: Choice, walk: Walk,
+    source: files.ModelProto, model: object, samples: Data | None, recipe: Recipe, choice: Choice, walk: Walk,
     notes: Sequence[str], kernels: Sequence[Kernel], kernels_by: str, verification: Verification,
 ) -> Report:  # fmt: skip
     """The whole account. The output's size is filled in by `stamp`."""
@@ -142,7 +140,7 @@ def frozen(report: Report) -> Recipe:
     return dataclasses.replace(recipe, site=tuple(dict.fromkeys((*recipe.site, *rules))))
 
 
-def stamp(model: ModelProto, account: Report, folds: Sequence[Fold]) -> Report:
+def stamp(model: files.ModelProto, account: Report, folds: Sequence[Fold]) -> Report:
     """Store recipe, account and what was folded in the model's metadata; return the account with the file's final size.
 
     The stored account leaves its own file's size open, which `inspect` reads from the file.

@@ -22,37 +22,29 @@ Limits  isolated effects are those among small errors everywhere, not in an unto
         largest are noise of either sign. What compensates blocks or inputs is left out of the walk.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import glob
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from onnxcomp import account, pipeline, runtime
-from onnxcomp import recipe as recipes
+from onnxcomp import account, pipeline, recipe as recipes, runtime
+from onnxcomp.compress.walk import Walk
 from onnxcomp.errors import ModelError, UsageError
-from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node, Tape, Variable, apply, extract, tensors_of
 from onnxcomp.methods.weights import stored
 from onnxcomp.numerics.affine import Scheme
-from onnxcomp.recipe import Bits
+from onnxcomp.recipe import Bits, Recipe
 from onnxcomp.report.model import Analysis, Damage
 from onnxcomp.targets.lowering import TINY
 
-if TYPE_CHECKING:
-    from onnxcomp.compress.walk import Walk
-    from onnxcomp.recipe import Recipe
-
 Array = np.ndarray
-Feed = Mapping[str, Array]
 PASSES, SAMPLES = 64, 12
 """Pairs of passes at most, and samples."""
 TURNS = 3
@@ -70,14 +62,13 @@ class Part(NamedTuple):
 
 
 def analyze(
-    model: str | Path | bytes | files.ModelProto, data: object, recipe: str | Path | Recipe = "auto", *,
-    progress: runtime.Progress = runtime.ignore,
-) -> Analysis:  # fmt: skip
+    model: runtime.Model, data: object, recipe: str | Path | Recipe = "auto", *, progress: runtime.Progress = runtime.ignore
+) -> Analysis:
     """Rank the sites of `model` by the damage that quantizing them as `recipe` says does at the output, measured on `data`.
 
     Arguments are those of `onnxcomp.quantize`. Raises the kinds of `onnxcomp.errors`.
     """
-    recipe = recipe if isinstance(recipe, recipes.Recipe) else recipes.find(recipe)
+    recipe = recipe if isinstance(recipe, Recipe) else recipes.find(recipe)
     if data is None or not recipe.samples:
         raise UsageError("Damage is measured on samples. Pass --data, and a recipe with samples above 0.")
     layers = tuple(method for method in recipe.compensate if method.scope == "layer")
@@ -105,8 +96,7 @@ def analyze(
     bits = Bits(8, None if recipe.bits.activations is None else 8)
     suggestion = "\n".join(f'[[site]]\nwhere = {json.dumps(glob.escape(name))}\nbits = "{bits}"\n' for name in worst)
     title = Path(model).name if isinstance(model, str | Path) else "model"
-    count = 4 * passes + 2
-    return Analysis(title, str(recipe.bits), walk.target.name, len(feeds), count, total, tuple(found), suggestion)
+    return Analysis(title, str(recipe.bits), walk.target.name, len(feeds), 4 * passes + 2, total, tuple(found), suggestion)
 
 
 def blend(walk: Walk) -> tuple[Graph, tuple[Part, ...]]:
@@ -156,7 +146,7 @@ def _fake(op: Tape, node: Node) -> str:
     return op("Mul", op("Clip", op("Round", op("Div", x, step)), least, most), step)
 
 
-Run = Callable[[Feed, Array], tuple[Array, Feed]]
+Run = Callable[[runtime.Feed, Array], tuple[Array, runtime.Feed]]
 """Takes a feed and m; returns all outputs as one vector, and the errors where they are computed."""
 
 
@@ -169,7 +159,7 @@ def _sessions(graph: Graph, walk: Walk, parts: Sequence[Part], outputs: Sequence
     def runner(part: Graph) -> Run:
         session = runtime.Session(to_model(part, walk.like))
 
-        def run(feed: Feed, m: Array) -> tuple[Array, Feed]:
+        def run(feed: runtime.Feed, m: Array) -> tuple[Array, runtime.Feed]:
             found = session.run({**feed, MASK: m.astype(np.float32)})
             y = np.concatenate([found[name].ravel() for name in outputs]).astype(np.float64)
             return np.where(np.isfinite(y), y, 0.0), {**feed, **{name: a for name, a in found.items() if name in taken}}
@@ -180,7 +170,7 @@ def _sessions(graph: Graph, walk: Walk, parts: Sequence[Part], outputs: Sequence
 
 
 def _measure(
-    runs: tuple[Run, Run], parts: Sequence[Part], feeds: Sequence[Feed], passes: int, progress: runtime.Progress
+    runs: tuple[Run, Run], parts: Sequence[Part], feeds: Sequence[runtime.Feed], passes: int, progress: runtime.Progress
 ) -> tuple[float, Array, Array]:
     """The damage of all parts, of each alone with what two of one site have in common beside it, and the share of each."""
     (record, inject), columns, rng = runs, hadamard(passes), np.random.default_rng(0)

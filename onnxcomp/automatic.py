@@ -12,12 +12,9 @@ Activations have 8 bits throughout: fewer make a file neither smaller nor faster
 fp32, W4A8 0.55). Where only the time is missed, the ladder is climbed again with ranges fixed at calibration and nothing mixed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,13 +24,10 @@ from onnxcomp.comparison import compare, lost
 from onnxcomp.data import InputSpec, open_data
 from onnxcomp.errors import BoundError, DataError
 from onnxcomp.graph import files
-from onnxcomp.recipe import Bits, SiteRule, dumps
+from onnxcomp.recipe import Bits, Recipe, SiteRule, dumps
 from onnxcomp.report.model import Analysis
 from onnxcomp.targets.base import Encoding
 from onnxcomp.targets.nbits import stored_bits
-
-if TYPE_CHECKING:
-    from onnxcomp.recipe import Recipe
 
 FLOAT = 32
 WIDTHS = (2, 3, 4, 5, 6, 8, FLOAT)
@@ -63,7 +57,7 @@ def quantize(
     if len(samples) < 2:
         raise DataError("One sample cannot be calibrated on and held out. Give at least two.")
     kept = min(recipe.samples, 3 * len(samples) // 4)
-    recipe = dataclasses.replace(recipe, bits=Bits(8, 8), samples=kept, ends="asked")
+    recipe = dataclasses.replace(recipe, bits=Bits(8, 8), samples=kept, sensitive="asked")
 
     limits = {"--max-size": max_size, "--max-latency": max_latency, "--max-drop": max_drop}
     limits = {option: limit for option, limit in limits.items() if limit is not None}

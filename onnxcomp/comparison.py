@@ -11,13 +11,10 @@ One pass, one sample at a time, so a range that a model measures at run time is 
 have the same inputs and outputs by name; outputs that are no tensors of numbers are not compared.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -27,10 +24,9 @@ from onnxcomp.graph import files
 from onnxcomp.numerics.arrays import energies, sqnr_db
 from onnxcomp.preprocess import Preprocess
 from onnxcomp.report.model import Accuracy, Comparison, OutputComparison
-from onnxcomp.runtime import Progress, Session, ignore
+from onnxcomp.runtime import Model, Progress, Session, ignore
 
 Array = np.ndarray
-Model = str | Path | bytes | files.ModelProto
 
 
 def compare(
@@ -142,10 +138,8 @@ def demand(found: Comparison, max_drop: float) -> None:
     """Raise BoundError where more is lost than `max_drop` points."""
     drop, what = lost(found)
     if drop > max_drop:
-        raise BoundError(
-            f"The quantized model loses {drop:.2f} points of {what} on {found.samples} samples, more than "
-            f"--max-drop {max_drop:g}. Nothing was written. Try more bits, or --exclude the worst sites."
-        )
+        text = f"The quantized model loses {drop:.2f} points of {what} on {found.samples} samples, more than --max-drop"
+        raise BoundError(f"{text} {max_drop:g}. Nothing was written. Try more bits, or --exclude the worst sites.")
 
 
 def lost(found: Comparison) -> tuple[float, str]:

@@ -13,14 +13,13 @@ from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.finish import fix_axes, to_half, to_oldest_opset
 from onnxcomp.graph.mapped import embed
 from onnxcomp.recipe import Recipe
-from onnxcomp.runtime import Feed
 from onnxcomp.targets import openvino, tensorrt
 from onnxcomp.targets.audit import Kernel, audit, check, foretell
 from onnxcomp.targets.target import Target
 from onnxcomp.verify import demand
 
 
-def finish(model: ModelProto, target: Target, recipe: Recipe, feeds: Sequence[Feed]) -> ModelProto:
+def finish(model: ModelProto, target: Target, recipe: Recipe, feeds: Sequence[runtime.Feed]) -> ModelProto:
     """The lowered model in float16, or in an older opset that computes the same on `feeds`."""
     if recipe.half:
         return to_half(embed(model))
@@ -40,7 +39,7 @@ def finish(model: ModelProto, target: Target, recipe: Recipe, feeds: Sequence[Fe
     return to_oldest_opset(model, computes_the_same)
 
 
-def fix(model: ModelProto, feed: Feed) -> None:
+def fix(model: ModelProto, feed: runtime.Feed) -> None:
     """Fix every axis of the model at the length that it has with this feed, in place."""
     shapes = {name: array.shape for name, array in feed.items()}
     results = runtime.Session(model).run(feed)
@@ -48,7 +47,7 @@ def fix(model: ModelProto, feed: Feed) -> None:
 
 
 def find_kernels(
-    path: Path, target: Target, lowered: Graph, sites: Mapping[str, Sequence[str]], feeds: Sequence[Feed],
+    path: Path, target: Target, lowered: Graph, sites: Mapping[str, Sequence[str]], feeds: Sequence[runtime.Feed],
     reference: runtime.Session,
 ) -> tuple[tuple[Kernel, ...], str, list[str]]:  # fmt: skip
     """What computes each site of the model at `path`; who says so; and what the target's rules object to, or foretold wrongly.
@@ -77,7 +76,7 @@ def find_kernels(
     else:
         return foretold, f"the rules of {target.name}, which did not run here", notes
     named = (Kernel(k.site, *kernels.get(k.site, (k.op, k.integer)), k.reason) for k in foretold)
-    told = tuple(named) if kernels else audit(path, sites)
+    told = tuple(named) if kernels else audit(path, lowered, sites)
     wrong = [a.site for a, b in zip(told, foretold, strict=True) if a.integer != b.integer]
     notes += [f"The rules of {target.name} foretold other kernels at {', '.join(wrong)}."] if wrong else []
     return told, by, notes

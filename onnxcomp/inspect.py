@@ -67,11 +67,10 @@ def _sites(model: files.ModelProto, graph: Graph, notes: list[str]) -> tuple[Fou
     except ModelError as error:
         notes.append(f"This model cannot be quantized as it is. {error}")
     tensors = graph.tensors()
-    shapes = {
-        site: None if site.weight is None else tuple(tensors[site.weight].shape)
+    return tuple(
+        FoundSite(site.name, site.op, site.kind, None if site.weight is None else tuple(tensors[site.weight].shape))
         for site in (*find_sites(graph), *find_tables(graph))
-    }
-    return tuple(FoundSite(site.name, site.op, site.kind, shape) for site, shape in shapes.items())
+    )
 
 
 def _port(tensor: Tensor) -> str:

@@ -3,12 +3,9 @@
 Limits: fields are documented by the string under them, which only the source has; without the source there is no help.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 from onnxcomp.methods import base
 
@@ -49,14 +46,14 @@ def page(name: str) -> Page:
     kind = base.find(name)
     text = inspect.cleandoc(inspect.getdoc(inspect.getmodule(kind)) or "")
     helps = _field_docstrings(kind)
-    options = tuple(Option(f.name, repr(f.default), helps.get(f.name, "")) for f in dataclasses.fields(kind))
+    options = tuple(Option(f.name, repr(f.default), helps.get(f.name, "")) for f in fields(kind))
     return Page(name, text.partition("\n")[0], text, options)
 
 
 def _field_docstrings(kind: type) -> dict[str, str]:
     """The strings that stand under the fields, of the bases too."""
     found: dict[str, str] = {}
-    for owner in [one for one in reversed(kind.__mro__) if dataclasses.is_dataclass(one)]:
+    for owner in [one for one in reversed(kind.__mro__) if is_dataclass(one)]:
         for name, text in _DOCUMENTED.findall(inspect.getsource(owner)):
             found[name] = " ".join(text.split())
     return found

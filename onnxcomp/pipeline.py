@@ -1,23 +1,17 @@
 """The whole program on one screen: a float ONNX model in, a quantized one out, proven to run."""
 
-from __future__ import annotations
-
-import dataclasses
-import tempfile
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxcomp import account, runtime, targets
-from onnxcomp import recipe as recipes
+from onnxcomp import account, recipe as recipes, runtime, scratch, targets
 from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
-from onnxcomp.calibrate.samples import BATCH, Store, batches, can_stack, confirm_tokens, one_thread
+from onnxcomp.calibrate.samples import BATCH, Store, batch_size, batches, can_stack, confirm_tokens
 from onnxcomp.calibrate.work import Work
 from onnxcomp.choose import Choice, choose, open_widths, widened
 from onnxcomp.compress.forecast import forecast
@@ -25,37 +19,36 @@ from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data, Feed, InputSpec, open_data
 from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
+from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.mapped import embed, outside
 from onnxcomp.graph.prepare import Prepared, prepare
-from onnxcomp.methods import ends, equalization, rotation
+from onnxcomp.graph.sites import Site
+from onnxcomp.methods import equalization, rotation, sensitivity
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Decision, Forecast, Plan, Report
 from onnxcomp.verify import made_up_feed, verify
 
-if TYPE_CHECKING:
-    import onnx
-
-PROOF_BATCHES = 2
-"""Batches of calibration samples that the finished file is run on."""
+PROOF_SAMPLES = 2
+"""Calibration samples that the finished file is run on, at least; where they are run together, `BATCH`."""
 TRANSFORM_BATCHES = 8
-"""Batches that the equal float model is fitted to."""
+"""Batches of `BATCH` that the equal float model is fitted to."""
 
 
 @dataclass(frozen=True)
 class Result:
     """A quantized model and the account of how it came about."""
 
-    model: onnx.ModelProto
+    model: files.ModelProto
     report: Report
-    terms: tuple[onnx.ModelProto, ...] = ()
+    terms: tuple[files.ModelProto, ...] = ()
     """The low-bit model of every weight term, where `split` asked for them."""
     traffic: Sequence[tuple[str, int, int]] = ()
     """Of a cluster, for every step: its site, the bytes sent from here, and those that workers have sent."""
 
 
 def quantize(
-    model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
+    model: runtime.Model, data: object = None, recipe: str | Path | Recipe = "auto", *,
     output: str | Path | None = None, force: bool = False, split: bool = False, memory: int | None = None,
     work: str | Path | None = None, cluster: str | None = None, progress: runtime.Progress = runtime.ignore,
     announce: Callable[[Forecast], None] | None = None,
@@ -86,13 +79,12 @@ def quantize(
     finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
     progress("verifying", 0, 1)
     with ExitStack() as proving:
-        folder = proving.enter_context(tempfile.TemporaryDirectory())
-        proof = proving.enter_context(files.PendingFile(finished, Path(folder) / "model.onnx"))
+        folder = proving.enter_context(scratch.folder())
+        proof = proving.enter_context(files.PendingFile(finished, folder / "model.onnx"))
         proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
         verification = verify(proof.path, made.reference, feeds, made.expected)
-        kernels, by, said = find_kernels(
-            proof.path, target, lowered, account.audit_sites(lowered, walk.plan), feeds, made.reference
-        )
+        sites = account.audit_sites(lowered, walk.plan)
+        kernels, by, said = find_kernels(proof.path, target, lowered, sites, feeds, made.reference)
     if target.fixed:
         fix(finished, made.single)
     notes = [*made.notes, *said]
@@ -101,7 +93,7 @@ def quantize(
     if output is not None:
         with files.PendingFile(finished, output, force=force, source=account.path_of(model)) as pending:
             runtime.Session(pending.path).run(made.single)
-            report = dataclasses.replace(report, output_bytes=files.size(pending.path))
+            report = replace(report, output_bytes=files.size(pending.path))
             pending.commit()
         for number, term in enumerate(terms, 1):
             files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
@@ -113,7 +105,7 @@ def quantize(
 class Compressed:
     """A model behind its walk: both graphs, everything that was fitted, and nothing proven yet."""
 
-    source: onnx.ModelProto
+    source: files.ModelProto
     recipe: Recipe
     prepared: Prepared
     reference: runtime.Session
@@ -130,9 +122,9 @@ class Compressed:
     notes: list[str]
 
 
-@one_thread()
+@runtime.one_thread()
 def compress(
-    model: str | Path | bytes | onnx.ModelProto, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
+    model: runtime.Model, data: object, recipe: str | Path | Recipe, progress: runtime.Progress,
     *, memory: int | None = None, work: str | Path | None = None, cluster: str | None = None,
     announce: Callable[[Forecast], None] | None = None,
 ) -> Compressed:  # fmt: skip
@@ -145,57 +137,65 @@ def compress(
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(prepared.model)
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
-    samples, stackable, feeds, some = None, False, [], []
+    samples, stackable, size, feeds, few, some = None, False, BATCH, [], {}, iter(())
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
-        stackable = can_stack(reference, samples)
-        some = [dict(batch.live) for batch in islice(batches(samples, stackable), TRANSFORM_BATCHES)]
-        feeds = some[:PROOF_BATCHES]
+        stackable, size = can_stack(reference, samples), batch_size(prepared.graph, samples[0])
+        proven = itertools.islice(batches(samples, stackable, size), -(-BATCH // size) if stackable else PROOF_SAMPLES)
+        feeds = [dict(batch.live) for batch in proven]
+        some = (dict(batch.live) for batch in batches(samples, stackable))
+        few = next(some)
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
     feeds = feeds or [single]
     graph, notes = prepared.graph.copy(), list(prepared.notes)
     if recipe.rotation != "none":
-        graph, said = rotation.rotate_folded(graph, prepared.model, feeds[0])
+        graph, said = rotation.rotate_folded(graph, prepared.model, single)
         notes += said
     choice = choose(graph, recipe, target, with_data=data is not None)
     decisions: list[Decision] = []
-    if some and recipe.ends == "auto":
-        found = ends.widen(graph, prepared.model, choice.sites, open_widths(recipe, choice), some[0])
-        recipe = widened(recipe, {name: end.widths for name, end in found.items() if end.outcome.fit is not None})
+    if samples is not None and recipe.sensitive == "auto" and not outside(prepared.model):
+        rows = {name: array[: sensitivity.ROWS] if stackable else array for name, array in few.items()}
+        tokens = frozenset(k for k, s in choice.settings.items() if s.activations == "auto")
+        how = graph, prepared.model, choice.sites, open_widths(recipe, choice), rows, tokens
+        wide = sensitivity.widen(*how, mixed=recipe.rotation == "auto")
+        recipe = widened(recipe, {name: found.widths for name, found in wide.items()})
         choice = choose(graph, recipe, target, with_data=True)
-        decisions += [account.decision(name, "ends", end.outcome, end.added_bytes) for name, end in found.items()]
+        decisions += [account.decision(name, "8 bits", found.outcome, found.added_bytes) for name, found in wide.items()]
     asked = {k: (s.weight_bits, s.activation_bits) for k, s in choice.settings.items() if s.activations in ("static", "auto")}
-    if some and recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
-        graph, said = equalization.equalize(graph, prepared.model, asked, some, bounds=target.encoding.where == "regions")
+    if samples is not None and recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
+        more = itertools.chain([few], itertools.islice(some, TRANSFORM_BATCHES - 1))
+        graph, said = equalization.equalize(graph, prepared.model, asked, more, bounds=target.encoding.where == "regions")
         notes += said
         choice = choose(graph, recipe, target, with_data=True)
     if samples is not None:
-        sites = confirm_tokens(graph, prepared.model, choice.sites, samples, stackable=stackable)
-        blocks = confirm_tokens(graph, prepared.model, choice.blocks, samples, stackable=stackable)
+        places = confirm_tokens(graph, prepared.model, (*choice.sites, *choice.blocks), samples, stackable=stackable)
+        sites = tuple(place for place in places if isinstance(place, Site))
+        blocks = tuple(place for place in places if isinstance(place, Block))
         if recipe.rotation == "auto":
             bits = {name: s.activation_bits for name, s in choice.settings.items() if s.activations != "float"}
             decided = {name: s.mixed for name, s in choice.settings.items()}
-            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, feeds[0], decided)
+            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, few, decided)
             decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
-        choice = dataclasses.replace(choice, sites=sites, blocks=blocks)
+        choice = replace(choice, sites=sites, blocks=blocks)
     plan = target.plan(graph, choice.sites, choice.settings)
 
     if outside(prepared.model):
         reference = runtime.Session(prepared.model)  # which has read nothing yet
-    memory = free_memory() // 4 if memory is None else memory
+    memory, seed = free_memory() // 4 if memory is None else memory, recipe.seed if recipe.reconstruct else None
     if announce is not None and samples is not None:
-        ahead = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, None, blocks=choice.blocks)
-        count = -(-len(samples) // (BATCH if stackable else 1))
+        ahead = Walk(
+            graph, graph.copy(), prepared.model, plan, target, recipe.compensate, None, blocks=choice.blocks, seed=seed
+        )
+        count = -(-len(samples) // (size if stackable else 1))
         announce(forecast(ahead, feeds[0], count, memory, stays=work is not None))
     kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
     with ExitStack() as calibrating:
         past = Work(calibrating.enter_context(Room(memory, kept)))
-        store = None if samples is None else Store(samples, stackable, work=past)
+        store = None if samples is None else Store(samples, stackable, size, past)
         if samples is not None and cluster is not None:
-            store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, past)
+            store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, size, past)
         how = graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, past
-        seed = recipe.seed if recipe.reconstruct else None
         walk = Walk(*how, choice.blocks, matched=recipe.moments == "auto", seed=seed, decisions=decisions)
         walk.run(progress)
         expected = None if store is None else walk.expected(len(feeds))
@@ -203,7 +203,7 @@ def compress(
 
 
 def foresee(
-    model: str | Path | bytes | onnx.ModelProto, data: object = None, recipe: str | Path | Recipe = "auto", *,
+    model: runtime.Model, data: object = None, recipe: str | Path | Recipe = "auto", *,
     memory: int | None = None, work: str | Path | None = None,
 ) -> Plan:  # fmt: skip
     """What `quantize` would do and what it would take, with nothing written. The sites are those of a rehearsal on one batch,
@@ -218,7 +218,7 @@ def foresee(
 
     with suppress(_ForeseenError):
         quantize(model, data if recipe.samples else None, recipe, memory=memory, work=work, announce=stop)
-    few = dataclasses.replace(recipe, samples=min(recipe.samples, BATCH), rounding="nearest", compensate=())
+    few = replace(recipe, samples=min(recipe.samples, BATCH), rounding="nearest", compensate=())
     return Plan(quantize(model, data, few).report.sites, found[0] if found else None)
 
 

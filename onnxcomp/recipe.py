@@ -5,12 +5,11 @@ Keys are strict: an unknown one is an error with the nearest known key. The name
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -100,8 +99,8 @@ class Recipe:
     """Asymmetric weights: a zero point per block too."""
     embeddings: bool = False
     """Quantize the tables that Gather reads rows of too."""
-    ends: Literal["auto", "asked"] = "auto"
-    """The bits of the layers at the model's inputs and outputs: 8 where that gains, or those asked for."""
+    sensitive: Literal["auto", "asked"] = "auto"
+    """The bits of the few layers that the outputs lose most by: 8, or those asked for."""
     equalization: Literal["auto", "none"] = "auto"
     """Scale and mix the channels between layers first, where that costs nothing at run time."""
     moments: Literal["auto", "none"] = "auto"
@@ -157,11 +156,7 @@ def loads(text: str, where: str = "recipe") -> Recipe:
     Raises RecipeError for bad TOML, an unknown key (with the nearest known one) or a value of the wrong type.
     """
     with _located(where):
-        try:
-            table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"not valid TOML: {error}.") from None
-        return _read(Recipe, {"name": Path(where).stem} | table)
+        return _read(Recipe, {"name": Path(where).stem} | tomllib.loads(text))
 
 
 def dumps(recipe: Recipe) -> str:
@@ -191,7 +186,7 @@ def parse_compensate(text: str) -> tuple[Compensation, ...] | None:
 
 def _read(kind: Any, table: Mapping[str, Any]) -> Any:
     """The frozen dataclass whose fields the keys of `table` name; what is no value of a field's type is refused."""
-    known = [field.name for field in dataclasses.fields(kind)]
+    known = [field.name for field in fields(kind)]
     for key in table:
         if key not in known:
             raise RecipeError(f"unknown key '{key}'.{did_you_mean(key, known, 'The keys are')}")
@@ -230,6 +225,8 @@ def _located(where: str) -> Iterator[None]:
         yield
     except UsageError as error:
         raise RecipeError(f"{where}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{where}: not valid TOML: {error}.") from None
 
 
 def _toml(value: object) -> str:

@@ -10,28 +10,35 @@ round, so that it stays out of the comparison.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as native  # pyright: ignore[reportAttributeAccessIssue]
 
+from onnxcomp import scratch
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import files, mapped
 from onnxcomp.graph.types import TensorType, element_type
 from onnxcomp.graph.weights import expose_all
 
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
+
+S = TypeVar("S")
+T = TypeVar("T")
 Model = files.ModelProto | bytes | str | Path
 Feed = Mapping[str, np.ndarray]
 Progress = Callable[[str, int, int], None]
@@ -101,18 +108,23 @@ class Session:
 
 
 @contextmanager
-def provider(name: str) -> Iterator[None]:
+def _setting(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Let the variable have this value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def provider(name: str) -> AbstractContextManager[None]:
     """Let sessions run on another execution provider: `cuda`, `tensorrt` or any that the installed ONNX Runtime has. What it
     does not take runs on the CPU. Raises UsageError for a provider that is not there.
     """
     known = {full.removesuffix("ExecutionProvider").lower(): full for full in ort.get_available_providers()}
     if name.lower() not in known:
         raise UsageError(f"The installed ONNX Runtime has no execution provider '{name}', only: {', '.join(known)}.")
-    token = _providers.set(tuple(dict.fromkeys((known[name.lower()], _CPU))))
-    try:
-        yield
-    finally:
-        _providers.reset(token)
+    return _setting(_providers, tuple(dict.fromkeys((known[name.lower()], _CPU))))
 
 
 def current_provider() -> str:
@@ -120,19 +132,40 @@ def current_provider() -> str:
     return _providers.get()[0].removesuffix("ExecutionProvider").lower()
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
+def threads(count: int) -> AbstractContextManager[None]:
     """Let sessions that name no number of threads have so many."""
-    token = _threads.set(count)
-    try:
-        yield
-    finally:
-        _threads.reset(token)
+    return _setting(_threads, count)
 
 
 def cores() -> int:
     """How many threads may run at once: as many as `threads` says, else as this process has cores."""
     return _threads.get() or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def each(fn: Callable[[T], S], items: Iterable[T]) -> Iterator[S]:
+    """`fn` of every item, in their order; as many at once as there are cores, each on one."""
+    count, begun = cores(), deque[Future[S]]()
+    with one_thread(), ThreadPoolExecutor(count) as pool:
+        for item in items:
+            if len(begun) > count:  # results wait for their turn, and are not small
+                yield begun.popleft().result()
+            begun.append(pool.submit(copy_context().run, fn, item))
+        while begun:
+            yield begun.popleft().result()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Matrix products on one core each: several would add up in another order, and wait for one another."""
+    with _libraries().limit(limits=1, user_api="blas"):
+        yield
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    from threadpoolctl import ThreadpoolController  # which sets a variable of the environment
+
+    return ThreadpoolController()
 
 
 def ignore(stage: str, done: int, total: int) -> None:
@@ -162,8 +195,8 @@ def optimized(model: Model) -> tuple[files.NodeProto, ...]:
     Changes of memory layout are left out: they rename tensors and nodes, and compute the same. Raises ModelError for a
     model that cannot be loaded.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
+    with scratch.folder() as folder:
+        path = folder / "optimized.onnx"
         options = _options(1, faithful=False)
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         options.optimized_model_filepath = str(path)
@@ -197,10 +230,10 @@ def measure(
 
 def profile(model: Model, feed: Feed, threads: int = 1) -> tuple[tuple[str, float], ...]:
     """Milliseconds per run by the type of the executed operators, the costliest first; the first run is not counted."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder() as folder:
         options = _options(threads)
         options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
+        options.profile_file_prefix = str(folder / "profile")
         session = Session(model, options=options)
         for _ in range(_PROFILED_RUNS + 1):
             session.run(feed)
@@ -231,9 +264,7 @@ def _options(threads: int, *, optimize: bool = True, faithful: bool = True) -> o
 
 
 def _ports(nodes: Sequence[ort.NodeArg]) -> tuple[tuple[str, TensorType], ...]:
-    return tuple(
-        (node.name, TensorType(element_type(node.type), None if node.shape is None else tuple(node.shape))) for node in nodes
-    )
+    return tuple((node.name, TensorType(element_type(node.type), tuple(node.shape))) for node in nodes)
 
 
 def _sentence(error: BaseException) -> str:

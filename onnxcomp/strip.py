@@ -1,20 +1,15 @@
 """Strip: take the compensations of one method out of a file that onnxcomp wrote; what is left is proven to run."""
 
-from __future__ import annotations
-
-import dataclasses
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnxcomp import account, runtime, targets
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_graph, to_model
-from onnxcomp.graph.files import FOLDS, REPORT, ModelProto
 from onnxcomp.graph.mapped import embed
-from onnxcomp.graph.strip import load_folds
-from onnxcomp.graph.strip import strip as strip_graph
+from onnxcomp.graph.strip import load_folds, strip as strip_graph
 from onnxcomp.methods.base import find
 from onnxcomp.report.json import from_json
 from onnxcomp.verify import made_up_feed
@@ -24,13 +19,11 @@ from onnxcomp.verify import made_up_feed
 class Stripped:
     """The model without the methods, and the places that they were taken out of."""
 
-    model: ModelProto
+    model: files.ModelProto
     places: tuple[str, ...]
 
 
-def strip(
-    model: str | Path | bytes | ModelProto, methods: Collection[str], *, output: str | Path | None = None, force: bool = False
-) -> Stripped:
+def strip(model: runtime.Model, methods: Collection[str], *, output: str | Path | None = None, force: bool = False) -> Stripped:
     """The model without what `methods` (names, such as "nbc") put into it, bit for bit as it was before them; written to
     `output` where that is given, once it has run.
 
@@ -43,22 +36,22 @@ def strip(
     source = files.load(model)
     files.check_output(output, model, force=force)
     stored = files.metadata(source)
-    if REPORT not in stored or FOLDS not in stored:
+    if files.REPORT not in stored or files.FOLDS not in stored:
         raise ModelError("The file holds no record of compensations. Give a file that this version of onnxcomp wrote.")
-    report = from_json(stored[REPORT])
+    report = from_json(stored[files.REPORT])
     adopted = [d for d in report.decisions if d.adopted and d.method in methods]
     if not adopted:
         raise ModelError(f"No compensation of {', '.join(methods)} is in the file. `onnxcomp inspect` lists what is.")
     graph = to_graph(source)
     places = dict.fromkeys([*(s.name for s in report.sites), *(d.site for d in adopted)])
     prefixes = [f"{place}/{method}/" for place in places for method in methods]
-    folds = strip_graph(graph, prefixes, load_folds(stored[FOLDS]), methods)
+    folds = strip_graph(graph, prefixes, load_folds(stored[files.FOLDS]), methods)
     targets.find(report.target).settle(graph)
     stripped = embed(to_model(graph, source))
     decisions = tuple(
-        dataclasses.replace(d, adopted=False, reason="stripped", added_bytes=0) if d in adopted else d for d in report.decisions
+        replace(d, adopted=False, reason="stripped", added_bytes=0) if d in adopted else d for d in report.decisions
     )
-    account.stamp(stripped, dataclasses.replace(report, decisions=decisions), folds)
+    account.stamp(stripped, replace(report, decisions=decisions), folds)
     session = runtime.Session(stripped)
     session.run(made_up_feed(session))
     if output is not None:

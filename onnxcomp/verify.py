@@ -7,24 +7,21 @@ lies at a rounding threshold, so they may differ by a part of the quantization e
     |y_on - z|^2 <= max(|z - y_float|^2, 1e-4 |y_float|^2)     z: the plain run, and what calibration arrived at
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from onnxcomp import runtime
 from onnxcomp.errors import ModelError, VerificationError
 from onnxcomp.graph.files import check
-from onnxcomp.methods.base import Array
 from onnxcomp.numerics.arrays import energies, made_up, sqnr_db
 from onnxcomp.report.model import Verification
+from onnxcomp.runtime import Feed, Session, version
 
-Feed = Mapping[str, Array]
-"""Inputs or outputs by name."""
 FLOOR = 1e-4
 
 
-def verify(path: Path, reference: runtime.Session, feeds: Sequence[Feed], expected: Sequence[Feed] | None) -> Verification:
+def verify(path: Path, reference: Session, feeds: Sequence[Feed], expected: Sequence[Feed] | None) -> Verification:
     """Prove the model at `path` on `feeds`, against the float session `reference` and the outputs of the walk.
 
     Raises VerificationError with the first law that does not hold.
@@ -38,18 +35,17 @@ def verify(path: Path, reference: runtime.Session, feeds: Sequence[Feed], expect
     for outputs, target in zip([*on, *off], [*want, *want], strict=True):
         for name, array in target.items():
             if not np.all(np.isfinite(outputs[name][np.isfinite(array)])):
-                raise VerificationError(
-                    f"Output '{name}' of the quantized model is not finite where the float one's is. Nothing was written."
-                )
+                text = f"Output '{name}' of the quantized model is not finite where the float one's is."
+                raise VerificationError(f"{text} Nothing was written.")
     demand(on, off, want, "with optimizations on and off differ by more than the quantization error")
     if expected is not None:
         demand(on, expected, want, "and calibration differ by more than the quantization error")
     samples, calibrated = sum(_length(feed) for feed in feeds), None if expected is None else sqnr(on, expected)
-    return Verification(checker, f"onnxruntime {runtime.version()}", samples, sqnr(on, off), sqnr(on, want), calibrated)
+    return Verification(checker, f"onnxruntime {version()}", samples, sqnr(on, off), sqnr(on, want), calibrated)
 
 
-def _outputs(path: Path, feeds: Sequence[Feed], *, optimize: bool) -> list[dict[str, Array]]:
-    session = runtime.Session(path, optimize=optimize)  # one at a time, for each holds the model
+def _outputs(path: Path, feeds: Sequence[Feed], *, optimize: bool) -> list[dict[str, np.ndarray]]:
+    session = Session(path, optimize=optimize)  # one at a time, for each holds the model
     return [session.run(feed) for feed in feeds]
 
 
@@ -59,7 +55,7 @@ def _length(feed: Feed) -> int:
     return lengths.pop() if len(lengths) == 1 else 1
 
 
-def made_up_feed(session: runtime.Session) -> dict[str, Array]:
+def made_up_feed(session: Session) -> dict[str, np.ndarray]:
     """One feed of the model's own shapes, free dimensions 1, for showing that a file runs; never for calibration."""
     rng = np.random.default_rng(0)
     return {name: made_up(kind.dtype, kind.shape or (), rng) for name, kind in session.inputs}
@@ -70,7 +66,7 @@ def sqnr(found: Sequence[Feed], want: Sequence[Feed]) -> float:
     return min(sqnr_db(*_energies(found, want, name)) for name in want[0])
 
 
-def _energies(found: Sequence[Feed], want: Sequence[Feed], name: str) -> Array:
+def _energies(found: Sequence[Feed], want: Sequence[Feed], name: str) -> np.ndarray:
     """Signal and noise of one output over all feeds."""
     return np.sum([energies(target[name], have[name]) for have, target in zip(found, want, strict=True)], axis=0)
 

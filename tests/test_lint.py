@@ -13,8 +13,7 @@ from click.testing import CliRunner, Result
 from onnx import ModelProto, numpy_helper, parser
 from tiny import Tiny, models
 
-from onnxcomp import cli, runtime, targets
-from onnxcomp import recipe as recipes
+from onnxcomp import cli, recipe as recipes, runtime, targets
 from onnxcomp.errors import ModelError, RecipeError, UsageError
 from onnxcomp.lint import lint
 from onnxcomp.pipeline import quantize

@@ -13,6 +13,7 @@ from equality import parse
 from onnx import ModelProto
 
 from onnxcomp import targets
+from onnxcomp.calibrate import samples
 from onnxcomp.errors import (
     DataError,
     ModelError,
@@ -23,7 +24,7 @@ from onnxcomp.errors import (
     VerificationError,
 )
 from onnxcomp.graph import files
-from onnxcomp.pipeline import PROOF_BATCHES, quantize
+from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import NAMED, Recipe, dumps
 
 TINY = tiny.linear()
@@ -54,6 +55,17 @@ def vanishing() -> tuple[ModelProto, np.ndarray]:
         "g (float[N,4] x) => (float[N,4] y) { [fc] h = MatMul(x, w) y = Reciprocal(h) }", {"w": np.eye(4, dtype=np.float32)}
     )
     return model, np.array([[1, 1, 1, 1], [200, 200, 200, 200], [-50, 1e-3, 7, 9], [3, 5, -2, 4]], np.float32)
+
+
+def test_the_proof_has_as_many_samples_whatever_their_batches(monkeypatch: pytest.MonkeyPatch):
+    subject = tiny.residual()
+    before = quantize(subject.model, subject.samples)
+    monkeypatch.setattr(samples, "BATCH_BYTES", 1)
+
+    found = quantize(subject.model, subject.samples)
+
+    assert found.report.verification.samples == before.report.verification.samples == len(subject.samples)
+    assert found.report.verification.expected_db == 200
 
 
 # --- the result ------------------------------------------------------------------------------------------------------
@@ -112,7 +124,7 @@ def test_the_account_names_the_model_the_data_and_the_target(folder: Path):
 
     assert (report.model_name, report.model_sha256, report.model_bytes) == ("net.onnx", files.sha256(net), net.stat().st_size)
     assert (report.target, report.samples) == ("ort-x86", 12)
-    assert report.verification.samples == min(PROOF_BATCHES * 8, 12)
+    assert report.verification.samples == 8
 
 
 def test_progress_begins_with_preparing_and_ends_with_verifying():

@@ -14,8 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from onnxcomp import errors
-from onnxcomp import recipe as recipes
+from onnxcomp import errors, recipe as recipes
 from onnxcomp.cli import main
 from onnxcomp.methods.bias import BiasCompensation
 from onnxcomp.preprocess import Preprocess

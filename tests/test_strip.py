@@ -32,7 +32,7 @@ from onnxcomp.strip import strip
 MODELS = Path(__file__).resolve().parents[1] / "models"
 TINY = models()
 PLAIN = Recipe(
-    "plain", bits=Bits(4, 4), activations="static", rounding="nearest", ends="asked", equalization="none", moments="none",
+    "plain", bits=Bits(4, 4), activations="static", rounding="nearest", sensitive="asked", equalization="none", moments="none",
     compensate=(),
 )  # fmt: skip
 METHODS: dict[str, Compensation] = {

@@ -52,7 +52,7 @@ WIDTH, TOKENS = 192, 64
 def parts() -> Iterator[Counter[str]]:
     """CPU seconds by what they are spent on, while the context lasts."""
     seconds, local = Counter[str](), threading.local()
-    load, run, each, verify = runtime.Session.__init__, runtime.Session.run, calibration._each, pipeline.verify
+    load, run, each, verify = runtime.Session.__init__, runtime.Session.run, calibration.each, pipeline.verify
 
     def timed(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fn)
@@ -71,13 +71,13 @@ def parts() -> Iterator[Counter[str]]:
         return each(timed("statistics", fn), batches)
 
     runtime.Session.__init__, runtime.Session.run = timed("sessions", load), timed("passes", run)  # type: ignore[method-assign]
-    calibration._each, pipeline.verify = mapped, timed("proof", verify)  # type: ignore[assignment]
+    calibration.each, pipeline.verify = mapped, timed("proof", verify)  # type: ignore[assignment]
     start = time.process_time()
     try:
         yield seconds
     finally:
         runtime.Session.__init__, runtime.Session.run = load, run  # type: ignore[method-assign]
-        calibration._each, pipeline.verify = each, verify
+        calibration.each, pipeline.verify = each, verify
         seconds["rest"] = time.process_time() - start - sum(seconds.values())
 
 

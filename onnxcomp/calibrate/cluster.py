@@ -72,8 +72,8 @@ def connect(where: str) -> Iterator[Any]:
 class Cluster(Store):
     """The live activations of every sample on the workers of a cluster."""
 
-    def __init__(self, client: Any, feeds: Sequence[Feed], batchable: bool, work: Work) -> None:
-        super().__init__(feeds, batchable, work=work)
+    def __init__(self, client: Any, feeds: Sequence[Feed], batchable: bool, size: int, work: Work) -> None:
+        super().__init__(feeds, batchable, size, work)
         self._client, self._before = client, 0
         self.traffic: list[tuple[str, int, int]] = []
         """Of every step: its name, the bytes sent from here, and those that workers have sent to one another and home."""

@@ -11,11 +11,12 @@ import itertools
 import math
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from onnxcomp import scratch
 from onnxcomp.errors import ResourceError, UsageError
 from onnxcomp.graph.files import settle
 from onnxcomp.graph.weights import reason
@@ -79,14 +80,9 @@ class Room(ExitStack):
         if folder is not None:
             with storing(folder, AGAIN):
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = self.enter_context((folder / "lock").open("w"))
-            with suppress(ImportError):  # Windows has none
-                import fcntl
-
                 try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self.enter_context(scratch.lock(folder / scratch.LOCK))
                 except BlockingIOError:
-                    lock.close()
                     raise UsageError(f"{folder} is in use by another run. Wait for it, or give another folder.") from None
 
     def adopt(self, kept: Kept) -> None:
@@ -120,8 +116,7 @@ class Room(ExitStack):
         where = self.folder or self._temporary
         with storing(where or Path(tempfile.gettempdir()), self.advice):
             if where is None:
-                folder = tempfile.TemporaryDirectory(prefix="onnxcomp-", ignore_cleanup_errors=True)
-                where = self._temporary = Path(self.enter_context(folder))
+                where = self._temporary = self.enter_context(scratch.folder())
             path, array = where / f"{next(self._numbers)}.npy", np.asarray(array, order="C")
             with path.open("wb") as stream:
                 np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))

@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import copy_context
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,17 +35,16 @@ from onnxcomp.graph.mapped import embed
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array
 from onnxcomp.numerics.arrays import energies, sqnr_db
-from onnxcomp.runtime import Session, cores
-
-if TYPE_CHECKING:
-    from threadpoolctl import ThreadpoolController
+from onnxcomp.runtime import Session, each
 
 Feed = Mapping[str, Array]
-BATCH = 8
-"""Samples that travel together."""
+BATCH, BATCH_BYTES = 8, 1 << 23
+"""Samples that travel together, fewer where the widest tensor of so many would take more bytes: of such batches a step works
+on several at once, with copies of each.
+"""
 SAME_DB = 60.0
 """SQNR from which two runs of the same samples count as equal."""
-P = TypeVar("P", Site, Block)
+P = TypeVar("P", bound=Site | Block)
 S = TypeVar("S")
 
 
@@ -127,7 +123,7 @@ class Cut:
 
     def reduce(self, fn: Callable[[LiveBatch], S]) -> S:
         """Map every batch with `fn` and add up the results, in sample order."""
-        return combine(_each(fn, (replace(batch, reads=self.reads) for batch in self.batches)))
+        return combine(each(fn, (replace(batch, reads=self.reads) for batch in self.batches)))
 
 
 class Store:
@@ -164,35 +160,9 @@ class Store:
         self._work.finish([(batch.indices, batch.live.kept) for batch in self._batches if isinstance(batch.live, Tensors)])
 
     def _move(self, compute: Compute, needed: Collection[str] | None) -> None:
-        for number, new in enumerate(_each(lambda batch: compute(batch.live), list(self._batches))):
+        for number, new in enumerate(each(lambda batch: compute(batch.live), list(self._batches))):
             batch = self._batches[number]
             self._batches[number] = replace(batch, live=self._work.room.take(new, batch.live, needed))
-
-
-def _each(fn: Callable[[LiveBatch], S], batches: Iterable[LiveBatch]) -> Iterator[S]:
-    """`fn` of every batch, in their order; as many at once as there are cores, each on one."""
-    count, begun = cores(), deque[Future[S]]()
-    with one_thread(), ThreadPoolExecutor(count) as pool:
-        for batch in batches:
-            if len(begun) > count:  # results wait for their turn, and are not small
-                yield begun.popleft().result()
-            begun.append(pool.submit(copy_context().run, fn, batch))
-        while begun:
-            yield begun.popleft().result()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Matrix products on one core each: several would add up in another order, and wait for one another."""
-    with _libraries().limit(limits=1, user_api="blas"):
-        yield
-
-
-@functools.cache
-def _libraries() -> ThreadpoolController:
-    from threadpoolctl import ThreadpoolController  # which sets a variable of the environment
-
-    return ThreadpoolController()
 
 
 def combine(parts: Iterable[S], add: Callable[[Any, Any], Any] = operator.add) -> S:
@@ -257,6 +227,14 @@ def split(array: Array, samples: int) -> list[Array]:
     if samples == 1 or array.ndim == 0 or array.shape[0] % samples:
         return [array]
     return list(array.reshape(samples, array.shape[0] // samples, *array.shape[1:]))
+
+
+def batch_size(graph: Graph, feed: Feed) -> int:
+    """How many samples like `feed` travel together, as far as the shapes in the graph are known."""
+    lengths = {dim: n for t in graph.inputs for dim, n in zip(t.shape or (), feed[t.name].shape, strict=False)}
+    shapes = [t.shape for node in graph.nodes for t in node.outputs if t.shape]
+    widest = max(math.prod(n if isinstance(n, int) else lengths.get(n, 1) for n in shape) for shape in [(1,), *shapes])
+    return min(max(BATCH_BYTES // (4 * widest), 1), BATCH)
 
 
 def batches(feeds: Iterable[Feed], batchable: bool, size: int = BATCH) -> Iterator[LiveBatch]:

@@ -8,8 +8,6 @@ that it speaks of is on the disk; whatever no such file speaks of is not there f
 Limits: the folder is trusted, for its files are pickled. A step that was not finished is repeated.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections import deque
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Every command but `quantize`."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Any
@@ -203,8 +201,7 @@ def show_recipe(name: str) -> tuple[object, ...]:
     onnxcomp recipe show base > mine.toml
     onnxcomp recipe show vit.w4a4.onnx > frozen.toml
     """
-    from onnxcomp import account
-    from onnxcomp import recipe as recipes
+    from onnxcomp import account, recipe as recipes
     from onnxcomp.inspect import inspect as inspect_file
 
     if Path(name).suffix != ".onnx":

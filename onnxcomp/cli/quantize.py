@@ -1,20 +1,15 @@
 """`onnxcomp quantize`."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from onnxcomp.cli.shell import PREPROCESS, PROVIDER, THREADS, main, progress_bar, read_recipe, size
 from onnxcomp.errors import UsageError
-
-if TYPE_CHECKING:
-    from onnxcomp.report.model import Forecast
 
 LONG = 60
 """Seconds from which a run says in front what it will take."""
@@ -78,21 +73,21 @@ def quantize(
     if labels is not None and max_drop is None:
         raise UsageError("--labels is for --max-drop. Pass both, or compare the result with `onnxcomp compare`.")
     bounds = {"max_drop": max_drop, "max_size": max_size, "max_latency": max_latency}
-    is_auto = options["bits"] == "auto"
+    bits = options.pop("bits")
+    is_auto = bits == "auto"
     if is_auto and (data is None or split or set(bounds.values()) == {None}):
         raise UsageError("--bits auto needs --data and a bound, --max-drop, --max-size or --max-latency, and takes no --split.")
     if not is_auto and (max_size, max_latency) != (None, None):
         raise UsageError("--max-size and --max-latency choose bits. Pass --bits auto.")
-    options["bits"] = None if is_auto else options["bits"]
-    recipe, path = read_recipe(**options), Path(model)
+    recipe, path = read_recipe(bits=None if is_auto else bits, **options), Path(model)
     widths = "auto" if is_auto else recipe.bits
     destination = Path(output) if output is not None else path.with_name(f"{path.stem}.{widths}.onnx")
 
     from onnxcomp import automatic, pipeline
-    from onnxcomp.comparison import compare as compare_models
-    from onnxcomp.comparison import demand
+    from onnxcomp.comparison import compare as compare_models, demand
     from onnxcomp.graph import files
     from onnxcomp.report import html, text
+    from onnxcomp.report.model import Forecast
 
     def announce(found: Forecast) -> None:
         if (found.disk_bytes and work is None) or found.seconds > LONG:
@@ -128,9 +123,5 @@ def quantize(
     if data is None:
         click.echo(shown.notes[0], err=True)
         shown, following = dataclasses.replace(shown, notes=shown.notes[1:]), ["bench", model, str(destination)]
-    return (
-        result.report,
-        text.report(shown, all_sites=all_sites),
-        said,
-        f"\n{destination}\nNext: onnxcomp {shlex.join(following)}",
-    )
+    last = f"\n{destination}\nNext: onnxcomp {shlex.join(following)}"
+    return result.report, text.report(shown, all_sites=all_sites), said, last

@@ -85,18 +85,12 @@ def _steps(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     return None if value is None else Preprocess.parse(value)
 
 
-def _provider(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
+def _of_sessions(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
+    """Let sessions have what the function of `runtime` that is called like the option sets."""
     if value is not None:
         from onnxcomp import runtime
 
-        ctx.with_resource(runtime.provider(value))
-
-
-def _limit_threads(ctx: click.Context, parameter: click.Parameter, value: int | None) -> None:
-    if value is not None:
-        from onnxcomp import runtime
-
-        ctx.with_resource(runtime.threads(value))
+        ctx.with_resource(getattr(runtime, parameter.name or "")(value))
 
 
 def shapes(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -121,11 +115,11 @@ def size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> i
 
 
 PROVIDER = click.option(
-    "--provider", callback=_provider, expose_value=False, metavar="NAME",
+    "--provider", callback=_of_sessions, expose_value=False, metavar="NAME",
     help="ONNX Runtime's execution provider: cpu by default, cuda, tensorrt.",
 )  # fmt: skip
 THREADS = click.option(
-    "--threads", callback=_limit_threads, expose_value=False, type=click.IntRange(min=1), metavar="N",
+    "--threads", callback=_of_sessions, expose_value=False, type=click.IntRange(min=1), metavar="N",
     help="Threads of ONNX Runtime; every core by default. They change no byte.",
 )  # fmt: skip
 PREPROCESS = click.option("--preprocess", callback=_steps, metavar='"KEY=VALUE ..."', help="From pixels to the model's input.")
@@ -150,9 +144,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
 
 
-def read_recipe(
-    recipe_name: str, compensate: str | None = None, exclude: tuple[str, ...] = (), **changes: Any
-) -> Recipe:  # fmt: skip
+def read_recipe(recipe_name: str, compensate: str | None = None, exclude: tuple[str, ...] = (), **changes: Any) -> Recipe:
     """The recipe of that name or file, with what was given on the command line in place of its own values."""
     from onnxcomp import recipe as recipes
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnxcomp.graph.blocks import Block
-from onnxcomp.graph.edit import DOMAIN, Constant, extract, tensors_of
+from onnxcomp.graph.edit import Constant, extract, tensors_of
 from onnxcomp.graph.schedule import Step
 from onnxcomp.methods import reconstruction
 from onnxcomp.report.model import Decision
@@ -24,6 +24,15 @@ OWN = "float/"
 """In front of the name of a live tensor: the float model's own."""
 RESULT = "result/"
 """In front of the name of an output: what the float model has there in the end."""
+
+
+SLOWER, TORCH = 8, 3 << 27
+"""A step of one batch in torch, in float passes of the runtime; bytes that torch takes."""
+
+
+def foresee(walk: Walk, live: int, once: float) -> tuple[int, int, float]:
+    """Bytes of `live` tensors with reconstruction, what it holds besides, and its seconds; `once`: of a float pass of a batch."""
+    return (live, 0, 0.0) if walk.seed is None else (2 * live, live + TORCH, reconstruction.STEPS * SLOWER * once)
 
 
 def follow(walk: Walk, step: Step, kept: Collection[str]) -> set[str]:
@@ -45,19 +54,16 @@ def reconstruct(walk: Walk, block: Block, seed: int, alive: Collection[str]) -> 
     assert walk.store is not None
     live = {walk.quantizers.entries.get(name, name): name for name in block.inputs}
     part = extract(walk.compressed, list(live), [block.y])
-    if all(node.attrs["bits"] >= 8 for node in part.nodes if node.domain == DOMAIN):
-        walk.decisions.append(Decision(block.name, "reconstruction", False, "it has no codes of fewer than 8 bits", None, 0))
-        return
     inside, tensors = {node.name for node in part.nodes}, tensors_of(walk.compressed)
     read = {t.name for node in part.nodes for t in (*node.inputs, *node.outputs) if t.name}
     shared = [tensors[name] for name in read if any(reader.name not in inside for reader in tensors[name].outputs)]
     makers = [maker for t in shared for maker in t.inputs if maker.op in ("Dequantize", "FakeQuantize")]
     fixed = {t.name for t in (*shared, *(t for maker in makers for t in maker.inputs))}
     feeds = {t.name: live[t.name] for t in part.inputs}
-    later = [t.name for t in walk.reference.outputs if t.name not in alive and t.dtype == np.float32]
-    run = walk.run_of(walk.reference, {name: name for name in alive}, later) if later else None
-    tail = reconstruction.Tail(block.y, run.feeds.values(), {n: RESULT + n for n in later}, run.outputs) if run else None
-    reads = {*feeds.values(), *(() if tail is None else (*tail.reads, *tail.results.values()))}
+    results = {t.name: RESULT + t.name for t in walk.reference.outputs if t.name not in alive and t.dtype == np.float32}
+    run = walk.run_of(walk.reference, {name: name for name in alive}, list(results)) if results else None
+    tail = None if run is None else reconstruction.Tail(block.y, {*run.feeds.values()}, results, run.outputs)
+    reads = {*feeds.values(), *results.values(), *(tail.reads if tail else ())}
     cut = walk.store.cut({name: name for name in reads} | {"g_xh": block.y, "f_xh": OWN + block.y})
     weights = [node.inputs[1] for node in walk.reference.nodes if len(node.inputs) > 1]
     floats = {t.name: t.values for t in weights if isinstance(t, Constant) and t.name in read}

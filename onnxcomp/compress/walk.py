@@ -42,7 +42,7 @@ from onnxcomp.runtime import Progress, Session, measure
 from onnxcomp.targets.base import Plan
 from onnxcomp.targets.target import Target
 
-PRICE_ROUNDS = 3
+PRICE_ROUNDS = 1
 """Rounds of 20 ms that the price of one edit is measured in."""
 FLOAT_BLOCK = "block/float"
 """Name under which a block's float output, on what the compressed model feeds it, lies beside the live tensors."""

@@ -4,8 +4,6 @@ Types are changed where nothing is lost that the model would keep: any float to 
 back if the values fit. uint8 pixels become floats only through a Preprocess, since nothing else says what they mean.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,28 +1,38 @@
 """Where arrays come from: .npz and .npy files, image files, Python objects. Nothing here knows the model.
 
-A .npz is read whole, a .npy and the bytes of an image are mapped where they lie. Pickled objects are never loaded.
+A .npy, the bytes of an image and a large array of a .npz are mapped where they lie, and if the .npz is compressed, in a
+temporary file that has no name and so is gone with the process. Pickled objects are never loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import shutil
+import struct
+import tempfile
 import tokenize
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import EllipsisType
+from typing import IO
 
 import numpy as np
 
-from onnxcomp.errors import DataError
+from onnxcomp.errors import DataError, ResourceError
 
 Feed = dict[str, np.ndarray]
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TYPES = (".npz", ".npy", *IMAGE_TYPES)
+MAPPED_BYTES = 1 << 24
+"""From which an array of a .npz is not read into memory."""
 Row = slice | EllipsisType
 """Where a row lies in arrays; `...` if all of them are one row as they are."""
 
@@ -76,10 +86,42 @@ def read_arrays(path: Path) -> Feed:
             return {"array": np.lib.format.open_memmap(path, mode="r")}
         if kind in IMAGE_TYPES:
             return {"image": np.memmap(path, f"V{path.stat().st_size}", "r")}
-        with path.open("rb") as file, np.lib.npyio.NpzFile(file) as archive:
-            return {key: np.asarray(array) for key, array in archive.items()}
+        with zipfile.ZipFile(path) as archive:
+            return {info.filename.removesuffix(".npy"): _read_member(path, archive, info) for info in archive.infolist()}
     except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, tokenize.TokenError) as error:
         raise DataError(f"{path}: cannot be read as a {kind} file ({' '.join(str(error).split())}).") from error
+
+
+def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """An array of a .npz, every byte of which has been looked at once: zipfile compares a checksum."""
+    with archive.open(info.filename) as stream:
+        if info.file_size < MAPPED_BYTES:
+            return np.lib.format.read_array(stream, allow_pickle=False)
+        is_packed, start = info.compress_type != zipfile.ZIP_STORED, 0
+        with _unpacked(stream, path) if is_packed else path.open("rb") as file:
+            if not is_packed:
+                deque(iter(partial(stream.read, 1 << 20), b""), maxlen=0)
+                file.seek(info.header_offset + 26)
+                start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+            file.seek(start)
+            version_1 = np.lib.format.read_magic(file) == (1, 0)
+            header = np.lib.format.read_array_header_1_0 if version_1 else np.lib.format.read_array_header_2_0
+            shape, is_fortran, dtype = header(file)
+            if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize != start + info.file_size:
+                raise ValueError(f"{info.filename} holds objects, or not what its header says")
+            return np.asarray(np.memmap(file, dtype, "r", file.tell(), shape, "F" if is_fortran else "C"))
+
+
+@contextmanager
+def _unpacked(stream: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
+    """A temporary file with what the stream of the file at `path` holds. Raises ResourceError where there is no room for it."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            shutil.copyfileobj(stream, file)
+            yield file
+    except OSError as error:
+        text = f"{tempfile.gettempdir()} cannot hold {path} unpacked: {(error.strerror or str(error)).lower()}."
+        raise ResourceError(f"{text} Point $TMPDIR to a folder on a larger disk.") from error
 
 
 def _as_feeds(items: object) -> Iterator[Feed]:

@@ -27,12 +27,10 @@ from onnxcomp.graph.sites import Site
 
 _NORMS = ("LayerNormalization", "RMSNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization")
 _ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Gelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Erf")
-_PASSED = frozenset(
-    (*_ACTIVATIONS, "Min", "MaxPool", "GlobalAveragePool", "ReduceMean", "Flatten", "Reshape", "Squeeze", "Transpose")
-)
+_PASSED = (*_ACTIVATIONS, "Min", "MaxPool", "GlobalAveragePool", "ReduceMean", "Flatten", "Reshape", "Squeeze", "Transpose")
 CHAIN = 6
 """Layers in a row that are one stretch."""
-_SAME_SHAPE = frozenset((*_NORMS, *_ACTIVATIONS, "Add", "Sub", "Mul", "Div", "Sum"))
+_SAME_SHAPE = (*_NORMS, *_ACTIVATIONS, "Add", "Sub", "Mul", "Div", "Sum")
 """Operators whose output has the shape of what they read."""
 
 

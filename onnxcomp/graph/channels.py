@@ -9,8 +9,6 @@ Limits: what is an output of the model, or is made or read by any other operator
 is quantized in front of the average, whose readers do not show what that costs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

@@ -77,7 +77,8 @@ def to_model(graph: gs.Graph, like: ModelProto) -> ModelProto:
 
 def matching_nodes(body: GraphProto, like: GraphProto) -> Iterator[tuple[NodeProto, NodeProto]]:
     """Nodes of `body` with the node of `like` that has the same operator and name (first output where nameless)."""
-    originals = {_key(node): node for node in like.node}
+    names = {node.name for node in body.node}
+    originals = {_key(node): node for node in like.node if node.name in names}
     count = Counter(_key(node) for node in body.node)
     for node in body.node:
         original = originals.get(_key(node))
@@ -118,7 +119,7 @@ def _restore(body: GraphProto, like: GraphProto) -> None:
 def _share_constants(graph: GraphProto, like: GraphProto) -> None:
     """Store the graph's constants in the graph alone: graphsurgeon repeats them in every body that reads them."""
     _, *bodies = walk_graphs(graph)
-    _, *original_bodies = walk_graphs(like)
+    _, *original_bodies = walk_graphs(like) if bodies else (like,)
     local = {tensor.name for body in original_bodies for tensor in body.initializer}
     stored = {tensor.name for tensor in graph.initializer}
     for body in bodies:

@@ -78,8 +78,13 @@ class Nodes:
 
 def tensors_of(graph: Graph) -> dict[str, Tensor]:
     """Every tensor of the graph by name, in the order of its nodes: what `graph.tensors()` gives, twenty times as fast."""
-    attached = (tensor for node in graph.nodes for tensor in (*node.inputs, *node.outputs) if tensor.name)
-    return {tensor.name: tensor for tensor in (*graph.inputs, *attached, *graph.outputs)}
+    found = {tensor.name: tensor for tensor in graph.inputs}
+    for node in graph.nodes:
+        for tensor in (*node.inputs, *node.outputs):
+            found[tensor.name] = tensor
+    found |= {tensor.name: tensor for tensor in graph.outputs}
+    found.pop("", None)
+    return found
 
 
 def apply(graph: Graph, label: str, tape: Tape, replaced: Mapping[str, str], consumers: Collection[str] | None = None) -> None:

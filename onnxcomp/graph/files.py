@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper, shape_inference
 from onnx.external_data_helper import ExternalDataInfo
 
+from onnxcomp import scratch
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import mapped, weights
 from onnxcomp.graph.edit import DOMAIN
@@ -118,7 +119,7 @@ def loadable(model: Location | bytes | ModelProto) -> Iterator[bytes | str]:
     elif bytes_of(model) - mapped.outside(model) <= INLINE_LIMIT:
         yield to_bytes(model)
     else:
-        with TemporaryDirectory(ignore_cleanup_errors=True) as folder, PendingFile(model, Path(folder) / "m.onnx") as pending:
+        with scratch.folder() as folder, PendingFile(model, folder / "m.onnx") as pending:
             yield str(pending.path)
 
 

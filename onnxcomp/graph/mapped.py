@@ -21,6 +21,7 @@ from onnx import ModelProto, TensorProto, helper
 from onnx.external_data_helper import ExternalDataInfo
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from onnxcomp import scratch
 from onnxcomp.errors import ResourceError
 from onnxcomp.graph.weights import WEIGHT_BYTES, external_tensors, find_external, reason, refer, set_values, tensor_bytes
 
@@ -83,8 +84,7 @@ def keep(values: np.ndarray, *old: np.ndarray) -> np.ndarray:
         return values
     try:
         with ExitStack() as made:
-            folder = made.enter_context(tempfile.TemporaryDirectory(prefix="onnxcomp-", ignore_cleanup_errors=True))
-            path = Path(folder) / "weight"
+            path = made.enter_context(scratch.folder()) / "weight"
             with path.open("wb") as stream:
                 stream.write(np.ascontiguousarray(values).data)
             whole = _map(path)[1]

@@ -103,9 +103,8 @@ def _keep_resize_grid(converted: GraphProto, version: int) -> None:
 
 
 def _refusal(version: int, reason: str) -> ModelError:
-    return ModelError(
-        f"The model cannot be raised from opset {version} to {TARGET}: {reason}. Export it again with opset {TARGET}."
-    )
+    text = f"The model cannot be raised from opset {version} to {TARGET}: {reason}."
+    return ModelError(f"{text} Export it again with opset {TARGET}.")
 
 
 def _reason(text: str) -> str:

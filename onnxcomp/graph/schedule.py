@@ -41,11 +41,9 @@ def schedule(graph: gs.Graph, heads: Mapping[str, Site | None]) -> tuple[Step, .
             stretches.append((node, []))
         stretches[-1][1].append(node)
     tensors = tensors_of(graph)
-    last_read = {t.name: len(stretches) for t in graph.outputs}
-    for index, (_, nodes) in enumerate(stretches):
-        for node in nodes:
-            for tensor in [*node.inputs, *outer_reads(node, tensors)]:
-                last_read[tensor.name] = max(last_read.get(tensor.name, 0), index)
+    read = [[t.name for node in nodes for t in (*node.inputs, *outer_reads(node, tensors))] for _, nodes in stretches]
+    last_read = {name: index for index, names in enumerate(read) for name in names}
+    last_read |= {t.name: len(stretches) for t in graph.outputs}
     steps = []
     alive = [t.name for t in graph.inputs]
     for index, (head, nodes) in enumerate(stretches):

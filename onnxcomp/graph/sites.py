@@ -19,9 +19,7 @@ from onnxcomp.graph.fold import input_at, is_op
 from onnxcomp.graph.merge import is_plain_gemm
 
 LAYER_OPS = ("Conv", "Gemm", "MatMul")
-PASS_THROUGH_OPS = frozenset(
-    {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity", "Pad"}
-)
+PASS_THROUGH_OPS = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity", "Pad")
 """Operators whose output values are a selection of their first input's values (Pad adds zeros)."""
 
 
@@ -175,10 +173,8 @@ def check_pattern(pattern: str, sites: Sequence[Named], names: Sequence[str], *,
     if others and not required:
         return
     if others:
-        raise UnsupportedSite(
-            f"{others[0]}: it is no Conv, Gemm or MatMul with a constant weight, so it cannot be quantized. "
-            f"Leave '{pattern}' out of include."
-        )
+        text = f"{others[0]}: it is no Conv, Gemm or MatMul with a constant weight, so it cannot be quantized."
+        raise UnsupportedSite(f"{text} Leave '{pattern}' out of include.")
     if pattern.startswith("op:"):
         found = ", ".join(sorted({site.op for site in sites}))
         raise RecipeError(f"Pattern '{pattern}' matches no site. The model has sites of type {found or 'none'}.")

@@ -65,11 +65,8 @@ def split_weights(model: ModelProto, minimum: int = WEIGHT_BYTES) -> tuple[Model
 def declare_inputs(skeleton: ModelProto, weights: Mapping[str, TensorProto]) -> None:
     """Make the weights that were split off inputs of the model, in place, where they are not already."""
     declared = {value.name for value in skeleton.graph.input}
-    skeleton.graph.input.extend(
-        helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
-        for name, tensor in weights.items()
-        if name not in declared
-    )
+    missing = (tensor for name, tensor in weights.items() if name not in declared)
+    skeleton.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in missing)
 
 
 def expose_all(model: ModelProto) -> ModelProto:
@@ -129,10 +126,8 @@ def find_external(tensor: TensorProto, model_path: Path) -> tuple[Path, int]:
         text = f"{model_path}: the weight '{tensor.name}' cannot be read: {str(error).rstrip('.')}."
         raise ModelError(f"{text} Copy its file beside the model.") from error
     if start < 0 or min(held, info.length or held) < needed:
-        raise ModelError(
-            f"{model_path}: the weight '{tensor.name}' needs {needed} bytes, but its file holds fewer. "
-            "The file is cut short or belongs to another model."
-        )
+        text = f"{model_path}: the weight '{tensor.name}' needs {needed} bytes, but its file holds fewer."
+        raise ModelError(f"{text} The file is cut short or belongs to another model.")
     return file, start
 
 

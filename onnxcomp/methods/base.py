@@ -5,14 +5,12 @@ module's name is its name. It reads samples only through `samples.reduce`, never
 It is fitted to a place: a quantized tensor (`Input`), one operator (`Site`), or a stretch of the model (`Block`).
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,6 +21,8 @@ from onnxcomp.graph.sites import Site
 from onnxcomp.numerics.affine import QParams
 
 Array = np.ndarray
+_OTHERS = ("base", "activations", "equalization", "moments", "reconstruction", "rotation", "sensitivity", "twin", "weights")
+"""Modules of this package that are no methods of a recipe."""
 HOLD_OUT = 4
 """Every fourth sample is held out."""
 Fit = Mapping[str, Array]
@@ -99,10 +99,8 @@ class Compensation(ABC):
     keep: Literal["if-better", "always"] = "if-better"
     """`if-better`: adopted where held-out samples improve; `always`: adopted everywhere, as a paper does."""
 
-    @property
-    def scope(self) -> str:
-        """Where it is fitted: `input`, `terms` (a site, before its bias), `layer`, `block` or `output` (the whole model)."""
-        return "layer"
+    scope: ClassVar[str] = "layer"
+    """Where it is fitted: `input`, `terms` (a site, before its bias), `layer`, `block` or `output` (the whole model)."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -119,9 +117,7 @@ class Compensation(ABC):
 class InputMethod(Compensation):
     """A compensation that changes what is quantized, and takes out exactly what it added behind every layer."""
 
-    @property
-    def scope(self) -> str:
-        return "input"
+    scope: ClassVar[str] = "input"
 
     @abstractmethod
     def quantizer(self, fit: Fit, q: QParams) -> QParams:
@@ -151,8 +147,7 @@ def names() -> tuple[str, ...]:
     """The names of every method, in alphabetical order: the modules beside this one that define METHOD."""
     package = importlib.import_module("onnxcomp.methods")
     found = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
-    others = {"base", "activations", "ends", "equalization", "moments", "reconstruction", "rotation", "twin", "weights"}
-    return tuple(name for name in found if name not in others)
+    return tuple(name for name in found if name not in _OTHERS)
 
 
 def find(name: str) -> type[Compensation]:

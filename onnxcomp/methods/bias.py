@@ -32,8 +32,8 @@ from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, Samp
 TRIM = 0.05
 FLOAT32 = 1
 """ONNX's number of the element type."""
-TABLE_GAIN_DB = 0.02
-"""What a table must gain over one number per channel, and a rank over a lower one."""
+TABLE_GAIN_DB, RANK_GAIN_DB = 0.5, 0.02
+"""What a table, an Add of its own, must gain over one number per channel, and a rank over a lower one."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SampleErrors:
         length, channels = first.shape[1] if per_token and first.ndim == 3 else 0, first.shape[channel_axis]
         # tokens along an axis of their own, in the order in which they lie: [N, T, C], or behind a Conv [N, C, T]
         names, shape = ("ntc", (1, -1, channels)) if channel_axis == -1 else ("nct", (len(first), channels, -1))
-        rows, tokens = [], np.zeros((2, length, channels + 2))
+        rows, tokens, squares = [], np.zeros((2, length, channels), np.float32), np.zeros((2, length, 2), np.float32)
         for number, pair in zip(index, pairs, strict=True):
             f, g = (a.reshape(shape) for a in pair)
             e = f - g
@@ -71,12 +71,13 @@ class SampleErrors:
             if n < count:
                 kept.reshape(-1)[np.argpartition(errors.reshape(-1), n - 1)[n:]] = 0.0
             sums = (float(np.sum(a * kept, dtype=np.float64)) / n for a in (errors, energies))
-            rows.append((np.einsum(f"nt,{names}->c", kept, e).astype(np.float64) / n, *sums))
-            if length:
-                columns = np.concatenate([e[0], errors[0, :, None], np.ones((count, 1))], axis=1, dtype=np.float64)
-                tokens[int(is_held_out(number))] += columns.reshape(-1, length, channels + 2).sum(axis=0)
+            total = kept.reshape(1, -1) @ e.reshape(-1, channels) if names == "ntc" else e @ kept[..., None]
+            rows.append((total.reshape(-1, channels).sum(axis=0, dtype=np.float64) / n, *sums))
+            for part, square in zip(e.reshape(-1, length, channels), errors.reshape(-1, length), strict=True) if length else ():
+                tokens[int(is_held_out(number))] += part
+                squares[int(is_held_out(number))] += np.stack([square, np.ones_like(square)], axis=1)
         mean, error, energy = (np.array(column) for column in zip(*rows, strict=True))
-        return cls(index, mean, error, energy, tokens)
+        return cls(index, mean, error, energy, np.concatenate([tokens, squares], axis=2))
 
     def __add__(self, other: SampleErrors) -> SampleErrors:
         """Both, in sample order."""
@@ -102,7 +103,7 @@ class BiasCompensation(Compensation):
     """Largest rank of a table per token; 0 stores the full table, T C numbers per layer, as the paper does."""
 
     @property
-    def scope(self) -> str:
+    def scope(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.level
 
     def fit(self, place: Site | Block, samples: Samples) -> Outcome:
@@ -146,7 +147,7 @@ class BiasCompensation(Compensation):
         """U [T, r + 1], V [r + 1, C] and the gain in dB on held-out samples: the lowest rank that is as good as any, 0
         where none beats the bias per channel.
         """
-        fitted, judge = errors.tokens
+        fitted, judge = errors.tokens.astype(np.float64)
         table, held_out = fitted[:, :-2] / fitted[:, -1:], judge[0, -1]
         centre = table.mean(axis=0)
         left = np.linalg.eigh((table - centre) @ (table - centre).T)[1][:, ::-1][:, : self.rank or len(table)]
@@ -165,7 +166,7 @@ class BiasCompensation(Compensation):
             u = np.concatenate([left[:, :r], np.ones((len(table), 1))], axis=1).astype(np.float16)
             v = np.concatenate([right[:r], centre[None]]).astype(np.float16)
             found = loss(u.astype(np.float64) @ v.astype(np.float64))
-            if 10.0 * np.log10(least / found) > TABLE_GAIN_DB:
+            if 10.0 * np.log10(least / found) > (RANK_GAIN_DB if best[0].size else TABLE_GAIN_DB):
                 best, least = (u, v), found
         return best[0], best[1], float(-10.0 * np.log10(least)) if least < plain else 0.0
 

@@ -14,7 +14,7 @@ Gate    the error of activations and weights, estimated from moments, must fall;
 Limits  see `graph.channels`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +55,7 @@ class Choice:
 
 
 def equalize(
-    graph: Graph, like: ModelProto, bits: Mapping[str, tuple[int, int]], feeds: Sequence[Mapping[str, Array]], *, bounds: bool
+    graph: Graph, like: ModelProto, bits: Mapping[str, tuple[int, int]], feeds: Iterable[Mapping[str, Array]], *, bounds: bool
 ) -> tuple[Graph, list[str]]:
     """The graph with the channels of every group equalized that gains by it, and notes. `bits`: of the weights and of the
     activations of each layer to be quantized; `bounds`: whether a Clip may get a bound per channel.
@@ -66,6 +66,7 @@ def equalize(
     groups = [g for g in find_groups(equal) if all(node.name in bits for node in g.readers) and (bounds or not g.clips)]
     if not groups:
         return graph, []
+    feeds = list(feeds)
     seen = _see(graph, like, groups, feeds)
     best = {id(group): _best(group, seen, bits) for group in groups}
     changed = [group for group in groups if best[id(group)].gain_db > GAIN_DB]
@@ -165,9 +166,8 @@ def _error(
         lost, w = np.minimum(q.fake(x), bound) - x, divide(columns(node), scale, mix)
         flat = w.reshape(w.shape[0] * w.shape[1], -1)
         rounded = weight_qparams(flat, 0, weight_bits).fake(flat).reshape(w.shape)
-        lost = lost.reshape(len(lost), len(w), -1).swapaxes(0, 1) @ w.reshape(*w.shape[:2], -1).swapaxes(1, 2).astype(
-            np.float32
-        )
+        kernels = w.reshape(*w.shape[:2], -1).swapaxes(1, 2).astype(np.float32)
+        lost = lost.reshape(len(lost), len(w), -1).swapaxes(0, 1) @ kernels
         energy = np.square(x).mean(axis=0, dtype=np.float64).reshape(len(w), 1, *w.shape[2:])
         total += float(lost.var(axis=1, dtype=np.float64).sum() + ROUNDED * (energy * np.square(rounded - w)).sum())
     return total

@@ -14,17 +14,17 @@ Paper   arXiv:2605.16423 (its constants are not published; ours are measured). L
 Cost    C_in C_out weights. On ViT-Ti, in percent of the block's time: 5 linear, 8 with the error bent, 15 with both.
 Gate    the branch of the highest gain in dB on held-out samples less its price, where that is above zero. The error is
         relative per token; the worst 5 % of a sample's tokens do not count.
-Limits  needs some 15 tokens per input channel; trusts the calibration data; holds the errors of up to 1,024 tokens of a
-        sample in memory, 131,072 in all.
+Limits  needs some 15 tokens per input channel; trusts the calibration data; holds the errors of some 16,384
+        tokens in memory, or 64 per input channel.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import numpy as np
 from pydantic import NonNegativeFloat, PositiveFloat
@@ -37,7 +37,8 @@ from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, Samp
 from onnxcomp.methods.bias import TRIM
 from onnxcomp.numerics.affine import NOT_FINITE, QParams, Scheme, from_range, weight_qparams
 from onnxcomp.numerics.prices import X86
-from onnxcomp.numerics.regression import Regression, rows, times
+from onnxcomp.numerics.regression import Regression, products, rows, times
+from onnxcomp.runtime import each
 
 INF = math.inf
 GRID = ((1.0, 1.0), (3.0, 3.0), (10.0, 10.0), (INF, 1.0), (INF, 3.0), (INF, INF))
@@ -49,8 +50,10 @@ SHARES = (16, 8, 4)
 """Low ranks that are tried: the width divided by these."""
 GROUP = 64
 """Channels per group of a Conv."""
-TOKENS, TOTAL = 1024, 1 << 17
-"""Tokens that are looked at, of a sample and of all."""
+TOKENS, TOTAL, EACH = 1024, 1 << 14, 64
+"""About so many tokens are looked at: of a sample at most, of all at least, and per input of W."""
+PART = 8
+"""Samples whose products are summed at a time."""
 DEAD, TINY = 1e-6, 1e-30
 """Where a channel's standard deviation counts as nothing: beside the largest one, and at all."""
 ONE, HUGE = np.array(1.0, np.float32), np.array(1e30, np.float32)
@@ -68,6 +71,32 @@ class Rows(NamedTuple):
     energy: Array
 
 
+class Spread(NamedTuple):
+    """Of all samples, per channel: the standard deviation of x and of e, the ends of x, and the largest |e|."""
+
+    x: Array
+    e: Array
+    low: Array
+    high: Array
+    largest: Array
+
+    @staticmethod
+    def of(seen: Sequence[Rows]) -> Spread:
+        """Over the tokens of all samples."""
+        x, e = _deviation([s.x for s in seen]), _deviation([s.e for s in seen])
+        low, high = np.min([s.x.min(axis=0) for s in seen], axis=0), np.max([s.x.max(axis=0) for s in seen], axis=0)
+        return Spread(x, e, low, high, np.max([np.abs(s.e).max(axis=0) for s in seen], axis=0))
+
+    def factor(self, c: float) -> Array:
+        """1 / a_x, and 0 of a channel that never varies."""
+        alive = self.x > DEAD * self.x.max()
+        return alive / np.where(alive, self.x, 1.0) / (1.0 if c == INF else c)
+
+    def unit(self, c: float) -> Array:
+        """a_e."""
+        return np.maximum(self.e, max(DEAD * self.e.max(), TINY)) * (1.0 if c == INF else c)
+
+
 @final
 @dataclass(frozen=True)
 class NonlinearBipolarCompensation(Compensation):
@@ -83,14 +112,12 @@ class NonlinearBipolarCompensation(Compensation):
     """lambda, in mean squares of U."""
     price: NonNegativeFloat = 0.012
     """The gain in dB that one percent of the block's time must bring; 0 takes the best at any price."""
-
-    @property
-    def scope(self) -> str:
-        return "block"
+    scope: ClassVar[str] = "block"
 
     def fit(self, place: Block, samples: Samples) -> Outcome:
         # Kept, not summed: every pair of c looks at them anew, and what both blocks give is computed but once.
-        limit = min(TOKENS, max(TOTAL // samples.count, 1))
+        inputs = place.channels[0] // _groups(place)
+        limit = min(TOKENS, max(max(TOTAL, EACH * inputs) // samples.count, 1))
         seen = samples.reduce(lambda batch: tuple(_samples(batch, place, limit)))
         if any(len(s.x) != len(s.e) for s in seen):
             return Outcome(None, "its input and output do not line up")
@@ -103,17 +130,21 @@ class NonlinearBipolarCompensation(Compensation):
 
         def judge(branches: dict[str, Fit]) -> tuple[float, Array, Array]:
             """The error in dB as it is, the gain of each branch and the block's percent that it takes."""
-            db = -10.0 * np.log10(np.maximum(np.mean([_errors(s, branches.values()) for s in judges], axis=0), TINY))
+            errors = each(functools.partial(_errors, branches=tuple(branches.values())), judges)
+            db = -10.0 * np.log10(np.maximum(np.mean(list(errors), axis=0), TINY))
             return float(db[0]), db[1:] - db[0], np.array([_percent(branch, place, tokens) for branch in branches.values()])
 
         def worth(gains: Array, percents: Array) -> Array:
             return gains - (0.0 if always else self.price) * percents
 
         grid = ((self.alpha, self.alpha),) if self.alpha else GRID
+        spread = Spread.of(seen)
+        found = dict(zip(grid, _regressions(place, spread, fitted, grid, self.ridge), strict=True))
         if len(grid) > FINALISTS:  # every c in one form, the best in all
-            _, *found = judge(dict(self._branches(place, seen, fitted, grid, first=True)))
-            grid = tuple(grid[i] for i in np.sort(np.argsort(-worth(*found), kind="stable")[:FINALISTS]))
-        branches = dict(self._branches(place, seen, fitted, grid))
+            _, *worths = judge(dict(self._branches(place, spread, found, first=True)))
+            best = np.sort(np.argsort(-worth(*worths), kind="stable")[:FINALISTS])
+            found = {grid[i]: found[grid[i]] for i in best}
+        branches = dict(self._branches(place, spread, found))
         before_db, gains, percents = judge(branches)
         worths = worth(gains, percents)
         best = int(np.argmax(worths))
@@ -126,21 +157,14 @@ class NonlinearBipolarCompensation(Compensation):
         return Outcome(branch, f"{name}, {time}" if place.macs else name, gain, before_db, before_db + gain)
 
     def _branches(
-        self, block: Block, seen: Sequence[Rows], fitted: Sequence[Rows], grid: Grid, *, first: bool = False
+        self, block: Block, spread: Spread, found: Mapping[tuple[float, float], Regression], *, first: bool = False
     ) -> Iterator[tuple[str, Fit]]:
         """W in every form to try, or the first one, for every pair of c: in words, and as arrays."""
-        x, e = _deviation([s.x for s in seen]), _deviation([s.e for s in seen])
-        low, high = np.min([s.x.min(axis=0) for s in seen], axis=0), np.max([s.x.max(axis=0) for s in seen], axis=0)
-        largest = np.max([np.abs(s.e).max(axis=0) for s in seen], axis=0)
-        alive, integer, groups = x > DEAD * x.max(), block.channel_axis == -1, _groups(block)
-        for c_x, c_e in grid:
-            factor = alive / np.where(alive, x, 1.0) / (1.0 if c_x == INF else c_x)
-            unit = np.maximum(e, max(DEAD * e.max(), TINY)) * (1.0 if c_e == INF else c_e)
-            thin = factor.astype(np.float32), (1.0 / unit).astype(np.float32)
-            pairs = ((_bent(s.x * thin[0], c_x), _bent(s.e * thin[1], c_e)) for s in fitted)
-            regression = Regression.of(pairs, groups, self.ridge)
+        integer, groups = block.channel_axis == -1, _groups(block)
+        for (c_x, c_e), regression in found.items():
+            factor, unit = spread.factor(c_x), spread.unit(c_e)
             # A linear branch ends behind its bias; any other has W in units of the bound and goes on with clip and L^-1.
-            bound = _bent(largest / unit, c_e)
+            bound = _bent(spread.largest / unit, c_e)
             behind = unit if c_e == INF else 1.0 / np.maximum(bound, TINY)
             ends = {} if c_e == INF else {"bound": bound, "unit": unit}
             common = ends if c_x == INF else ends | {"factor": factor, "log": ONE}
@@ -149,7 +173,8 @@ class NonlinearBipolarCompensation(Compensation):
                 weights = list(parts.values())
                 arrays = common | {"bias": regression.bias(functools.reduce(np.matmul, weights)).reshape(-1) * behind}
                 if "codes" in parts and integer:
-                    q = from_range(_bent(low * factor, c_x).min(), _bent(high * factor, c_x).max(), Scheme(8))
+                    low, high = (_bent(end * factor, c_x) for end in (spread.low, spread.high))
+                    q = from_range(low.min(), high.max(), Scheme(8))
                     arrays |= {"factor": factor, "input_scale": q.scale, "input_zero_point": q.zero_point}
                 if "factor" not in arrays:
                     weights[0] = factor.reshape(groups, -1, 1) * weights[0]
@@ -230,6 +255,25 @@ def compensation(fit: Fit, x: Array) -> Array:
     return z
 
 
+def _regressions(block: Block, spread: Spread, fitted: Sequence[Rows], grid: Grid, ridge: float) -> Iterator[Regression]:
+    """W for every pair of c. What two pairs have in common is computed but once."""
+    pairs = {c: [e for x, e in grid if x == c] for c, _ in grid}
+    thin = (
+        {c: spread.factor(c).astype(np.float32) for c in pairs},
+        {c: (1.0 / spread.unit(c)).astype(np.float32) for _, c in grid},
+    )
+
+    def read(part: Sequence[Rows]) -> list[list[Array]]:
+        x, e = (np.concatenate([s[i] for s in part]) for i in (2, 3))
+        v = {c: _bent(e * unit, c) for c, unit in thin[1].items()}
+        return [products(_bent(x * thin[0][c], c), [v[other] for other in pairs[c]], _groups(block)) for c in pairs]
+
+    parts = [fitted[start : start + PART] for start in range(0, len(fitted), PART)]
+    sums = functools.reduce(lambda a, b: [[*map(np.add, *both)] for both in zip(a, b, strict=True)], each(read, parts))
+    found = {(c, e): (uu, uv) for c, (uu, *uvs) in zip(pairs, sums, strict=True) for e, uv in zip(pairs[c], uvs, strict=True)}
+    return (Regression.of(*found[pair], ridge) for pair in grid)
+
+
 def _weights(fit: Fit) -> list[str]:
     """The names of W, or of its two factors in the order in which they are applied."""
     return [key for key in ("weight", "codes", "left", "right") if key in fit]
@@ -252,7 +296,7 @@ def _exp(op: Tape, z: str) -> str:
 
 def _bent(t: Array, c: float = 1.0) -> Array:
     """L(t); t where c is infinite."""
-    return t if c == INF else np.sign(t) * np.log1p(np.abs(t))
+    return t if c == INF else np.copysign(np.log1p(np.abs(t)), t)
 
 
 def _rounded(a: Array) -> Array:
@@ -282,7 +326,7 @@ def _samples(batch: Batch, block: Block, limit: int) -> Iterator[Rows]:
     for index, x, f, g in zip(batch.indices[: len(reads[0])], *reads, strict=True):
         x = x[(..., *(slice(None, None, stride) for stride in block.strides))]
         x, f, g = (np.moveaxis(a, block.channel_axis, -1).reshape(-1, a.shape[block.channel_axis]) for a in (x, f, g))
-        step = -(-len(f) // limit)
+        step = max(round(len(f) / limit), 1)
         yield Rows(index, len(f), np.ascontiguousarray(x[::step]), f[::step] - g[::step], _squares(f[::step]))
 
 

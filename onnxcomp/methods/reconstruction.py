@@ -96,13 +96,14 @@ def fit(
     tail    what is behind it; None where it gives the model's output
     """
     unknown = sorted({n.op for n in part.nodes if n.domain != DOMAIN} - operators().keys())
+    quantized = [n for n in part.nodes if n.domain == DOMAIN]
     if unknown:
         return Outcome(None, f"{', '.join(unknown)} cannot be computed by torch here")
     with _threads() as torch:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         twin = Twin(part, floats, fixed)
-        if not twin.parameters:
-            return Outcome(None, "nothing in it may change")
+        if not twin.parameters or all(n.attrs["bits"] >= 8 for n in quantized):
+            return Outcome(None, "it has no codes of fewer than 8 bits" if twin.parameters else "nothing in it may change")
         names = (*feeds.values(), *(() if tail is None else (*tail.reads, *tail.results.values())), "g_xh", "f_xh")
         seen = samples.reduce(functools.partial(_read, names=names, stride=-(-samples.count // MOST)))
         fitted = [s for s in seen if not is_held_out(s.number)]

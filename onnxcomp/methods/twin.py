@@ -115,7 +115,7 @@ def _refined(node: Node, floats: Mapping[str, Array]) -> Iterator[tuple[Any, Kin
 
 def _dequantized(node: Node, codes: Tensor, scale: Tensor, *zero: Tensor) -> Tensor:
     scheme, axis, values = Scheme(node.attrs["bits"], signed=True), node.attrs["axis"], codes.float()
-    values = _through(values).clamp(scheme.qmin, scheme.qmax)
+    values = (values + (values.round() - values).detach()).clamp(scheme.qmin, scheme.qmax)
     if "block" not in node.attrs:
         return values * scale.reshape([-1 if d == axis % values.ndim else 1 for d in range(values.ndim)])
     size = values.shape[axis]
@@ -139,11 +139,6 @@ def _fake(node: Node, before: Any, x: Tensor, *more: Tensor) -> tuple[Tensor, Te
         largest = largest.amax(-1, keepdim=True) if granularity == "token" else largest.amax()
         step = (largest * float(np.float32(node.attrs["ratio"] / (half - 1)))).clamp(min=1e-12)
     return _quantizer().apply(x, step, -half, half - 1), step
-
-
-def _through(x: Tensor) -> Tensor:
-    """What rounds, with the gradient of what does not."""
-    return x + (x.round() - x).detach()
 
 
 @functools.cache

@@ -29,9 +29,10 @@ import numpy as np
 from onnxcomp.graph.edit import Node, Tape
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Batch, Fit, Samples, is_held_out
-from onnxcomp.numerics.affine import SMALLEST_SCALE, Scheme, weight_qparams
+from onnxcomp.numerics.affine import SMALLEST_SCALE, Scheme, along, weight_qparams
 
-ROWS_PER_SAMPLE = 256
+ROWS_PER_SAMPLE, ROWS, EACH = 256, 1 << 13, 16
+"""Tokens that are looked at: of a sample at most, of all at least, and per input of a MatMul."""
 DAMPING = 0.05
 BLOCK = 64
 TURNS = 2
@@ -73,8 +74,9 @@ def fit_gptq(
     size, outputs = columns.shape[1:]
     # What the weight is to give is summed as outputs, or as inputs where these are fewer: their product with W comes later.
     gram = columns[0] @ columns[0].T if outputs > size and site.op != "Conv" else None
-    read = functools.partial(_moments, site=site, w=columns, gram=gram, kernel=w.shape[2:], attrs=attrs, fake=fake)
-    moments = samples.reduce(read)
+    limit = ROWS_PER_SAMPLE if site.op == "Conv" else min(max(ROWS, EACH * size) // samples.count, ROWS_PER_SAMPLE)
+    read = functools.partial(_moments, site=site, w=columns, gram=gram, kernel=w.shape[2:], attrs=attrs, fake=fake, limit=limit)
+    moments = samples.reduce(read).astype(np.float64)
     ones = moments[:, :, size:, size, None]
     judge = int(ones[1].any())
     if centred:
@@ -104,22 +106,17 @@ def build(op: Tape, site: Site, fitted: Fit, bits: int, block: int = 0) -> dict[
 
 def stored(node: Node) -> Array:
     """The float32 weight that an abstract Dequantize makes of its codes."""
-    (codes, *ranges), axis, block = (
-        [t.values.astype(np.float32) for t in node.inputs],
-        node.attrs["axis"],
-        node.attrs.get("block"),
-    )
+    codes, *ranges = (t.values.astype(np.float32) for t in node.inputs)
+    axis, block = node.attrs["axis"], node.attrs.get("block")
     if block:
         ranges = [np.repeat(a, block, axis).take(range(codes.shape[axis]), axis) for a in ranges]
     else:
-        ranges = [a.reshape([-1 if i == axis else 1 for i in range(codes.ndim)]) for a in ranges]
-    scale, zero = ranges[0], ranges[1] if len(ranges) > 1 else 0.0
+        ranges = [along(a, axis, codes.ndim) for a in ranges]
+    scale, zero = (*ranges, 0.0)[:2]
     return (codes - zero) * scale
 
 
-def _gptq(
-    w: Array, xx: Array, xy: Array, scale: Array, blocks: Array, ends: tuple[Array, Array]
-) -> tuple[Array, Array]:  # fmt: skip
+def _gptq(w: Array, xx: Array, xy: Array, scale: Array, blocks: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
     """Codes and scales [G, K, O] for weights [G, K, O], moments [G, K, K] and [G, K, O], the nearest's scales [G, K, O], the
     block [K] of each input and the ends of the codes' range, which are arrays that go with them.
     """
@@ -132,16 +129,16 @@ def _gptq(
     best = inverse @ np.take_along_axis(xy + damping * w, order, 1)
     scale = np.take_along_axis(scale, order, 1)
     low, high = (np.take_along_axis(np.broadcast_to(end, w.shape), order, 1) for end in ends)
-    upper = np.swapaxes(np.linalg.cholesky(inverse), 1, 2)
+    lower = np.linalg.cholesky(inverse)
     codes, rest = np.empty_like(best), best.copy()
     for start in range(0, rest.shape[1], BLOCK):
         stop = min(start + BLOCK, rest.shape[1])
         errors = np.empty((rest.shape[0], stop - start, rest.shape[2]))
         for i in range(start, stop):
-            codes[:, i] = np.clip(np.rint(rest[:, i] / scale[:, i]), low[:, i], high[:, i])
-            errors[:, i - start] = (rest[:, i] - codes[:, i] * scale[:, i]) / upper[:, i, i, None]
-            rest[:, i + 1 : stop] -= upper[:, i, i + 1 : stop, None] * errors[:, i - start, None]
-        rest[:, stop:] -= np.swapaxes(upper[:, start:stop, stop:], 1, 2) @ errors
+            now = rest[:, i] - _times(lower[:, i, start:i], errors)
+            codes[:, i] = _clipped(now / scale[:, i], low[:, i], high[:, i])
+            errors[:, i - start] = (now - codes[:, i] * scale[:, i]) / lower[:, i, i, None]
+        rest[:, stop:] -= lower[:, stop:, start:stop] @ errors
     left, number = h @ (best - codes * scale), blocks[order[0, :, 0]]
     members = [np.flatnonzero(number == b) for b in range(blocks[-1] + 1)] if blocks[-1] else [slice(None)]
     for _ in range(TURNS):
@@ -160,16 +157,27 @@ def _gptq(
 
 def _descend(codes: Array, left: Array, h: Array, scale: Array, ends: tuple[Array, Array]) -> None:
     """Give each code in turn, in place, the value of least error while the others stand; `left`: H (V - scale codes)."""
+    rate = 1.0 / (np.einsum("gkk->gk", h)[..., None] * scale)
     for start in list(range(0, h.shape[1], BLOCK)) * SWEEPS:
         block = slice(start, min(start + BLOCK, h.shape[1]))
-        before = codes[:, block].copy()
-        near, local = h[:, block, block], left[:, block].copy()
+        near, moved = h[:, block, block], np.empty_like(codes[:, block])
         for i in range(near.shape[1]):
-            wanted = codes[:, start + i] + local[:, i] / (near[:, i, i, None] * scale[:, start + i])
-            new = np.clip(np.rint(wanted), ends[0][:, start + i], ends[1][:, start + i])
-            local -= near[:, :, i, None] * ((new - codes[:, start + i]) * scale[:, start + i])[:, None]
-            codes[:, start + i] = new
-        left -= h[:, :, block] @ ((codes[:, block] - before) * scale[:, block])
+            at = start + i
+            wanted = codes[:, at] + (left[:, at] - _times(near[:, i, :i], moved)) * rate[:, at]
+            new = _clipped(wanted, ends[0][:, at], ends[1][:, at])
+            moved[:, i] = (new - codes[:, at]) * scale[:, at]
+            codes[:, at] = new
+        left -= h[:, :, block] @ moved
+
+
+def _times(row: Array, rows: Array) -> Array:
+    """The sum [G, O] of the first of `rows` [G, .., O], each times its number in `row` [G, n]."""
+    return (row[:, None] @ rows[:, : row.shape[1]])[:, 0]
+
+
+def _clipped(a: Array, low: Array, high: Array) -> Array:
+    """The nearest whole numbers from `low` to `high`, in place."""
+    return np.minimum(np.maximum(np.rint(a, out=a), low, out=a), high, out=a)
 
 
 def _loss(values: Array, xx: Array, xy: Array) -> Array:
@@ -184,26 +192,26 @@ def _columns(w: Array, site: Site, groups: int) -> Array:
 
 def _moments(
     batch: Batch, site: Site, w: Array, gram: Array | None, kernel: tuple[int, ...], attrs: Mapping[str, Any],
-    fake: Callable[[Array], Array],
+    fake: Callable[[Array], Array], limit: int,
 ) -> Array:  # fmt: skip
     """Sums over the layer's quantized inputs xh and its target t, weighted per token, for fitted and for held-out samples:
-    [xh, 1]' [xh, 1, t], float64 [2, groups, K + 1, ..]; a sample's own in float32. t is the output W' x, the input x where
+    [xh, 1]' [xh, 1, t], float32 [2, groups, K + 1, ..]. t is the output W' x, the input x where
     `gram`, W W', is given, and left out for a Conv, whose x is xh.
     """
     groups, size, outputs = w.shape
     targets, w = 0 if site.op == "Conv" else outputs if gram is None else size, w.astype(np.float32)
     seen: tuple[list[tuple[Array, Array]], ...] = ([], [])
     for number, sample in zip(batch.indices, batch.read("xh"), strict=False):
-        x = _rows(fake(sample), site, groups, kernel, attrs)
+        x = _rows(fake(sample), site, groups, kernel, attrs, limit)
         root, target = np.ones((x.shape[1], 1), np.float32), np.zeros((groups, x.shape[1], 0), np.float32)
         if targets:
-            raw = _rows(sample, site, groups, kernel, attrs)
+            raw = _rows(sample, site, groups, kernel, attrs, limit)
             target = raw @ w if gram is None else raw
             energy = np.einsum("gtk,gtk->t", target, target if gram is None else raw @ gram.astype(np.float32))
             root = np.sqrt(np.minimum(1.0, energy.mean() / np.maximum(energy, 1e-30)))[:, None]
         ones = np.ones((groups, len(root), 1), np.float32)
         seen[int(is_held_out(number))].append((np.concatenate([x, ones], axis=2) * root, target * root))
-    sums = np.zeros((2, groups, size + 1, size + 1 + targets))
+    sums = np.zeros((2, groups, size + 1, size + 1 + targets), np.float32)
     for found, parts in zip(sums, seen, strict=True):
         if parts:
             left, right = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
@@ -212,11 +220,11 @@ def _moments(
     return sums
 
 
-def _rows(x: Array, site: Site, groups: int, kernel: tuple[int, ...], attrs: Mapping[str, Any]) -> Array:
+def _rows(x: Array, site: Site, groups: int, kernel: tuple[int, ...], attrs: Mapping[str, Any], limit: int) -> Array:
     """What the weight is multiplied with, at some tokens of a sample: float32 [groups, n, K]."""
     if site.op != "Conv":
-        return x[_spread(x.shape[:-1], ROWS_PER_SAMPLE)][None]
-    found = patches(x, kernel, attrs)
+        return x[_spread(x.shape[:-1], limit)][None]
+    found = patches(x, kernel, attrs, limit)
     return found.reshape(len(found), groups, -1).swapaxes(0, 1)
 
 
@@ -237,8 +245,6 @@ def patches(x: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any], limit: 
     x = np.pad(x, [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)])
     reach = tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
     windows = np.lib.stride_tricks.sliding_window_view(x, reach, axis=tuple(range(2, 2 + rank)))
-    windows = windows[
-        (slice(None), slice(None), *(slice(None, None, s) for s in strides), *(slice(None, None, d) for d in dilations))
-    ]
+    windows = windows[(slice(None), slice(None), *(slice(None, None, step) for step in (*strides, *dilations)))]
     windows = np.moveaxis(windows, 1, 1 + rank)  # [N, positions, C, kernel]
     return windows[_spread(windows.shape[: 1 + rank], limit)]

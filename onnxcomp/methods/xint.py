@@ -25,7 +25,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple, final
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, final
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
@@ -116,6 +116,7 @@ class XInt(Compensation):
     """The fewest terms with which a weight, and an input, is reproduced to so many dB; 0 takes all terms."""
     budget: NonNegativeFloat = 0.0
     """Mean number of weight terms, per number stored, that layers share by residual times size; 0 sets no bound."""
+    scope: ClassVar[str] = "terms"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,10 +126,6 @@ class XInt(Compensation):
             raise RecipeError("tolerance, budget and granularity = 'model' each decide the number of terms. Give one of them.")
         if self.granularity == "tensor" and self.saturation:
             raise RecipeError("saturation is a branch of its own, and granularity = 'tensor' has none. Use 'layer'.")
-
-    @property
-    def scope(self) -> str:
-        return "terms"
 
     def fit(self, place: Terms, samples: Samples | None) -> Outcome:
         uniform, most = self.granularity == "model", self.weight_terms

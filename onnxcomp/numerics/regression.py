@@ -37,6 +37,12 @@ def rows(weight: NDArray) -> NDArray:
     return weight.transpose(0, 2, 1).reshape(-1, weight.shape[1])
 
 
+def products(u: NDArray, vs: Iterable[NDArray], groups: int) -> list[Floats]:
+    """U'U, and U'V for every V, of u [T, n] with a column of ones behind each group and each v [T, m]."""
+    left = np.concatenate([split(u, groups), np.ones((groups, len(u), 1), u.dtype)], axis=2)
+    return [(left.transpose(0, 2, 1) @ right).astype(np.float64) for right in (left, *(split(v, groups) for v in vs))]
+
+
 @dataclass(frozen=True, eq=False)
 class Regression:
     """W [G, c, o] of G groups, the means of U [G, 1, c] and V [G, 1, o], and U's covariance [G, c, c], lambda included."""
@@ -47,12 +53,8 @@ class Regression:
     covariance: Floats
 
     @staticmethod
-    def of(pairs: Iterable[tuple[NDArray, NDArray]], groups: int, ridge: float) -> Regression:
-        """Fitted to all pairs of u [T, C_in] and v [T, C_out]: their products are summed with a column of ones beside u."""
-        uu, uv = np.zeros(()), np.zeros(())
-        for u, v in pairs:
-            left = np.concatenate([split(u, groups), np.ones((groups, len(u), 1), u.dtype)], axis=2)
-            uu, uv = uu + left.transpose(0, 2, 1) @ left, uv + left.transpose(0, 2, 1) @ split(v, groups)
+    def of(uu: Floats, uv: Floats, ridge: float) -> Regression:
+        """Fitted to the sums of all `products`: U'U [G, c + 1, c + 1] and U'V [G, c + 1, o], U with a column of ones behind."""
         uu, uv = uu / uu[0, -1, -1], uv / uu[0, -1, -1]
         u, v = uu[:, -1:, :-1], uv[:, -1:]
         covariance = uu[:, :-1, :-1] - u.transpose(0, 2, 1) @ u

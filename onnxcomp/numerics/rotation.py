@@ -32,15 +32,16 @@ def rotation(d: int) -> Array:
 def _transform(x: Array, *, inverse: bool = False) -> Array:
     """Compute x K along the last axis, or x K', in float64."""
     d = x.shape[-1]
-    rows, odd = x.astype(np.float64).reshape(-1, d), d // (d & -d)
+    rows, odd = np.ascontiguousarray(x.astype(np.float64).reshape(-1, d).T), d // (d & -d)  # by column: those are added up
     c = _cosines(odd)
-    rows = np.einsum("nhm,mk->nhk", rows.reshape(len(rows), -1, odd), c.T if inverse else c)
+    rows = np.einsum("hmn,mk->hkn", rows.reshape(d // odd, odd, -1), c.T if inverse else c)
     step = 1
     while step < d // odd:
-        pairs = rows.reshape(len(rows), -1, 2, step, odd)
-        rows = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2) * np.sqrt(0.5)
+        pairs = rows.reshape(-1, 2, step, odd, rows.shape[-1])
+        rows = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1)
+        rows *= np.sqrt(0.5)
         step *= 2
-    return rows.reshape(x.shape)
+    return np.ascontiguousarray(rows.reshape(d, -1).T).reshape(x.shape)
 
 
 def _cosines(m: int) -> Array:

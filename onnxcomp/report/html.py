@@ -3,8 +3,6 @@
 What the text says, and a bar per site: the SQNR of its output before compensation and after.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -14,6 +12,8 @@ from onnxcomp.report import model, text
 
 FULL_DB = 60.0
 """SQNR of a full bar."""
+NUMBERS = ("SQNR dB", "Gain dB", "Added", "ms")
+"""Headers of columns that are aligned to the right."""
 
 
 def page(report: model.Report) -> str:
@@ -33,8 +33,9 @@ def page(report: model.Report) -> str:
         for s in report.sites
     ]
     decisions = [
-        [_name(d.site), escape(d.method), "kept" if d.adopted else '<span class="soft">declined</span>', _gain(d),
-         text.size(d.added_bytes) if d.added_bytes else "", "" if d.added_ms is None else f"{d.added_ms:.3f}", escape(d.reason)]
+        [_name(d.site), escape(d.method), "kept" if d.adopted else '<span class="soft">declined</span>',
+         "" if d.gain_db is None else f"{d.gain_db:+.2f}", text.size(d.added_bytes) if d.added_bytes else "",
+         "" if d.added_ms is None else f"{d.added_ms:.3f}", escape(d.reason)]
         for d in report.decisions
     ]  # fmt: skip
     body = [
@@ -53,8 +54,7 @@ def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) ->
     """A heading and a table of finished cells; nothing where there are no rows."""
     if not rows:
         return ""
-    kinds = [{"SQNR dB": "number", "Gain dB": "number", "Added": "number", "ms": "number"}.get(h, "") for h in headers]
-    kinds = ["bar" if title == "Sites" and not header else kind for header, kind in zip(headers, kinds, strict=True)]
+    kinds = ["number" if h in NUMBERS else "bar" if title == "Sites" and not h else "" for h in headers]
     lines = ["".join(f'<td class="{k}">{cell}</td>' for k, cell in zip(kinds, row, strict=True)) for row in rows]
     head = "".join(f'<th class="{kind}">{header}</th>' for kind, header in zip(kinds, headers, strict=True))
     body = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -68,10 +68,6 @@ def _bar(site: model.SiteReport) -> str:
     low, high = (100 * min(max(db, 0.0) / FULL_DB, 1.0) for db in sorted((before, site.after_db)))
     parts = f'<rect class="after" width="{high:.1f}%" height="10"/><rect class="before" width="{low:.1f}%" height="10"/>'
     return f'<svg width="100%" height="10" role="img" aria-label="{text.sqnr(site)} dB">{parts}</svg>'
-
-
-def _gain(decision: model.Decision) -> str:
-    return "" if decision.gain_db is None else f"{decision.gain_db:+.2f}"
 
 
 def _name(name: str) -> str:

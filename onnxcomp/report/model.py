@@ -4,8 +4,6 @@ A report says what was done to each site, what it cost, and what proved it. The 
 costs, is left out where the report is stored in the file: the same inputs and seed give the same bytes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from onnxcomp.numerics.arrays import sqnr_db

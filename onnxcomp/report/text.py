@@ -3,8 +3,6 @@
 Everything here returns plain text, the same for a terminal, a file or a pipe: each row and each fact is one line.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 from collections import Counter
@@ -61,9 +59,7 @@ def damages(value: model.Analysis, *, all_sites: bool = False) -> str:
     """One row per site, the most damaging first, in per cent of what the compressed model loses; then what to do."""
     shown = value.sites if all_sites else value.sites[:LONGEST]
     columns = ("Alone", "weights", "activations", "In all", "weights ", "activations ")
-    rows = [
-        [s.name, s.bits, *(f"{100 * x / value.total if value.total else 0.0:.1f} %" for x in s.figures)] for s in shown
-    ]  # fmt: skip
+    rows = [[s.name, s.bits, *(f"{100 * x / value.total if value.total else 0.0:.1f} %" for x in s.figures)] for s in shown]
     head = f"{value.model} -> {value.bits} for {value.target}: the output's SQNR is {decibels(value.sqnr_db)}"
     said = f"{head}, {plural(value.samples, 'sample')}, {value.passes} passes"
     listed = cut(table(["Site", "Bits", *columns], rows, right=columns), len(value.sites) - len(shown), "better")
@@ -218,10 +214,8 @@ def report_facts(value: model.Report) -> Facts:
 
 def _kernels(rows: Sequence[model.SiteReport], kernels_by: str) -> list[str]:
     fallback = [("{} in float", site.reason, site.name) for site in rows if site.falls_back]
-    blocks, codes = (
-        [site.falls_back for site in rows if chosen(site)]
-        for chosen in (lambda site: site.in_blocks, lambda site: site.activations != "float")
-    )
+    blocks = [site.falls_back for site in rows if site.in_blocks]
+    codes = [site.falls_back for site in rows if site.activations != "float"]
     summary = f"{codes.count(False)} of {len(codes)} quantized sites run as integer kernels" if codes or not blocks else ""
     if blocks:
         summary += f"{'; ' * bool(summary)}{blocks.count(False)} of {len(blocks)} read the codes of their weights"

@@ -1,7 +1,5 @@
 """Targets: one file of settings per runtime, `ort-x86.toml` and so on, found by its name; the machinery is in the modules."""
 
-from __future__ import annotations
-
 import platform
 from pathlib import Path
 from typing import Any

@@ -7,18 +7,15 @@ tensors but compute the same. That a kernel computes what the graph says is for 
 scaled along the wrong axis, or a bias not scaled by input times weight, becomes an integer kernel and is wrong.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from onnxcomp import runtime
-from onnxcomp.graph import files
-from onnxcomp.graph.convert import to_graph
 from onnxcomp.graph.edit import Graph, Node
 from onnxcomp.graph.files import NodeProto
 from onnxcomp.graph.offsets import MOVES
-from onnxcomp.targets.base import Facts, Violation
+from onnxcomp.targets.base import Violation
 from onnxcomp.targets.fallback import STORED, explain
 from onnxcomp.targets.target import Target
 
@@ -31,8 +28,6 @@ _LAYERS = INTEGER_KERNELS | {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "G
 _CONVERSIONS = frozenset({*MOVES, "Cast", "Clip", "DequantizeLinear", "QuantizeLinear", "Relu"})
 _ARITHMETIC = frozenset({"Add", "Mul", "Sum"})
 """These and conversions may stand between a site's kernel and the tensors that the site is known by."""
-_Found = Mapping[str, NodeProto]
-"""Operators of the optimized model, by their names or by what they make."""
 
 
 @dataclass(frozen=True)
@@ -45,30 +40,41 @@ class Kernel:
     reason: str
 
 
-def audit(model: bytes | Path, sites: Mapping[str, Sequence[str]]) -> tuple[Kernel, ...]:
-    """The kernel of every site of a lowered model, in the order given.
+def audit(model: bytes | Path, lowered: Graph, sites: Mapping[str, Sequence[str]]) -> tuple[Kernel, ...]:
+    """The kernel of every site of a model, which is `lowered` as a graph too, in the order given: what computes the first of
+    the site's tensors that still exists, or the node that kept the site's name.
 
     sites   by the name of its operator, the tensors that its kernel may produce, in order of preference: the operator's own
             output, that behind its bias or its ReLU, the codes behind its QuantizeLinear
 
     Raises ModelError for a model that ONNX Runtime cannot load.
     """
-    nodes = runtime.optimized(model)
-    producers = {name: node for node in nodes for name in node.output}
-    by_name = {node.name.removesuffix("/MatMulAddFusion"): node for node in nodes if node.name}
-    lowered = cache(lambda: to_graph(files.load(model)))
-    return tuple(_find_kernel(*site, producers, by_name, lowered) for site in sites.items())
+    executed = runtime.optimized(model)
+    producers = {name: node for node in executed for name in node.output}
+    by_name = {node.name.removesuffix("/MatMulAddFusion"): node for node in executed if node.name}
+    nodes, results = {node.name: node for node in lowered.nodes}, frozenset(t.name for t in lowered.outputs)
+    found = []
+    for site, outputs in sites.items():
+        maker = next((producers[name] for name in outputs if name in producers), None)
+        kernel = (maker and _layer_behind(maker, site, producers)) or by_name.get(site)
+        if kernel is None:
+            found.append(Kernel(site, "", False, "No operator of ONNX Runtime's optimized model could be matched to it."))
+            continue
+        is_integer = kernel.op_type in INTEGER_KERNELS
+        reason = "" if is_integer else explain(nodes[site], results, runtime.version())
+        found.append(Kernel(site, kernel.op_type, is_integer, reason))
+    return tuple(found)
 
 
 def check(graph: Graph, target: Target) -> tuple[Violation, ...]:
     """Every rule of the target that a node of the graph, of any model, breaks, in graph order, inputs first."""
-    facts = Facts(frozenset(t.name for t in graph.outputs))
+    results = frozenset(t.name for t in graph.outputs)
     nodes = [*(Node("Input", t.name, outputs=[t]) for t in graph.inputs), *graph.nodes]
     return tuple(
         Violation(node.name, node.op, rule.__name__.replace("_", "-"), *broken)
         for node in nodes
         for rule in target.rules
-        for broken in rule(node, facts)
+        for broken in rule(node, results)
     )
 
 
@@ -89,21 +95,7 @@ def foretell(graph: Graph, violations: Sequence[Violation], sites: Collection[st
     return tuple(found)
 
 
-def _find_kernel(site: str, outputs: Sequence[str], producers: _Found, by_name: _Found, lowered: Callable[[], Graph]) -> Kernel:
-    """What computes the first of the site's tensors that still exists, or the node that kept the site's name."""
-    maker = next((producers[name] for name in outputs if name in producers), None)
-    kernel = (maker and _layer_behind(maker, site, producers)) or by_name.get(site)
-    if kernel is None:
-        return Kernel(site, "", False, "No operator of ONNX Runtime's optimized model could be matched to it.")
-    if kernel.op_type in INTEGER_KERNELS:
-        return Kernel(site, kernel.op_type, True, "")
-    graph = lowered()
-    node = next(node for node in graph.nodes if node.name == site)
-    results = {tensor.name for tensor in graph.outputs}
-    return Kernel(site, kernel.op_type, False, explain(node, results, runtime.version()))
-
-
-def _layer_behind(node: NodeProto, site: str, producers: _Found) -> NodeProto | None:
+def _layer_behind(node: NodeProto, site: str, producers: Mapping[str, NodeProto]) -> NodeProto | None:
     """The node itself if it computes the site, else what it converts, rescales or shifts the result of."""
     if node.name == site or node.op_type not in _CONVERSIONS | _ARITHMETIC:
         return node

@@ -1,7 +1,5 @@
 """What targets speak of: what is asked of a site, where quantizers stand, how they are written down, what is wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -63,15 +61,9 @@ class Plan:
     """The nodes in front of which the walk stops: every site, and the first reader of every stored tensor."""
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a rule must know of the model besides the node."""
-
-    outputs: frozenset[str]
-    """The names of its outputs."""
-
-
-Rule = Callable[[Node, Facts], Iterator[tuple[str, str]]]
+Results = frozenset[str]
+"""The names of a model's outputs, which is all that a rule must know of it besides the node."""
+Rule = Callable[[Node, Results], Iterator[tuple[str, str]]]
 """What is wrong with a node, as (reason, remedy), one sentence each; nothing where nothing is. It is called by its function's
 name."""
 

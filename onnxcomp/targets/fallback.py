@@ -8,33 +8,31 @@ Limits: CPU provider, x86-64; tensors inside control flow are not followed.
 """
 
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from onnxcomp.graph.edit import Constant, Node, Tensor
 from onnxcomp.graph.sites import LAYER_OPS
-from onnxcomp.targets.base import Facts, Rule
+from onnxcomp.targets.base import Results, Rule
 from onnxcomp.targets.regions import clip_bounds
 from onnxcomp.targets.rules import in_blocks, is_stored, maker
 
-STORED = frozenset({
-    "Conv", "Add", "Mul", "Concat", "Where", "Sigmoid", "LeakyRelu", "Softmax", "AveragePool", "GlobalAveragePool",
-})  # fmt: skip
+STORED = ("Conv", "Add", "Mul", "Concat", "Where", "Sigmoid", "LeakyRelu", "Softmax", "AveragePool", "GlobalAveragePool")
 """Operators with an integer kernel that needs a QuantizeLinear behind it."""
 
 
-def explain(node: Node, outputs: Collection[str], version: str) -> str:
-    """Why an operator of the lowered graph, which was meant to run on integers, does not; `outputs` are the graph's.
+def explain(node: Node, results: Results, version: str) -> str:
+    """Why an operator of the lowered graph, which was meant to run on integers, does not; `results` are the graph's outputs.
 
     One sentence: the first rule that does not hold, or that ONNX Runtime `version` did not fuse the operator.
     """
     rules = (dequantized_weight, *(() if in_blocks(node) else _RULES))
-    reasons = (reason for rule in rules for reason, _ in rule(node, Facts(frozenset(outputs))))
+    reasons = (reason for rule in rules for reason, _ in rule(node, results))
     return next(reasons, f"ONNX Runtime {version} did not fuse it.")
 
 
-def float_operand(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
+def float_operand(node: Node, results: Results) -> Iterator[tuple[str, str]]:
     """What it multiplies or joins comes from DequantizeLinear; the bias of a Conv may be float."""
     is_product = node.op in ("Conv", "MatMul")
     for tensor in node.inputs[:2] if is_product else node.inputs:
@@ -43,21 +41,21 @@ def float_operand(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
             yield f"Its {role} '{tensor.name}' is not quantized.", "Put QuantizeLinear and DequantizeLinear in front of it."
 
 
-def float_addend(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
+def float_addend(node: Node, results: Results) -> Iterator[tuple[str, str]]:
     """A product and what is added to it are fused into one operator, which is float if the addend is."""
     readers = node.outputs[0].outputs if node.op == "MatMul" else []
     if [reader.op for reader in readers] == ["Add"] and any(isinstance(tensor, Constant) for tensor in readers[0].inputs):
         yield "The Add behind it makes it a Gemm with a float bias.", "Write Sum in place of the Add, or store an int32 bias."
 
 
-def float_result(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
+def float_result(node: Node, results: Results) -> Iterator[tuple[str, str]]:
     """Integer kernels other than MatMul write integers: exactly one QuantizeLinear reads their result."""
     tensor = tail(node)
     quantizers = [reader for reader in tensor.outputs if reader.op == "QuantizeLinear"]
     if node.op not in STORED:
         return
     for output in (node.outputs[0], tensor):
-        if output.name in facts.outputs:
+        if output.name in results:
             yield f"Its output '{output.name}' is a graph output, so it is computed in float.", "Leave it in float."
     for reader in tensor.outputs:
         if reader.op != "QuantizeLinear":
@@ -69,7 +67,7 @@ def float_result(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
         yield f"Its output '{tensor.name}' is quantized {len(quantizers)} times.", remedy
 
 
-def unabsorbed_clip(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
+def unabsorbed_clip(node: Node, results: Results) -> Iterator[tuple[str, str]]:
     """A ReLU or Clip in front of QuantizeLinear vanishes only if the codes cannot leave its bounds."""
     quantizers = [reader for reader in tail(node).outputs if reader.op == "QuantizeLinear"]
     if node.op not in STORED or not quantizers or tail(node) is node.outputs[0]:
@@ -90,15 +88,15 @@ def unabsorbed_clip(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
             yield f"The Clip to {ends} behind it stays: its QuantizeLinear reaches from {low:g} to {high:g}.", remedy
 
 
-def dequantized_weight(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
+def dequantized_weight(node: Node, results: Results) -> Iterator[tuple[str, str]]:
     """What becomes MatMulNBits: a float activation by a stored matrix, in blocks of inputs, whose codes nobody else reads."""
-    weight = node.inputs[1].inputs[0] if node.op in ("Gemm", "MatMul") and maker(node.inputs[1]) else None
-    is_turned = weight is not None and (weight.op == "Transpose" or bool(node.attrs.get("transB")))
-    weight = (
-        weight.inputs[0].inputs[0] if weight is not None and weight.op == "Transpose" and maker(weight.inputs[0]) else weight
-    )
-    is_float = weight is None or maker(node.inputs[0]) != "DequantizeLinear"
-    if weight is None or not is_float or weight.op != "DequantizeLinear" or not is_stored(weight):
+    if node.op not in ("Gemm", "MatMul") or not maker(node.inputs[1]) or maker(node.inputs[0]) == "DequantizeLinear":
+        return
+    weight = node.inputs[1].inputs[0]
+    is_turned = weight.op == "Transpose" or node.attrs.get("transB")
+    if weight.op == "Transpose" and maker(weight.inputs[0]):
+        weight = weight.inputs[0].inputs[0]
+    if weight.op != "DequantizeLinear" or not is_stored(weight):
         return
     start, block = "Its weight is dequantized at every run: ", weight.attrs.get("block_size", 0)
     if is_turned:
@@ -123,11 +121,11 @@ def _where_meant(rule: Rule) -> Rule:
     """
 
     @functools.wraps(rule)
-    def ask(node: Node, facts: Facts) -> Iterator[tuple[str, str]]:
+    def ask(node: Node, results: Results) -> Iterator[tuple[str, str]]:
         read = [t.inputs[0] for t in node.inputs if maker(t) == "DequantizeLinear"]
         joins = node.op in STORED and any(reader.op == "QuantizeLinear" for reader in tail(node).outputs)
         if (node.op in LAYER_OPS or joins) and not all(is_stored(dequantize) for dequantize in read):
-            yield from rule(node, facts)
+            yield from rule(node, results)
 
     return ask
 

@@ -71,7 +71,7 @@ class _Lowering:
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
-            if node.op in self._biased:
+            if node.op == "Conv" or (node.op == "Gemm" and self._is_closed):
                 self._integer_bias(node)
             if node.op in ("Add", "Mul") and not self._is_closed:
                 self._integer_operand(node)
@@ -94,10 +94,6 @@ class _Lowering:
         """Whether every operator reads and makes codes, constants included."""
         return self.encoding.where == "units"
 
-    @property
-    def _biased(self) -> tuple[str, ...]:
-        return ("Conv", "Gemm") if self._is_closed else ("Conv",)
-
     def _constant(self, name: str, value: object, dtype: type) -> Constant:
         if name not in self.shared:
             self.shared[name] = Constant(name, np.array(value, dtype=dtype))
@@ -115,7 +111,8 @@ class _Lowering:
         residual  see `_residual`
         """
         x, y, bits, granularity = node.inputs[0], node.outputs[0], node.attrs["bits"], node.attrs["granularity"]
-        new, middle = Nodes(y.name), self._constant(f"onnxcomp/middle.{self._kind(bits)}", self._zero(bits), self._type(bits))
+        new, scheme = Nodes(y.name), self._scheme(bits)
+        middle = self._constant(f"onnxcomp/middle.{self._kind(bits)}", scheme.midpoint, scheme.dtype)
         if granularity == "static":
             new.name = node.name.rpartition("/fakequantize")[0] or y.name  # the edit's own name, which a tensor's may follow
             scale, zero_point = self._stored(node, 1)
@@ -144,38 +141,34 @@ class _Lowering:
         self, new: Nodes, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, y: str | Tensor, token: Tensor | None = None
     ) -> _Digit:
         """Q, DQ, and below 8 bits a Clip of the codes or of the values."""
-        kind, least, clipped = self._kind(bits), self._zero(bits) - 2 ** (bits - 1), x
-        ends = (least, least + 2**bits - 1)
+        kind, scheme, clipped = self._kind(bits), self._scheme(bits), x
+        ends = scheme.qmin, scheme.qmax
         if bits < 8 and self.encoding.clip == "values":
             assert isinstance(scale, Constant), "the bounds of values are known before they are"
             assert isinstance(zero_point, Constant), "so is their zero"
             if self._is_closed:  # the Clip is a unit like any other
                 wide = Nodes(f"{new.name}/wide", new.made)
-                codes = wide("QuantizeLinear", "codes", x, scale, zero_point, dtype=self._type(bits))
+                codes = wide("QuantizeLinear", "codes", x, scale, zero_point, dtype=scheme.dtype)
                 clipped = wide("DequantizeLinear", "value", codes, scale, zero_point)
             span = {f"{new.name}/{n}": scale.values * (end - int(zero_point.values)) for n, end in zip("ab", ends, strict=True)}
             clipped = new("Clip", "clipped", clipped, *(self._constant(name, end, np.float32) for name, end in span.items()))
-        codes = new("QuantizeLinear", "codes", clipped, scale, zero_point, dtype=self._type(bits))
+        codes = new("QuantizeLinear", "codes", clipped, scale, zero_point, dtype=scheme.dtype)
         if bits < 8 and self.encoding.clip == "codes":
-            names = (f"onnxcomp/min.{kind}" if least else "onnxcomp/zero.u8", f"onnxcomp/max.{kind}")
-            bounds = [self._constant(*pair, self._type(bits)) for pair in zip(names, ends, strict=True)]
-            codes = new("Clip", f"codes.{kind}", codes, *bounds, dtype=self._type(bits))
+            names = (f"onnxcomp/min.{kind}" if scheme.qmin else "onnxcomp/zero.u8", f"onnxcomp/max.{kind}")
+            bounds = [self._constant(*pair, scheme.dtype) for pair in zip(names, ends, strict=True)]
+            codes = new("Clip", f"codes.{kind}", codes, *bounds, dtype=scheme.dtype)
         if isinstance(y, Variable) and y.name in self.filled:
             pads = Constant(f"{new.name}/pads", np.array(self.filled[y.name], np.int64))
-            codes = new("Pad", "codes.filled", codes, pads, zero_point, dtype=self._type(bits))
+            codes = new("Pad", "codes.filled", codes, pads, zero_point, dtype=scheme.dtype)
         return _Digit(x, new("DequantizeLinear", y, codes, scale, zero_point), scale, token)
 
     def _kind(self, bits: int) -> str:
         """Codes in names: `u4`, or `i4` where they are signed."""
         return f"{'i' if self.encoding.signed else 'u'}{bits}"
 
-    def _type(self, bits: int) -> type:
-        """What holds activation codes of so many bits."""
-        return {8: np.int8, 16: np.int16}[max(8, bits)] if self.encoding.signed else {8: np.uint8, 16: np.uint16}[max(8, bits)]
-
-    def _zero(self, bits: int) -> int:
-        """The code in the middle."""
-        return 0 if self.encoding.signed else 2 ** (bits - 1)
+    def _scheme(self, bits: int) -> Scheme:
+        """Activation codes of so many bits as they are written down."""
+        return Scheme(bits, self.encoding.signed)
 
     def _stored(self, node: Node, first: int) -> tuple[Tensor, Tensor]:
         """The static scale and zero point of an abstract quantizer, inputs from the `first` on, as they are stored."""
@@ -184,7 +177,7 @@ class _Lowering:
         if self.encoding.symmetric and code != half:
             reach = np.float32(max(code, 2 * half - 1 - code) / (half - 1))
             scale, code = self._constant(scale.name, scale.values * reach, np.float32), half
-        return scale, self._constant(zero.name, code - half if signed else code, self._type(bits))
+        return scale, self._constant(zero.name, code - half if signed else code, self._scheme(bits).dtype)
 
     def _measured_scale(self, new: Nodes, node: Node) -> Tensor:
         """Scale = max(ratio * max|x| / qmax, tiny), over the last axis or over everything."""

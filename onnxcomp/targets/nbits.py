@@ -9,8 +9,6 @@ factors come from DequantizeLinear, so rows of a table do not. A table's codes o
 row, for Gather takes no int4.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

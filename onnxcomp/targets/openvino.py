@@ -8,8 +8,6 @@ behind it, up to the next layer or branch.
 Limits: CPU plugin, one thread, float32 where nothing is quantized; layers whose name is lost count as not found.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator, Mapping
 from functools import cache

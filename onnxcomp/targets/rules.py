@@ -12,7 +12,7 @@ from onnxcomp.graph.convert import STANDARD
 from onnxcomp.graph.edit import Constant, Node, Tensor
 from onnxcomp.graph.tidy import is_load_time
 from onnxcomp.graph.types import type_name
-from onnxcomp.targets.base import Facts
+from onnxcomp.targets.base import Results
 
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 Broken = Iterator[tuple[str, str]]
@@ -45,38 +45,38 @@ def in_blocks(node: Node) -> bool:
     return made == [False, True] and "block_size" in node.inputs[1].inputs[0].attrs and is_stored(node.inputs[1].inputs[0])
 
 
-def varying_axis(node: Node, facts: Facts) -> Broken:
+def varying_axis(node: Node, results: Results) -> Broken:
     """Runtimes that compile the whole model for a device want every axis fixed (QNN, NNAPI and XNNPACK providers)."""
     shape = node.outputs[0].shape if node.op == "Input" else ()
     if any(not isinstance(n, int) for n in shape or ()):
         yield f"Its shape {list(shape or ())} has axes that vary, so nothing of it is compiled.", "Fix every axis."
 
 
-def foreign_operator(node: Node, facts: Facts) -> Broken:
+def foreign_operator(node: Node, results: Results) -> Broken:
     """Only operators of the standard domain run everywhere."""
     if node.domain not in (None, *STANDARD):
         yield f"It is {node.op} of the domain '{node.domain}', which no other runtime has.", FIX
 
 
-def integer_operator(node: Node, facts: Facts) -> Broken:
+def integer_operator(node: Node, results: Results) -> Broken:
     """Runtimes that take Q/DQ take no operators that compute with codes themselves."""
     if node.op in ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger") or node.op.startswith("QLinear"):
         yield f"{node.op} is not taken; products of codes are written with QuantizeLinear and DequantizeLinear.", FIX
 
 
-def measured_range(node: Node, facts: Facts) -> Broken:
+def measured_range(node: Node, results: Results) -> Broken:
     """Scales and zero points are constants."""
     if node.op in QUANTIZERS and any(not isinstance(t, Constant) for t in node.inputs[1:]):
         yield "Its scale or zero point is no constant.", "Fix the ranges at calibration."
 
 
-def wide_codes(node: Node, facts: Facts) -> Broken:
+def wide_codes(node: Node, results: Results) -> Broken:
     """No kernel of ONNX Runtime's CPU, NNAPI and XNNPACK providers computes with codes of 16 bits."""
     if node.op in QUANTIZERS and codes_type(node) in ("int16", "uint16"):
         yield "Codes of 16 bits have no integer kernel.", "Use activations of 8 bits."
 
 
-def half_quantized(node: Node, facts: Facts) -> Broken:
+def half_quantized(node: Node, results: Results) -> Broken:
     """A product runs on integers only if both of its factors are codes; codes in blocks stand beside floats."""
     makers = [maker(t) for t in node.inputs[:2]] if node.op in LAYERS and not in_blocks(node) else []
     for tensor, made in zip(node.inputs, makers, strict=False):
@@ -84,7 +84,7 @@ def half_quantized(node: Node, facts: Facts) -> Broken:
             yield f"Its input '{tensor.name}' is not quantized, so it is computed in float.", "Quantize both of its factors."
 
 
-def open_unit(node: Node, facts: Facts) -> Broken:
+def open_unit(node: Node, results: Results) -> Broken:
     """An operator between DequantizeLinear and QuantizeLinear is a unit that runs on codes; any other is float."""
     if node.op in (*QUANTIZERS, "Input", "Cast", "Shape", "Constant"):
         return
@@ -99,19 +99,19 @@ def open_unit(node: Node, facts: Facts) -> Broken:
         yield f"Its output '{makes[0].name}' is not quantized once, so it does not run on codes.", "Quantize what it makes."
 
 
-def signed_activation(node: Node, facts: Facts) -> Broken:
+def signed_activation(node: Node, results: Results) -> Broken:
     """NNAPI's Conv takes uint8 activations."""
     if node.op == "QuantizeLinear" and codes_type(node) == "int8":
         yield "Its activation codes are int8; NNAPI takes uint8.", "Use unsigned activations."
 
 
-def unsigned_activation(node: Node, facts: Facts) -> Broken:
+def unsigned_activation(node: Node, results: Results) -> Broken:
     """XNNPACK takes weights with a scale per channel beside int8 activations only."""
     if node.op == "QuantizeLinear" and codes_type(node) == "uint8":
         yield "Its activation codes are uint8; with scales per channel XNNPACK takes int8.", "Use signed activations."
 
 
-def uneven_blocks(node: Node, facts: Facts) -> Broken:
+def uneven_blocks(node: Node, results: Results) -> Broken:
     """OpenVINO 2026.4 and TensorRT for RTX 1.7 load no file in which the last block is shorter."""
     block, lengths = node.attrs.get("block_size", 0), node.inputs[0].shape if node.op == "DequantizeLinear" else None
     inputs = lengths[node.attrs.get("axis", 1)] if block and lengths else 0
@@ -119,7 +119,7 @@ def uneven_blocks(node: Node, facts: Facts) -> Broken:
         yield f"Its blocks of {block} do not divide {inputs} inputs, which is refused.", "Use one scale per output channel."
 
 
-def openvino_codes(node: Node, facts: Facts) -> Broken:
+def openvino_codes(node: Node, results: Results) -> Broken:
     """What OpenVINO 2026.4 computes on integers, read from its compiled models."""
     for index, tensor in enumerate(node.inputs[:2] if node.op in LAYERS and not in_blocks(node) else []):
         if maker(tensor) != "DequantizeLinear":
@@ -129,10 +129,8 @@ def openvino_codes(node: Node, facts: Facts) -> Broken:
         if stored and offset:
             yield f"Its weight '{tensor.name}' has a zero point, so it is computed in float.", "Use symmetric weights."
         if stored and (dequantize.attrs.get("block_size") or codes_type(dequantize) not in ("int8", "int32")):
-            yield (
-                f"The codes of '{tensor.name}' have no integer kernel as they are.",
-                "Cast them to int8, one scale per channel.",
-            )
+            text = f"The codes of '{tensor.name}' have no integer kernel as they are."
+            yield text, "Cast them to int8, one scale per channel."
         if not stored and not all(isinstance(t, Constant) for t in dequantize.inputs[1:]):
             yield f"The range of '{tensor.name}' is measured at run time, over all of it.", "Fix it, or measure it per token."
         if not stored and node.op == "Conv" and index == 0 and offset and codes_type(dequantize) == "int8":
@@ -142,7 +140,7 @@ def openvino_codes(node: Node, facts: Facts) -> Broken:
 # --- TensorRT --------------------------------------------------------------------------------------------------------
 
 
-def unsupported_codes(node: Node, facts: Facts) -> Broken:
+def unsupported_codes(node: Node, results: Results) -> Broken:
     """The importer takes int8, int4, float8 and float4 codes; uint8 is an error, and an int32 bias is too."""
     kind = codes_type(node) if node.op in QUANTIZERS else ""
     if kind == "int32":
@@ -151,19 +149,19 @@ def unsupported_codes(node: Node, facts: Facts) -> Broken:
         yield f"Codes of type {kind} are refused, or taken for int8.", "Use symmetric int8."
 
 
-def asymmetric(node: Node, facts: Facts) -> Broken:
+def asymmetric(node: Node, results: Results) -> Broken:
     """Zero points are all zero."""
     if node.op in QUANTIZERS and any(isinstance(t, Constant) and t.values.any() for t in node.inputs[2:]):
         yield "Its zero point is not zero; only symmetric quantization is taken.", "Use symmetric int8."
 
 
-def vanishing_scale(node: Node, facts: Facts) -> Broken:
+def vanishing_scale(node: Node, results: Results) -> Broken:
     """Scales are positive."""
     if node.op in QUANTIZERS and isinstance(node.inputs[1], Constant) and not (node.inputs[1].values > 0).all():
         yield "A scale is not above zero.", "Raise the scales of channels without values to the smallest positive one."
 
 
-def activation_channels(node: Node, facts: Facts) -> Broken:
+def activation_channels(node: Node, results: Results) -> Broken:
     """Scales per channel are for weights."""
     is_weight = node.op == "DequantizeLinear" and is_stored(node)
     if node.op in QUANTIZERS and not is_weight and isinstance(node.inputs[1], Constant) and node.inputs[1].values.size > 1:
@@ -172,7 +170,7 @@ def activation_channels(node: Node, facts: Facts) -> Broken:
         yield "An activation has a scale per channel; only weights may.", "Use one scale for the tensor."
 
 
-def narrow_weights(node: Node, facts: Facts) -> Broken:
+def narrow_weights(node: Node, results: Results) -> Broken:
     """int4 codes are read by DequantizeLinear alone; beside quantized activations per channel, and not in a Conv. Blocks beside
     float activations are of int4 and have an even number of outputs.
     """
@@ -194,7 +192,7 @@ def narrow_weights(node: Node, facts: Facts) -> Broken:
         yield "These int4 weights have no kernel beside quantized activations.", "Store their codes as int8."
 
 
-def quantized_result(node: Node, facts: Facts) -> Broken:
+def quantized_result(node: Node, results: Results) -> Broken:
     """Between a layer and its normalization or activation function no quantizer may stand, or the two are not one kernel."""
     if node.op != "QuantizeLinear" or maker(node.inputs[0]) not in LAYERS:
         return
@@ -203,13 +201,13 @@ def quantized_result(node: Node, facts: Facts) -> Broken:
         yield "It stands between a layer and the function behind it, which are one kernel without it.", "Take it out."
 
 
-def bit_operator(node: Node, facts: Facts) -> Broken:
+def bit_operator(node: Node, results: Results) -> Broken:
     """There are no operators on bits."""
     if node.op.startswith("Bit"):
         yield f"{node.op} is not taken.", "Store one code per byte."
 
 
-def float_skip(node: Node, facts: Facts) -> Broken:
+def float_skip(node: Node, results: Results) -> Broken:
     """A Conv and the Add of a residual branch are one int8 kernel if the branch is quantized, and the Conv's result is not."""
     convs = [t for t in node.inputs if maker(t) == "Conv" and maker(t.inputs[0].inputs[0]) == "DequantizeLinear"]
     if node.op == "Add" and convs and not any(maker(t) == "DequantizeLinear" or isinstance(t, Constant) for t in node.inputs):

@@ -10,11 +10,9 @@ The right side is the one that becomes a single kernel with its bias. The produc
 before that, so one of them is multiplied with a 1 that the runtime does not see through.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
-from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, insert_after, remove, tensors_of
+from onnxcomp.graph.edit import Constant, Graph, Node, Nodes, Tensor, Variable, insert_after, remove, tensors_of
 from onnxcomp.graph.tidy import is_load_time
 from onnxcomp.targets.regions import clip_bounds
 
@@ -83,9 +81,9 @@ def _unfolded(graph: Graph, scale: Tensor) -> Tensor:
     one, made = tensors.get(ONE), Variable(f"{scale.name}/unfolded", dtype=np.dtype(np.float32))
     if one is None:
         code, step, zero = (Constant(f"{ONE}.{k}", np.array(v, t)) for k, v, t in zip("csz", (1, 1, 0), "BfB", strict=True))
-        value, one = (Variable(name, dtype=np.dtype(np.float32)) for name in (f"{ONE}/value", ONE))
-        graph.nodes.insert(0, Node("Abs", f"{ONE}/Abs", inputs=[value], outputs=[one]))
-        graph.nodes.insert(0, Node("DequantizeLinear", f"{ONE}/DequantizeLinear", inputs=[code, step, zero], outputs=[value]))
+        new, one = Nodes(ONE), Variable(ONE, dtype=np.dtype(np.float32))
+        new("Abs", one, new("DequantizeLinear", "value", code, step, zero))
+        graph.nodes[:0] = new.made
     insert_after(graph, one.inputs[0], [Node("Mul", f"{scale.name}/unfolded/Mul", inputs=[one, scale], outputs=[made])])
     return made
 

@@ -5,8 +5,6 @@ quantizers of the compressed graph to the operators that its runtime runs fastes
 backwards: what is wrong with a file, ours or another's, node by node.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final

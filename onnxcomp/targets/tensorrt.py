@@ -4,8 +4,6 @@ A file is parsed and built as a strongly typed network, and the types of every l
 is integer where both of its factors arrive as Int8, or its weight as Int4. Limits: an engine is built for one sample, not run.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import re

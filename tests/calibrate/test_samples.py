@@ -11,7 +11,7 @@ from equality import parse
 from onnx import ModelProto
 
 from onnxcomp import runtime
-from onnxcomp.calibrate.samples import LiveBatch, Run, Store, can_stack, combine, confirm_tokens, split
+from onnxcomp.calibrate.samples import BATCH_BYTES, LiveBatch, Run, Store, batch_size, can_stack, combine, confirm_tokens, split
 from onnxcomp.errors import DataError
 from onnxcomp.graph.prepare import prepare
 from onnxcomp.graph.sites import find_sites
@@ -66,6 +66,14 @@ def test_a_sample_of_another_shape_begins_a_batch():
     store = Store(feeds((1, 3), (1, 3), (1, 4), (1, 3)), batchable=True)
 
     assert shapes(store) == [((0, 1), (2, 3)), ((2,), (1, 4)), ((3,), (1, 3))]
+
+
+@pytest.mark.parametrize(("width", "size"), [(8, 8), (BATCH_BYTES // 12, 3), (BATCH_BYTES, 1)])
+@pytest.mark.parametrize("axis", ["T", None])
+def test_of_wide_samples_fewer_travel_together(width: int, size: int, axis: str | None):
+    wide = prepare(model(f"g (float[N, {axis or width}] x) => (float[N, M] y) {{ h = Relu(x) y = Neg(h) }}"), infer_types)
+
+    assert batch_size(wide.graph, feeds((1, width))[0]) == size
 
 
 def test_samples_that_cannot_be_stacked_travel_alone():

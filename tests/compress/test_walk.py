@@ -21,7 +21,7 @@ from onnxcomp.pipeline import Result, quantize
 from onnxcomp.recipe import NAMED, Bits, Recipe
 
 PLAIN = Recipe(
-    "plain", bits=Bits(4, 4), activations="static", rounding="nearest", ends="asked", equalization="none", moments="none",
+    "plain", bits=Bits(4, 4), activations="static", rounding="nearest", sensitive="asked", equalization="none", moments="none",
     compensate=(),
 )  # fmt: skip
 MODEL = Recipe(

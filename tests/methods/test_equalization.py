@@ -93,7 +93,7 @@ def test_what_has_one_range_already_is_left_alone():
 
 def error(body: str, bits: str, **options: object) -> float:
     feeds = [{"x": x[None]} for feed in FEEDS for x in feed["x"]]
-    recipe = Recipe(bits=Bits.parse(bits), ends="asked", site=(SiteRule("a", bits=Bits(8, 8)),), **options)  # type: ignore[arg-type]
+    recipe = Recipe(bits=Bits.parse(bits), sensitive="asked", site=(SiteRule("a", bits=Bits(8, 8)),), **options)  # type: ignore[arg-type]
     found, want = (Session(m.SerializeToString()) for m in (quantize(model(body), feeds, recipe).model, model(body)))
     pairs = [energies(want.run(feed)["y"], found.run(feed)["y"]) for feed in FEEDS]
     return float(sum(noise for _, noise in pairs) / sum(signal for signal, _ in pairs))
@@ -108,7 +108,7 @@ def test_narrow_activations_lose_less(body: str):
 def test_a_bound_per_channel_is_no_operator_of_the_quantized_file():
     feeds = [{"x": x[None]} for feed in FEEDS for x in feed["x"]]
 
-    found = quantize(model(DEPTHWISE), feeds, Recipe(bits=Bits(4, 4), ends="asked"))
+    found = quantize(model(DEPTHWISE), feeds, Recipe(bits=Bits(4, 4), sensitive="asked"))
 
     assert any(note.startswith("Groups of channels equalized: 1 of 1") for note in found.report.notes)
     assert not {node.op_type for node in found.model.graph.node} & {"Min", "Relu"}

@@ -167,6 +167,7 @@ def test_the_size_of_a_batch_changes_nothing(rng: np.random.Generator):
 
 def test_of_many_samples_fewer_tokens_are_held(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(nbc, "TOTAL", 40 * TOKENS // 2)
+    monkeypatch.setattr(nbc, "EACH", 1)
     x = tokens(rng)
     errors = linear_error(rng, x)
     others = errors.copy()

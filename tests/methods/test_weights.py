@@ -110,7 +110,7 @@ def test_a_token_counts_with_no_more_than_the_mean_energy_and_a_position_in_full
     site: Site, shape: tuple[int, ...], energy: float
 ):
     tokens = np.diag([1, 1, 1, 3]).astype(np.float32)[None]  # energies 1, 1, 1, 9: the mean is 3
-    how = {"site": site, "w": np.eye(4)[None], "gram": None, "kernel": shape[2:], "attrs": {}, "fake": np.array}
+    how = {"site": site, "w": np.eye(4)[None], "gram": None, "kernel": shape[2:], "attrs": {}, "fake": np.array, "limit": 4}
 
     seen = samples(tokens).reduce(functools.partial(weights._moments, **how))
 
@@ -119,7 +119,7 @@ def test_a_token_counts_with_no_more_than_the_mean_energy_and_a_position_in_full
 
 def test_a_wide_layer_sums_its_inputs_and_gets_the_moments_of_its_outputs_from_them(rng: np.random.Generator):
     w, x = rng.normal(size=(1, 6, 9)), rng.normal(size=(8, 32, 6)).astype(np.float32)
-    how = {"site": MATMUL, "w": w, "kernel": (), "attrs": {}, "fake": np.round}
+    how = {"site": MATMUL, "w": w, "kernel": (), "attrs": {}, "fake": np.round, "limit": 32}
 
     direct, through = (
         samples(x).reduce(functools.partial(weights._moments, gram=gram, **how)) for gram in (None, w[0] @ w[0].T)

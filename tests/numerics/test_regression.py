@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxcomp.numerics.regression import Regression, rows, split, times
+from onnxcomp.numerics.regression import Regression, products, rows, split, times
 
 Array = np.ndarray
 EXACT = 1e-9
@@ -13,7 +13,7 @@ EXACT = 1e-9
 
 
 def regression(u: Array, v: Array, groups: int = 1, ridge: float = 0.0) -> Regression:
-    return Regression.of([(u, v)], groups, ridge)
+    return Regression.of(*products(u, [v], groups), ridge)
 
 
 def test_what_is_linear_is_found_with_its_bias(rng: np.random.Generator):
@@ -55,7 +55,8 @@ def test_a_column_that_never_varies_gets_no_weight(rng: np.random.Generator):
 def test_parts_count_as_what_they_make_together(rng: np.random.Generator):
     u, v = rng.normal(size=(30, 4)), rng.normal(size=(30, 2))
 
-    parts = Regression.of([(u[:7], v[:7]), (u[7:], v[7:])], 2, ridge=0.1)
+    some, others = products(u[:7], [v[:7]], 2), products(u[7:], [v[7:]], 2)
+    parts = Regression.of(*map(np.add, some, others), ridge=0.1)
 
     whole = regression(u, v, groups=2, ridge=0.1)
     np.testing.assert_allclose(parts.weight, whole.weight, rtol=0, atol=EXACT)

@@ -1,0 +1,167 @@
+"""Sensitive layers: how damage is measured, which layers are widened within what bounds, and that a rule has the last word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from equality import parse
+
+from onnxcomp import account
+from onnxcomp.graph.edit import Graph
+from onnxcomp.graph.prepare import Prepared, prepare
+from onnxcomp.graph.sites import find_sites
+from onnxcomp.methods import sensitivity
+from onnxcomp.methods.sensitivity import Wide, widen
+from onnxcomp.numerics.affine import weight_qparams
+from onnxcomp.pipeline import quantize
+from onnxcomp.recipe import Bits, Recipe, SiteRule
+from onnxcomp.runtime import infer_types
+
+RNG = np.random.default_rng(0)
+WIDTH = 64
+FEED = {"x": RNG.normal(size=(32, WIDTH)).astype(np.float32)}
+CHAIN = "[a] h = MatMul(x, w1) r = Relu(h) [b] g = MatMul(r, w2) t = Relu(g) [c] y = MatMul(t, w3)"
+MODELS = Path(__file__).resolve().parents[2] / "models"
+DIGITS, DATA = MODELS / "vit_digits.onnx", MODELS / "digits_calib.npz"
+
+
+def chain(**weights: np.ndarray) -> Prepared:
+    """Three layers with the weights given; the others have codes of 4 bits, so that rounding loses nothing of them."""
+    codes = RNG.integers(-7, 8, size=(WIDTH, WIDTH)) / 64
+    codes[0], codes[1] = -8 / 64, 7 / 64
+    w = {name: weights.get(name, codes).astype(np.float32) for name in ("w1", "w2", "w3")}
+    text = f"g (float[N,{w['w1'].shape[0]}] x) => (float[N,{w['w3'].shape[1]}] y) {{ {CHAIN} }}"
+    return prepare(parse(text, w), infer_types)
+
+
+def found(graph: Graph, like: Prepared, bits: tuple[int, int | None], feed: dict[str, np.ndarray] = FEED) -> dict[str, Wide]:
+    sites = find_sites(graph)
+    return widen(graph, like.model, sites, {site.name: bits for site in sites}, feed)
+
+
+def spread(rows: int, columns: int) -> np.ndarray:
+    """Weights that 4 bits cannot hold: a large one in every column."""
+    w = RNG.normal(size=(rows, columns))
+    w[0] = 20
+    return w
+
+
+def test_the_damage_of_a_part_is_the_error_of_the_output_when_it_alone_is_rounded():
+    p = chain(w1=spread(WIDTH, WIDTH), w3=spread(WIDTH, WIDTH))
+    sites = {site.name: site for site in find_sites(p.graph)}
+    asked = dict.fromkeys(sites, (4, None))
+
+    parts = sensitivity._parts(p.graph, p.model, list(sites.values()), asked, FEED, frozenset(), mixed=False)
+    damages = sensitivity._damages(p.graph, p.model, sites, parts, FEED)
+
+    w = {node.name: node.inputs[1].values for node in p.graph.nodes if node.name in sites}
+    for part, damage in zip(parts, damages, strict=True):
+        (name,) = part.sites
+        rounded = w | {name: weight_qparams(w[name], sites[name].weight_axis, 4).fake(w[name])}
+        one, other = (np.maximum(np.maximum(FEED["x"] @ m["a"], 0) @ m["b"], 0) @ m["c"] for m in (w, rounded))
+        assert damage == pytest.approx(np.square(other - one).sum() / np.square(one).sum(), rel=1e-3, abs=1e-9)
+    assert damages[0] > 1e-3 > 1e-9 > damages[1]
+
+
+def test_a_small_layer_that_loses_most_gets_wide_weights_and_says_what_they_take():
+    p = chain(w3=spread(WIDTH, 4))
+
+    wide = found(p.graph, p, (4, None))
+
+    assert list(wide) == ["c"]
+    assert (wide["c"].widths, wide["c"].added_bytes) == ((8, None), WIDTH * 4 // 2)
+    assert wide["c"].outcome.reason == "weights of 8 bits: 100.0% of what weights lose, 3.0% of the weights' bytes"
+
+
+def test_a_layer_that_costs_more_than_the_bound_keeps_its_weights():
+    p = chain(w2=spread(WIDTH, WIDTH))
+
+    assert found(p.graph, p, (4, None)) == {}
+
+
+def test_fewer_bits_leave_room_for_fewer_wide_weights():
+    p = chain(w3=spread(WIDTH, 4))  # 3 % of the weights: 9 % of their bytes at 2 bits
+
+    assert "c" not in found(p.graph, p, (2, None))
+
+
+def test_the_input_of_a_small_layer_gets_wide_activations():
+    """The first layer reads values of which a few are a hundred times the others."""
+    p = chain(w1=RNG.normal(size=(4, WIDTH)))
+    x = RNG.normal(size=(32, 4)).astype(np.float32)
+    x[:, 0] *= 100
+
+    wide = found(p.graph, p, (8, 4), {"x": x})
+
+    assert wide["a"].widths == (8, 8)
+    assert wide["a"].added_bytes == 0
+    assert wide["a"].outcome.reason.startswith("activations of 8 bits: ")
+    assert wide["a"].outcome.reason.endswith("3.0% of the multiplications")
+
+
+def test_layers_that_read_one_tensor_are_widened_together():
+    w = {name: RNG.normal(size=(WIDTH, size)).astype(np.float32) for name, size in (("v", 4), ("u", 2), ("w", WIDTH * 8))}
+    body = "[a] p = MatMul(x, v) [b] q = MatMul(x, u) [c] r = MatMul(z, w)"
+    text = f"g (float[N,{WIDTH}] x, float[N,{WIDTH}] z) => (float[N,4] p, float[N,2] q, float[N,{WIDTH * 8}] r) {{ {body} }}"
+    p = prepare(parse(text, w), infer_types)
+
+    wide = found(p.graph, p, (8, 4), {name: RNG.normal(size=(8, WIDTH)).astype(np.float32) for name in "xz"})
+
+    assert {name: found.widths for name, found in wide.items()} == {"a": (8, 8), "b": (8, 8)}
+
+
+def test_a_range_per_token_that_is_open_takes_the_damage_away():
+    """Rows of very different size: a static range loses the small ones, one per token none."""
+    w = {"v": RNG.normal(size=(WIDTH, 1)).astype(np.float32), "w": RNG.normal(size=(WIDTH, WIDTH)).astype(np.float32)}
+    body = "[a] p = MatMul(x, v) [b] q = MatMul(z, w)"
+    text = f"g (float[N,{WIDTH}] x, float[N,{WIDTH}] z) => (float[N,1] p, float[N,{WIDTH}] q) {{ {body} }}"
+    p = prepare(parse(text, w), infer_types)
+    sites = find_sites(p.graph)
+    rows = 10.0 ** RNG.uniform(-2, 2, size=(64, 1))
+    feed = {name: (RNG.normal(size=(64, WIDTH)) * rows).astype(np.float32) for name in "xz"}
+
+    static, token = (
+        sensitivity._parts(p.graph, p.model, sites, dict.fromkeys("ab", (8, 4)), feed, frozenset(names), mixed=False)
+        for names in ("", "ab")
+    )
+
+    assert np.square(token[0].error).sum() < np.square(static[0].error).sum()
+
+
+def test_float_activations_stay_float_and_wide_layers_are_not_looked_at():
+    p = chain(w3=spread(WIDTH, 4))
+
+    assert {name: wide.widths for name, wide in found(p.graph, p, (4, None)).items()} == {"c": (8, None)}
+    assert found(p.graph, p, (8, 16)) == {}
+
+
+def bits(**options: object) -> dict[str, str]:
+    recipe = Recipe(bits=Bits(4, 4), samples=16, rounding="nearest", **options)  # type: ignore[arg-type]
+    return {site.name: site.bits for site in quantize(DIGITS, DATA, recipe).report.sites if site.kind == "layer"}
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "last"),
+    [
+        ({}, "w8a8", "w8a8"),
+        ({"sensitive": "asked"}, "w4a4", "w4a4"),
+        ({"site": (SiteRule("/head/*", bits=Bits(4, 6)),)}, "w8a8", "w4a6"),
+    ],
+    ids=["auto", "asked", "a rule"],
+)
+def test_the_file_has_the_widths_that_the_recipe_lets_it_have(options: dict[str, object], first: str, last: str):
+    found = bits(**options)
+
+    assert (found["/patch_embed/Conv"], found["/head/Gemm"]) == (first, last)
+
+
+def test_a_frozen_recipe_keeps_the_widths():
+    net = tiny.models()["mlp"]
+    report = quantize(net.model, net.samples, Recipe(bits=Bits(4, 4))).report
+
+    again = quantize(net.model, net.samples, account.frozen(report)).report
+
+    assert [site.bits for site in report.sites] == [site.bits for site in again.sites]
