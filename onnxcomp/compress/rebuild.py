@@ -15,6 +15,7 @@ from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Constant, extract, tensors_of
 from onnxcomp.graph.schedule import Step
 from onnxcomp.methods import reconstruction
+from onnxcomp.methods.reconstruction import RESULT
 from onnxcomp.report.model import Decision
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 OWN = "float/"
 """In front of the name of a live tensor: the float model's own."""
-RESULT = "result/"
-"""In front of the name of an output: what the float model has there in the end."""
 
 
 SLOWER, TORCH = 8, 3 << 27
@@ -31,7 +30,7 @@ SLOWER, TORCH = 8, 3 << 27
 
 
 def foresee(walk: Walk, live: int, once: float) -> tuple[int, int, float]:
-    """Bytes of `live` tensors with reconstruction, what it holds besides, and its seconds; `once`: of a float pass of a batch."""
+    """Bytes of `live` tensors with reconstruction, bytes that it holds, and its seconds; `once`: of a float pass of a batch."""
     return (live, 0, 0.0) if walk.seed is None else (2 * live, live + TORCH, reconstruction.STEPS * SLOWER * once)
 
 
@@ -60,15 +59,14 @@ def reconstruct(walk: Walk, block: Block, seed: int, alive: Collection[str]) -> 
     makers = [maker for t in shared for maker in t.inputs if maker.op in ("Dequantize", "FakeQuantize")]
     fixed = {t.name for t in (*shared, *(t for maker in makers for t in maker.inputs))}
     feeds = {t.name: live[t.name] for t in part.inputs}
-    results = {t.name: RESULT + t.name for t in walk.reference.outputs if t.name not in alive and t.dtype == np.float32}
-    run = walk.run_of(walk.reference, {name: name for name in alive}, list(results)) if results else None
-    tail = None if run is None else reconstruction.Tail(block.y, {*run.feeds.values()}, results, run.outputs)
-    reads = {*feeds.values(), *results.values(), *(tail.reads if tail else ())}
-    cut = walk.store.cut({name: name for name in reads} | {"g_xh": block.y, "f_xh": OWN + block.y})
+    results = [t.name for t in walk.reference.outputs if t.name not in alive and t.dtype == np.float32]
+    run = walk.run_of(walk.reference, {name: name for name in alive}, results) if results else None
+    beside = {RESULT + name for name in results}.union(run.feeds.values() if run else ())
+    cut = walk.store.cut({name: name for name in {*feeds.values(), *beside}} | {"g_xh": block.y, "f_xh": OWN + block.y})
     weights = [node.inputs[1] for node in walk.reference.nodes if len(node.inputs) > 1]
     floats = {t.name: t.values for t in weights if isinstance(t, Constant) and t.name in read}
-    how, tokens = (part, feeds, cut, floats, fixed, seed), block.channel_axis == -1
-    outcome = walk.work.once(lambda: reconstruction.fit(block.name, *how, tokens=tokens, tail=tail))
+    how = {"tokens": block.channel_axis == -1, "y": block.y, "tail": run.outputs if run else None, "beside": beside}
+    outcome = walk.work.once(lambda: reconstruction.fit(block.name, part, feeds, cut, floats, fixed, seed, **how))
     for name, values in (outcome.fit or {}).items():
         tensors[name].values = values
     walk.decisions.append(Decision(block.name, "reconstruction", outcome.fit is not None, outcome.reason, outcome.gain_db, 0))

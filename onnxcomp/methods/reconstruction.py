@@ -11,14 +11,13 @@ not rule. Refined by Adam, with straight-through gradients:
     scale   s e^v of a weight's channel or of a static range; zero points stay
     bias    b + mean|b| v, of layers and of what is added to tensors, compensations included
 
-8-bit codes and ranges stay as they are: too little is lost there. The stretch is translated node by node: torch computes
-what ONNX Runtime does, up to the order of sums.
+8-bit codes and ranges stay as they are, and stretches that have no others: too little is lost there.
 
 Paper   rounding by the output: AdaRound, arXiv:2004.10568; by blocks: BRECQ, arXiv:2102.05426; with the compressed model's
         input: QDrop, arXiv:2203.05740; ranges by gradients: LSQ, arXiv:1902.08153.
 Cost    nothing at run time; `STEPS` passes there and back over `BATCH` samples for each stretch.
-Gate    a stretch is kept as it is when its error on held-out samples is the least of `LOOKS` looks, if that is less
-        than at the start.
+Gate    a stretch is kept as it is when, on held-out samples, the output of the float model behind it is the best of `LOOKS`
+        looks, in the mean of the samples' SQNR, if that is better than at the start and its own error is less.
 Limits  holds input and output of a stretch for up to `MOST` samples in memory. A stretch with an operator that has no
         counterpart here stays as it is, and so do constants that others read too.
 """
@@ -29,7 +28,7 @@ import functools
 import importlib.util
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -37,7 +36,7 @@ import numpy as np
 from onnxcomp.errors import UsageError
 from onnxcomp.graph.edit import DOMAIN, Graph
 from onnxcomp.methods.base import HOLD_OUT, Array, Batch, Outcome, Samples, is_held_out
-from onnxcomp.methods.twin import TINY, Kind, Twin, operators
+from onnxcomp.methods.twin import TINY, Twin, operators
 from onnxcomp.numerics.arrays import energies, sqnr_db
 
 if TYPE_CHECKING:
@@ -47,12 +46,16 @@ STEPS, LOOKS, MOST = 100, 4, 256
 """Steps; how often held-out samples are looked at; and samples in all, at most."""
 BATCH, LARGEST, VALUES = 4, 16, 1 << 18
 """Samples a step; at most, where they give but few values: so many, or a fourth where each has to run alone."""
-RATES: Mapping[Kind, float] = {"code": 0.004, "scale": 0.002, "bias": 0.001}
+RATES: Mapping[str, float] = {"code": 0.004, "scale": 0.002, "bias": 0.001}
 """Of Adam, at the start; they fall to zero along a cosine. At twice these, noise undid what later steps had to gain back."""
 THREADS = 2
 """Fixed, for the order of sums depends on it."""
 SAME_DB = 1.0
 """How far torch may be off in dB of the error that ONNX Runtime has left."""
+
+
+RESULT = "result/"
+"""In front of the name of an output: what the float model has there in the end."""
 
 
 class Sample(NamedTuple):
@@ -61,18 +64,6 @@ class Sample(NamedTuple):
     number: int
     together: int
     live: Mapping[str, Array]
-
-
-class Tail(NamedTuple):
-    """The float model behind a stretch, up to its outputs."""
-
-    y: str
-    """What the stretch gives it."""
-    reads: Collection[str]
-    """All that it reads, y included."""
-    results: Mapping[str, str]
-    """Output -> the read with what the float model has there."""
-    run: Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 
 def check(*, with_data: bool) -> None:
@@ -85,7 +76,8 @@ def check(*, with_data: bool) -> None:
 
 def fit(
     name: str, part: Graph, feeds: Mapping[str, str], samples: Samples, floats: Mapping[str, Array], fixed: Collection[str],
-    seed: int, *, tokens: bool = False, tail: Tail | None = None,
+    seed: int, *, tokens: bool = False, y: str = "", tail: Callable[[Mapping[str, Array]], Mapping[str, Array]] | None = None,
+    beside: Collection[str] = (),
 ) -> Outcome:  # fmt: skip
     """New values for constants of `part`, one finished stretch called `name`, by their names.
 
@@ -93,18 +85,23 @@ def fit(
     floats  dequantized weight -> the float one
     fixed   constants that must stay
     tokens  whether the last axis of what it gives is a token's
-    tail    what is behind it; None where it gives the model's output
+    y       what it gives, for the `tail`: the float model behind it, from live tensors to outputs; None where there is none
+    beside  what the tail reads, and under `RESULT` and an output's name what the float model has there
     """
     unknown = sorted({n.op for n in part.nodes if n.domain != DOMAIN} - operators().keys())
     quantized = [n for n in part.nodes if n.domain == DOMAIN]
     if unknown:
         return Outcome(None, f"{', '.join(unknown)} cannot be computed by torch here")
-    with _threads() as torch:
+    import torch
+
+    with torch.enable_grad(), ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(THREADS)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         twin = Twin(part, floats, fixed)
-        if not twin.parameters or all(n.attrs["bits"] >= 8 for n in quantized):
+        if not twin.parameters or (quantized and all(n.attrs["bits"] >= 8 for n in quantized)):
             return Outcome(None, "it has no codes of fewer than 8 bits" if twin.parameters else "nothing in it may change")
-        names = (*feeds.values(), *(() if tail is None else (*tail.reads, *tail.results.values())), "g_xh", "f_xh")
+        names = (*feeds.values(), *beside, "g_xh", "f_xh")
         seen = samples.reduce(functools.partial(_read, names=names, stride=-(-samples.count // MOST)))
         fitted = [s for s in seen if not is_held_out(s.number)]
         judges = [s for s in seen if is_held_out(s.number)] or fitted
@@ -117,29 +114,28 @@ def fit(
             for count, live in _stacked(some):
                 g = twin.run({name: live[read] for name, read in feeds.items()}, fine=fine)
                 total = total + count / len(some) * _relative(g, torch.tensor(live["f_xh"]), tokens=tokens)
-                for output, found in tail.run({**live, tail.y: g.numpy()}).items() if tail and ends is not None else ():
-                    pairs = zip(np.split(live[tail.results[output]], count), np.split(found, count), strict=True)
+                for output, found in tail({**live, y: g.numpy()}).items() if tail and ends is not None else ():
+                    pairs = zip(np.split(live[RESULT + output], count), np.split(found, count), strict=True)
                     ends += [sqnr_db(*energies(wanted, made)) for wanted, made in pairs]
             return total
 
         def judge() -> tuple[float, float]:
             ends = list[float]()
             with torch.no_grad():
-                own = _decibel(float(error(judges, fine=True, ends=ends)))
+                own = sqnr_db(1.0, float(error(judges, fine=True, ends=ends)))
             return own, float(np.mean(ends)) if tail else own
 
         known = [float(_relative(*(torch.tensor(s.live[k]) for k in ("g_xh", "f_xh")), tokens=tokens)) for s in judges]
-        try:
+        before = best = np.nan, np.nan
+        with suppress(ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
             before = best = judge()
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
-            before = best = np.nan, np.nan
-        if not abs(before[0] - _decibel(sum(known) / len(known))) < SAME_DB:
+        if not abs(before[0] - sqnr_db(1.0, sum(known) / len(known))) < SAME_DB:
             return Outcome(None, "torch computes it otherwise than ONNX Runtime")
-        found, reason = dict[str, Array](), "held-out samples do not improve"
+        found = dict[str, Array]()
         optimizer = torch.optim.Adam([{"params": [p.latent], "lr": RATES[p.kind]} for p in twin.parameters.values()])
         rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 + 0.5 * float(np.cos(np.pi * i / STEPS)))
-        room = VALUES if any(s.together > 1 for s in seen) else VALUES // 4
-        batch = max(BATCH, min(LARGEST, room // seen[0].live["f_xh"].size))
+        alone = all(s.together == 1 for s in seen)
+        batch = max(BATCH, min(LARGEST, VALUES // (4 if alone else 1) // seen[0].live["f_xh"].size))
         for step in range(1, STEPS + 1):
             optimizer.zero_grad()
             picked = torch.randperm(len(fitted), generator=generator)[:batch].tolist()
@@ -150,10 +146,8 @@ def fit(
                 now = judge()
                 if now[0] > before[0] and now[1] > best[1]:
                     best, found = now, {name: p.stored() for name, p in twin.parameters.items()}
-                elif now[0] > before[0] and not found:
-                    reason = "the model's output does not improve"
         if not found:
-            return Outcome(None, reason, 0.0, before[0], before[0])
+            return Outcome(None, "on held-out samples it does not improve, or the model does not", 0.0, before[0], before[0])
         return Outcome(found, f"{len(found)} tensors refined", best[0] - before[0], before[0], best[0])
 
 
@@ -163,32 +157,16 @@ def _relative(g: Tensor, y: Tensor, *, tokens: bool = False) -> Tensor:
     return ((g - y).square().sum(axes) / (y.square().sum(axes) + TINY)).mean()
 
 
-def _decibel(error: float) -> float:
-    return float(-10.0 * np.log10(max(error, TINY)))
-
-
-@contextmanager
-def _threads() -> Iterator[Any]:
-    """torch, on a fixed number of threads; as it was, afterwards."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
-        with torch.enable_grad():
-            yield torch
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _read(batch: Batch, names: Sequence[str], stride: int) -> tuple[Sample, ...]:
     """The samples of a batch, of those in every `stride`th group of `HOLD_OUT`."""
     reads = {name: batch.read(name) for name in names}
     count = len(reads["f_xh"])
     together = count if {len(read) for read in reads.values()} == {count} else 1
-    rows = ({name: read[min(i, len(read) - 1)] for name, read in reads.items()} for i in range(count))
-    found = (Sample(number, together, row) for number, row in zip(batch.indices, rows, strict=False))
-    return tuple(sample for sample in found if sample.number // HOLD_OUT % stride == 0)
+    return tuple(
+        Sample(number, together, {name: read[min(i, len(read) - 1)] for name, read in reads.items()})
+        for i, number in enumerate(batch.indices[:count])
+        if number // HOLD_OUT % stride == 0
+    )
 
 
 def _stacked(some: Sequence[Sample]) -> Iterator[tuple[int, dict[str, Array]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from onnxcomp.numerics.affine import SMALLEST_SCALE, Scheme, along
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["code", "scale", "bias"]
 TINY = 1e-30
 
 
@@ -27,7 +26,7 @@ TINY = 1e-30
 class Parameter:
     """A constant that is refined, as what `latent` makes of its values at the start."""
 
-    kind: Kind
+    kind: str
     latent: Tensor
     start: Tensor
     ends: tuple[float, float] = (0, 0)
@@ -87,9 +86,8 @@ class Twin:
         return live[self.part.outputs[0].name]
 
 
-def _refined(node: Node, floats: Mapping[str, Array]) -> Iterator[tuple[Any, Kind, Array | None, tuple[float, float]]]:
+def _refined(node: Node, floats: Mapping[str, Array]) -> Iterator[tuple[Any, str, Array | None, tuple[float, float]]]:
     """What of a node's inputs is refined, and how: its kind, where its latent starts, if not at zero, and its ends."""
-    free = np.inf
     if node.domain == DOMAIN and node.attrs["bits"] < 8:
         if node.op == "Dequantize":
             (codes, scale), scheme = node.inputs[:2], Scheme(node.attrs["bits"], signed=True)
@@ -98,19 +96,19 @@ def _refined(node: Node, floats: Mapping[str, Array]) -> Iterator[tuple[Any, Kin
                 exact = w / along(scale.values, node.attrs["axis"], w.ndim)
                 latent = np.clip(exact, latent - 0.49, latent + 0.49)
             yield codes, "code", latent, (scheme.qmin, scheme.qmax)
-            yield scale, "scale", None, (0, free)
+            yield scale, "scale", None, (0, np.inf)
         elif node.attrs["granularity"] == "static":
             x, scale, zero = node.inputs
             maker = x.inputs[0] if x.inputs else node
             bounds = [t for t in maker.inputs[{"Clip": 2, "Min": 1}.get(maker.op, 9) :] if isinstance(t, Constant)]
             reach = Scheme(node.attrs["bits"], bool(node.attrs["signed"])).qmax - float(zero.values)
-            room = min((float(t.values.min()) for t in bounds), default=free) / max(reach * float(scale.values), TINY)
+            room = min((float(t.values.min()) for t in bounds), default=np.inf) / max(reach * float(scale.values), TINY)
             # A kernel ends at its largest code by itself, while that is within the bounds.
-            yield scale, "scale", None, (0, max(np.log(room), 0.0) if room > 1 - 1e-6 else free)
+            yield scale, "scale", None, (0, max(np.log(room), 0.0) if room > 1 - 1e-6 else np.inf)
     elif node.op in ("Conv", "Gemm", "Add", "Sum"):
         for tensor in node.inputs[2 if node.op in ("Conv", "Gemm") else 0 :]:
             if isinstance(tensor, Constant) and tensor.dtype == np.float32 and tensor.values.size > 1:
-                yield tensor, "bias", None, (0, free)
+                yield tensor, "bias", None, (0, np.inf)
 
 
 def _dequantized(node: Node, codes: Tensor, scale: Tensor, *zero: Tensor) -> Tensor:
