@@ -65,7 +65,7 @@ THIRD_PARTY = {
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 8_915
+LIBRARY_LINES = 8_933
 
 
 @dataclass(frozen=True)

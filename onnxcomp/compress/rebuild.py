@@ -15,7 +15,6 @@ from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Constant, extract, tensors_of
 from onnxcomp.graph.schedule import Step
 from onnxcomp.methods import reconstruction
-from onnxcomp.methods.reconstruction import RESULT
 from onnxcomp.report.model import Decision
 
 if TYPE_CHECKING:
@@ -40,10 +39,10 @@ def follow(walk: Walk, step: Step, kept: Collection[str]) -> set[str]:
     inputs, results = {t.name for t in walk.reference.inputs}, [t.name for t in walk.reference.outputs]
     if step.index == 0:
         for name in results:
-            walk.store.add(RESULT + name, walk.run_of(walk.reference, {k: k for k in inputs}, [name]))
+            walk.store.add(reconstruction.RESULT + name, walk.run_of(walk.reference, {k: k for k in inputs}, [name]))
     own = {name: name if name in inputs else OWN + name for name in step.live_in}
     run = walk.run_of(walk.reference, own, step.computed, prefix=OWN) if step.computed else None
-    stay = {OWN + name for name in kept} | {RESULT + name for name in results}
+    stay = {OWN + name for name in kept} | {reconstruction.RESULT + name for name in results}
     walk.store.advance(run, {*step.live_in, *kept, *stay})
     return stay
 
@@ -61,7 +60,7 @@ def reconstruct(walk: Walk, block: Block, seed: int, alive: Collection[str]) -> 
     feeds = {t.name: live[t.name] for t in part.inputs}
     results = [t.name for t in walk.reference.outputs if t.name not in alive and t.dtype == np.float32]
     run = walk.run_of(walk.reference, {name: name for name in alive}, results) if results else None
-    beside = {RESULT + name for name in results}.union(run.feeds.values() if run else ())
+    beside = {reconstruction.RESULT + name for name in results}.union(run.feeds.values() if run else ())
     cut = walk.store.cut({name: name for name in {*feeds.values(), *beside}} | {"g_xh": block.y, "f_xh": OWN + block.y})
     weights = [node.inputs[1] for node in walk.reference.nodes if len(node.inputs) > 1]
     floats = {t.name: t.values for t in weights if isinstance(t, Constant) and t.name in read}

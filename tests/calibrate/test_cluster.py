@@ -61,8 +61,9 @@ def test_the_bytes_are_those_of_a_run_without_a_cluster(name: str, recipe: Recip
 
 def test_reconstruction_gives_the_bytes_of_a_run_without_a_cluster(two: Any, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("torch")
-    monkeypatch.setattr(reconstruction, "STEPS", 8)
-    recipe = replace(NAMED["auto"], bits=Bits(4, 4), samples=32, reconstruct=True)
+    monkeypatch.setattr(reconstruction, "STEPS", 60)
+    monkeypatch.setattr(reconstruction, "THREADS", 1)
+    recipe = replace(NAMED["auto"], bits=Bits(4, 4), samples=64, reconstruct=True)
     files = ROOT / "models" / "cnn_digits.onnx", ROOT / "models" / "digits_calib.npz"
 
     here, there = (quantize(*files, recipe, cluster=where) for where in (None, two.scheduler_address))
