@@ -108,13 +108,13 @@ def fit(
         if not fitted:
             return Outcome(None, "there are too few samples")
 
-        def error(some: Sequence[Sample], *, fine: bool, ends: list[float] | None = None) -> Tensor:
-            """Of what the stretch gives, in the mean; that of the model's outputs is put to the `ends`."""
+        def error(some: Sequence[Sample], *, fine: bool, ends: list[float]) -> Tensor:
+            """Of what the stretch gives, in the mean; if `fine`, that of the model's outputs is put to the `ends`."""
             total = torch.zeros(())
             for count, live in _stacked(some):
                 g = twin.run({name: live[read] for name, read in feeds.items()}, fine=fine)
                 total = total + count / len(some) * _relative(g, torch.tensor(live["f_xh"]), tokens=tokens)
-                for output, found in tail({**live, y: g.numpy()}).items() if tail and ends is not None else ():
+                for output, found in tail({**live, y: g.numpy()}).items() if tail and fine else ():
                     pairs = zip(np.split(live[RESULT + output], count), np.split(found, count), strict=True)
                     ends += [sqnr_db(*energies(wanted, made)) for wanted, made in pairs]
             return total
@@ -140,7 +140,7 @@ def fit(
         for step in range(1, STEPS + 1):
             optimizer.zero_grad()
             picked = torch.randperm(len(fitted), generator=generator)[:batch].tolist()
-            error([fitted[i] for i in sorted(picked)], fine=False).backward()
+            error([fitted[i] for i in sorted(picked)], fine=False, ends=[]).backward()
             optimizer.step()
             rates.step()
             if step % (STEPS // LOOKS) == 0:

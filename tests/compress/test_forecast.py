@@ -167,7 +167,7 @@ def test_the_number_of_threads_changes_no_byte(tmp_path: Path):
     assert np.array_equal(*(np.frombuffer(output.read_bytes(), np.uint8) for output in outputs))
 
 
-def test_reconstruction_is_foretold_to_take_twice_the_live_tensors_and_more_time():
+def test_reconstruction_is_foretold_to_take_twice_the_live_tensors_and_to_hold_some():
     pytest.importorskip("torch")
     subject = tiny.mlp()
 
@@ -179,4 +179,3 @@ def test_reconstruction_is_foretold_to_take_twice_the_live_tensors_and_more_time
     assert refined is not None
     assert refined.live_bytes == 2 * plain.live_bytes
     assert refined.memory_bytes > plain.memory_bytes
-    assert refined.seconds > plain.seconds
