@@ -20,7 +20,6 @@ from onnxcomp.targets.base import Settings
 from onnxcomp.targets.target import Target
 
 NO_DATA = "No data were given, so activations are quantized at run time and nothing is calibrated or compensated"
-TOKENS = "Reconstruction gains in CNNs; transformers that were measured lost by it. Compare with a run without it."
 NO_SAMPLES = "No data were given, so weights are rounded to nearest and nothing is compensated. Pass --data for GPTQ."
 
 
@@ -78,7 +77,6 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     said = NO_SAMPLES if is_float else f"{NO_DATA}{convs}. Pass --data for static ranges."
     notes = () if with_data else (said,)
     if recipe.reconstruct:
-        notes += (TOKENS,) * any(block.kind == "block" and block.channel_axis == -1 for block in blocks)
         blocks += find_rest(graph, [site for site in chosen if site.kind == "layer"], blocks)
     return Choice(chosen, settings, _skipped(graph, every, chosen), notes, blocks)
 

@@ -180,9 +180,11 @@ def compress(
 
     if outside(prepared.model):
         reference = runtime.Session(prepared.model)  # which has read nothing yet
-    memory = free_memory() // 4 if memory is None else memory
+    memory, seed = free_memory() // 4 if memory is None else memory, recipe.seed if recipe.reconstruct else None
     if announce is not None and samples is not None:
-        ahead = Walk(graph, graph.copy(), prepared.model, plan, target, recipe.compensate, None, blocks=choice.blocks)
+        ahead = Walk(
+            graph, graph.copy(), prepared.model, plan, target, recipe.compensate, None, blocks=choice.blocks, seed=seed
+        )
         count = -(-len(samples) // (size if stackable else 1))
         announce(forecast(ahead, feeds[0], count, memory, stays=work is not None, start=start))
     kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
@@ -192,7 +194,6 @@ def compress(
         if samples is not None and cluster is not None:
             store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, size, past)
         how = graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, past
-        seed = recipe.seed if recipe.reconstruct else None
         walk = Walk(*how, choice.blocks, matched=recipe.moments == "auto", seed=seed, decisions=decisions)
         walk.run(progress)
         expected = None if store is None else walk.expected(len(feeds))

@@ -27,9 +27,10 @@ def strip(model: runtime.Model, methods: Collection[str], *, output: str | Path 
     """The model without what `methods` (names, such as "nbc") put into it, bit for bit as it was before them; written to
     `output` where that is given, once it has run.
 
-    Later layers keep the ranges that were fitted while the method was there. Raises RecipeError for an unknown method,
-    ModelError for a file that onnxcomp did not write, in which none of the methods was adopted, or in which xint merged its
-    terms into one weight or input.
+    Later layers keep the ranges that were fitted while the method was there; codes and ranges that were reconstructed with it
+    stay so, and a bias comes back as it was in front of both. Raises RecipeError for an unknown method, ModelError for a file
+    that onnxcomp did not write, in which none of the methods was adopted, or in which xint merged its terms into one weight or
+    input.
     """
     for method in methods:
         find(method)

@@ -60,12 +60,12 @@ THIRD_PARTY = {
     "rich": {"cli"},
     "threadpoolctl": {"runtime"},
     "tomli": {"toml"},
-    "torch": {"export", "methods.reconstruction"},  # gradients are what the latter is about
+    "torch": {"export", "methods.reconstruction", "methods.twin"},  # gradients are what the latter two are about
 }
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 8_900
+LIBRARY_LINES = 8_925
 
 
 @dataclass(frozen=True)

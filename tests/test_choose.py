@@ -8,7 +8,7 @@ import tiny
 from equality import parse
 from onnx import ModelProto
 
-from onnxcomp.choose import TOKENS, Choice, choose
+from onnxcomp.choose import Choice, choose
 from onnxcomp.errors import RecipeError, UnsupportedSite
 from onnxcomp.graph.prepare import prepare
 from onnxcomp.methods.bias import BiasCompensation
@@ -43,13 +43,6 @@ def test_every_layer_is_chosen_and_products_are_left():
     assert names(choice) == LAYERS
     assert choice.skipped == (Skipped("scores", "MatMul", PRODUCT), Skipped("values", "MatMul", PRODUCT))
     assert choice.notes == ()
-
-
-@pytest.mark.parametrize(("name", "expected"), [("residual", ()), ("transformer", (TOKENS,))])
-def test_who_reconstructs_a_transformer_is_told_to_compare(name: str, expected: tuple[str, ...]):
-    pytest.importorskip("torch")
-
-    assert pick(tiny.models()[name].model, Recipe(reconstruct=True)).notes == expected
 
 
 def test_products_are_chosen_when_switched_on():

@@ -18,6 +18,7 @@ import numpy as np
 
 from onnxcomp.calibrate.room import peak_memory
 from onnxcomp.calibrate.samples import BATCH
+from onnxcomp.compress import rebuild
 from onnxcomp.compress.walk import Walk
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import tensors_of
@@ -54,6 +55,7 @@ def forecast(walk: Walk, feed: Mapping[str, Array], batches: int, budget: int, *
     fix_axes(model, {name: array.shape for name, array in (*feed.items(), *outputs.items())})
     types, steps = infer_types(model), walk.steps()
     live = batches * max(sum(_bytes(types.get(name)) for name in step.live_in) for step in steps)
+    live, held, refining = rebuild.foresee(walk, live, once)
     layers = [site for site in walk.plan.sites if site.kind == "layer"]
     worked = [_bytes(types.get(site.x)) + _bytes(types.get(site.y)) for site in layers]
     sums, solving = [0], 0.0
@@ -72,8 +74,8 @@ def forecast(walk: Walk, feed: Mapping[str, Array], batches: int, budget: int, *
     beside = TOUCHES * touch * sum(worked) + STEP_SECONDS * len(steps)  # of a pass, on one core
     seconds = batches * (passes * once + beside / cores())
     bare = [site for site in layers if site.op == "MatMul" and site.y == site.raw and walk.methods]
-    seconds += PIECES * piece * len(steps) + solving + PRICE_SECONDS * len(bare) + time.perf_counter() - start
-    memory = peak_memory() + min(live, budget) + WORKING * max(worked) + 4 * max(sums) + COPIES * (size - there) + there
+    seconds += PIECES * piece * len(steps) + solving + refining + PRICE_SECONDS * len(bare) + time.perf_counter() - start
+    memory = peak_memory() + held + min(live, budget) + WORKING * max(worked) + 4 * max(sums) + COPIES * (size - there) + there
     return Forecast(live, memory, 2 * live if stays else max(live - budget, 0), seconds)
 
 

@@ -112,7 +112,7 @@ class Walk:
                 self.store.advance(run, kept)
             for block in ended:
                 if self.seed is not None and block.kind != "output":
-                    rebuild.reconstruct(self, block, self.seed)
+                    rebuild.reconstruct(self, block, self.seed, results if following is None else following.live_in)
                 self._compensate_block(replace(block, macs=macs))
                 unfinished.remove(block)
                 macs = 0

@@ -21,7 +21,7 @@ from onnxcomp.graph.sites import Site
 from onnxcomp.numerics.affine import QParams
 
 Array = np.ndarray
-_OTHERS = ("base", "activations", "equalization", "moments", "reconstruction", "rotation", "sensitivity", "weights")
+_OTHERS = ("base", "activations", "equalization", "moments", "reconstruction", "rotation", "sensitivity", "twin", "weights")
 """Modules of this package that are no methods of a recipe."""
 HOLD_OUT = 4
 """Every fourth sample is held out."""

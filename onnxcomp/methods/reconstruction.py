@@ -11,14 +11,13 @@ not rule. Refined by Adam, with straight-through gradients:
     scale   s e^v of a weight's channel or of a static range; zero points stay
     bias    b + mean|b| v, of layers and of what is added to tensors, compensations included
 
-8-bit codes and ranges stay as they are: too little is lost there. The stretch is translated node by node: torch computes
-what ONNX Runtime does, up to the order of sums.
+8-bit codes and ranges stay as they are, and stretches that have no others: too little is lost there.
 
 Paper   rounding by the output: AdaRound, arXiv:2004.10568; by blocks: BRECQ, arXiv:2102.05426; with the compressed model's
         input: QDrop, arXiv:2203.05740; ranges by gradients: LSQ, arXiv:1902.08153.
 Cost    nothing at run time; `STEPS` passes there and back over `BATCH` samples for each stretch.
-Gate    a stretch is kept as it is when its error on held-out samples is the least of `LOOKS` looks, if that is less
-        than at the start.
+Gate    a stretch is kept as it is when, on held-out samples, the output of the float model behind it is the best of `LOOKS`
+        looks, in the mean of the samples' SQNR, if that is better than at the start and its own error is less.
 Limits  holds input and output of a stretch for up to `MOST` samples in memory. A stretch with an operator that has no
         counterpart here stays as it is, and so do constants that others read too.
 """
@@ -29,33 +28,42 @@ import functools
 import importlib.util
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from onnxcomp.errors import UsageError
-from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node
+from onnxcomp.graph.edit import DOMAIN, Graph
 from onnxcomp.methods.base import HOLD_OUT, Array, Batch, Outcome, Samples, is_held_out
-from onnxcomp.numerics.affine import SMALLEST_SCALE, Scheme, along
+from onnxcomp.methods.twin import TINY, Twin, operators
+from onnxcomp.numerics.arrays import energies, sqnr_db
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["code", "scale", "bias"]
-Sample: TypeAlias = tuple[int, int, list[Array]]
-"""Its number, how many samples travelled with it, what the stretch reads and, last, what it shall give."""
-STEPS, LOOKS, BATCH, MOST = 200, 4, 8, 256
-"""Steps; how often held-out samples are looked at; samples a step; and samples in all, at most."""
-LARGEST, VALUES = 16, 1 << 18
-"""Samples a step where a stretch gives but few values: so many together."""
-RATES: Mapping[Kind, float] = {"code": 0.01, "scale": 0.005, "bias": 0.002}
-"""Of Adam, at the start; they fall to zero along a cosine."""
+STEPS, LOOKS, MOST = 100, 4, 256
+"""Steps; how often held-out samples are looked at; and samples in all, at most."""
+BATCH, LARGEST, VALUES = 4, 16, 1 << 18
+"""Samples a step; at most, where they give but few values: so many, or a fourth where each has to run alone."""
+RATES: Mapping[str, float] = {"code": 0.004, "scale": 0.002, "bias": 0.001}
+"""Of Adam, at the start; they fall to zero along a cosine. At twice these, noise undid what later steps had to gain back."""
 THREADS = 2
 """Fixed, for the order of sums depends on it."""
-TINY, SAME_DB = 1e-30, 1.0
-"""Nothing; and how far torch may be off in dB of the error that ONNX Runtime has left."""
+SAME_DB = 1.0
+"""How far torch may be off in dB of the error that ONNX Runtime has left."""
+
+
+RESULT = "result/"
+"""In front of the name of an output: what the float model has there in the end."""
+
+
+class Sample(NamedTuple):
+    """A sample in front of the stretch: its number, how many travelled with it, and all that is read of it."""
+
+    number: int
+    together: int
+    live: Mapping[str, Array]
 
 
 def check(*, with_data: bool) -> None:
@@ -68,7 +76,8 @@ def check(*, with_data: bool) -> None:
 
 def fit(
     name: str, part: Graph, feeds: Mapping[str, str], samples: Samples, floats: Mapping[str, Array], fixed: Collection[str],
-    seed: int, *, tokens: bool = False,
+    seed: int, *, tokens: bool = False, y: str = "", tail: Callable[[Mapping[str, Array]], Mapping[str, Array]] | None = None,
+    beside: Collection[str] = (),
 ) -> Outcome:  # fmt: skip
     """New values for constants of `part`, one finished stretch called `name`, by their names.
 
@@ -76,324 +85,97 @@ def fit(
     floats  dequantized weight -> the float one
     fixed   constants that must stay
     tokens  whether the last axis of what it gives is a token's
+    y       what it gives, for the `tail`: the float model behind it, from live tensors to outputs; None where there is none
+    beside  what the tail reads, and under `RESULT` and an output's name what the float model has there
     """
-    unknown = sorted({n.op for n in part.nodes if n.domain != DOMAIN} - _operators().keys())
+    unknown = sorted({n.op for n in part.nodes if n.domain != DOMAIN} - operators().keys())
+    quantized = [n for n in part.nodes if n.domain == DOMAIN]
     if unknown:
         return Outcome(None, f"{', '.join(unknown)} cannot be computed by torch here")
-    with _threads() as torch:
+    import torch
+
+    with torch.enable_grad(), ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(THREADS)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         twin = Twin(part, floats, fixed)
-        if not twin.parameters:
-            return Outcome(None, "nothing in it may change")
-        seen = samples.reduce(
-            functools.partial(_read, names=(*feeds.values(), "g_xh", "f_xh"), stride=-(-samples.count // MOST))
-        )
-        fitted = [s for s in seen if not is_held_out(s[0])]
-        judges = [s for s in seen if is_held_out(s[0])] or fitted
+        if not twin.parameters or (quantized and all(n.attrs["bits"] >= 8 for n in quantized)):
+            return Outcome(None, "it has no codes of fewer than 8 bits" if twin.parameters else "nothing in it may change")
+        names = (*feeds.values(), *beside, "g_xh", "f_xh")
+        seen = samples.reduce(functools.partial(_read, names=names, stride=-(-samples.count // MOST)))
+        fitted = [s for s in seen if not is_held_out(s.number)]
+        judges = [s for s in seen if is_held_out(s.number)] or fitted
         if not fitted:
             return Outcome(None, "there are too few samples")
 
-        def error(some: Sequence[Sample], *, fine: bool) -> Tensor:
-            found = [(twin.run(dict(zip(feeds, xs, strict=True)), fine=fine), y) for *xs, _, y in _stacked(some)]
-            return torch.stack([_relative(g, y, tokens=tokens) for g, y in found]).mean()
+        def error(some: Sequence[Sample], *, fine: bool, ends: list[float]) -> Tensor:
+            """Of what the stretch gives, in the mean; if `fine`, that of the model's outputs is put to the `ends`."""
+            total = torch.zeros(())
+            for count, live in _stacked(some):
+                g = twin.run({name: live[read] for name, read in feeds.items()}, fine=fine)
+                total = total + count / len(some) * _relative(g, torch.tensor(live["f_xh"]), tokens=tokens)
+                for output, found in tail({**live, y: g.numpy()}).items() if tail and fine else ():
+                    pairs = zip(np.split(live[RESULT + output], count), np.split(found, count), strict=True)
+                    ends += [sqnr_db(*energies(wanted, made)) for wanted, made in pairs]
+            return total
 
-        def judge() -> float:
-            parts = [judges[start : start + BATCH] for start in range(0, len(judges), BATCH)]
+        def judge() -> tuple[float, float]:
+            ends = list[float]()
             with torch.no_grad():
-                return _decibel(sum(float(error(part, fine=True)) * len(part) for part in parts) / len(judges))
+                own = sqnr_db(1.0, float(error(judges, fine=True, ends=ends)))
+            return own, float(np.mean(ends)) if tail else own
 
-        known = [float(_relative(*map(torch.tensor, s[2][-2:]), tokens=tokens)) for s in judges]
-        try:
+        known = [float(_relative(*(torch.tensor(s.live[k]) for k in ("g_xh", "f_xh")), tokens=tokens)) for s in judges]
+        before = best = np.nan, np.nan
+        with suppress(ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
             before = best = judge()
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
-            before = best = np.nan
-        if not abs(before - _decibel(sum(known) / len(known))) < SAME_DB:
+        if not abs(before[0] - sqnr_db(1.0, sum(known) / len(known))) < SAME_DB:
             return Outcome(None, "torch computes it otherwise than ONNX Runtime")
-        found: dict[str, Array] = {}
+        found = dict[str, Array]()
         optimizer = torch.optim.Adam([{"params": [p.latent], "lr": RATES[p.kind]} for p in twin.parameters.values()])
         rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 + 0.5 * float(np.cos(np.pi * i / STEPS)))
-        batch = max(BATCH, min(LARGEST, VALUES // seen[0][2][-1].size))
+        batch = max(
+            BATCH, min(LARGEST, VALUES // (4 if all(s.together == 1 for s in seen) else 1) // seen[0].live["f_xh"].size)
+        )
         for step in range(1, STEPS + 1):
             optimizer.zero_grad()
             picked = torch.randperm(len(fitted), generator=generator)[:batch].tolist()
-            error([fitted[i] for i in sorted(picked)], fine=False).backward()
+            error([fitted[i] for i in sorted(picked)], fine=False, ends=[]).backward()
             optimizer.step()
             rates.step()
-            if step % (STEPS // LOOKS) == 0 and (now := judge()) > best:
-                best, found = now, {name: p.stored() for name, p in twin.parameters.items()}
+            if step % (STEPS // LOOKS) == 0:
+                now = judge()
+                if now[0] > before[0] and now[1] > best[1]:
+                    best, found = now, {name: p.stored() for name, p in twin.parameters.items()}
         if not found:
-            return Outcome(None, "held-out samples do not improve", 0.0, before, before)
-        return Outcome(found, f"{len(found)} tensors refined", best - before, before, best)
+            return Outcome(None, "on held-out samples it does not improve, or the model does not", 0.0, before[0], before[0])
+        return Outcome(found, f"{len(found)} tensors refined", best[0] - before[0], before[0], best[0])
 
 
-def _relative(g: Tensor, y: Tensor, *, tokens: bool) -> Tensor:
+def _relative(g: Tensor, y: Tensor, *, tokens: bool = False) -> Tensor:
     """The squared error of g over the energy of y, of each of the `tokens` or of each sample; the mean of them."""
     axes = -1 if tokens else tuple(range(1, y.ndim))
     return ((g - y).square().sum(axes) / (y.square().sum(axes) + TINY)).mean()
 
 
-def _decibel(error: float) -> float:
-    return float(-10.0 * np.log10(max(error, TINY)))
-
-
-@dataclass(frozen=True, eq=False)
-class Parameter:
-    """A constant that is refined, as what `latent` makes of its values at the start."""
-
-    kind: Kind
-    latent: Tensor
-    start: Tensor
-    ends: tuple[float, float] = (0, 0)
-    """Of codes the smallest and the largest, of a scale the largest factor's logarithm as the second."""
-
-    def value(self) -> Tensor:
-        """What the constant's readers see; codes are rounded where they are read."""
-        if self.kind == "code":
-            return self.latent
-        if self.kind == "scale":
-            return self.start * self.latent.clamp(max=self.ends[1]).exp()
-        return self.start + self.latent * self.start.abs().mean().clamp(min=1e-3)
-
-    def stored(self) -> Array:
-        """What the constant becomes."""
-        found = self.value().detach().numpy()
-        if self.kind == "code":
-            return np.clip(np.rint(found), *self.ends).astype(np.int8)
-        return np.asarray(np.maximum(found, np.float32(SMALLEST_SCALE)) if self.kind == "scale" else found)
-
-
-class Twin:
-    """A stretch of the compressed model, as torch computes it."""
-
-    def __init__(self, part: Graph, floats: Mapping[str, Array], fixed: Collection[str]) -> None:
-        import torch
-
-        self.part, self.parameters = part, dict[str, Parameter]()
-        constants = {t.name: t.values for node in part.nodes for t in node.inputs if isinstance(t, Constant)}
-        self.constants = {name: torch.from_numpy(np.array(values)) for name, values in constants.items()}
-        for node in part.nodes:
-            for tensor, kind, latent, ends in _refined(node, floats):
-                if isinstance(tensor, Constant) and tensor.name not in {*fixed, *self.parameters}:
-                    zeros = np.zeros(tensor.values.shape) if latent is None else latent
-                    own = torch.tensor(zeros, dtype=torch.float32, requires_grad=True)
-                    self.parameters[tensor.name] = Parameter(kind, own, self.constants[tensor.name], ends)
-
-    def run(self, feeds: Mapping[str, Array], *, fine: bool = True) -> Tensor:
-        """The output for these inputs; not `fine`: as if ranges of 8 bits had no steps, which takes half the time at W4A8."""
-        import torch
-
-        live: dict[str, Any] = {name: torch.tensor(x) for name, x in feeds.items()}
-        live |= self.constants | {name: p.value() for name, p in self.parameters.items()}
-        steps: dict[str, Any] = {}  # of quantized tensors, for those that quantize what is left
-        for node in self.part.nodes:
-            read: list[Any] = [live[t.name] if t.name else None for t in node.inputs]
-            if node.domain != DOMAIN:
-                made = _operators()[node.op](node.attrs, *read)
-            elif not fine and node.attrs["bits"] >= 8 and node.op == "FakeQuantize" and node.attrs["granularity"] == "static":
-                made, steps[node.outputs[0].name] = read[:2]
-            elif node.op == "Dequantize":
-                made = _dequantized(node, *read)
-            else:
-                before = steps.get(node.inputs[1].name) if len(read) > 1 else None
-                made, steps[node.outputs[0].name] = _fake(node, before, *read)
-            live |= zip((t.name for t in node.outputs), made if isinstance(made, tuple) else (made,), strict=False)
-        return live[self.part.outputs[0].name]
-
-
-def _refined(node: Node, floats: Mapping[str, Array]) -> Iterator[tuple[Any, Kind, Array | None, tuple[float, float]]]:
-    """What of a node's inputs is refined, and how: its kind, where its latent starts, if not at zero, and its ends."""
-    free = np.inf
-    if node.domain == DOMAIN and node.attrs["bits"] < 8:
-        if node.op == "Dequantize":
-            (codes, scale), scheme = node.inputs[:2], Scheme(node.attrs["bits"], signed=True)
-            latent, w = codes.values.astype(np.float32), floats.get(node.outputs[0].name)
-            if w is not None and "block" not in node.attrs and w.shape == latent.shape:
-                exact = w / along(scale.values, node.attrs["axis"], w.ndim)
-                latent = np.clip(exact, latent - 0.49, latent + 0.49)
-            yield codes, "code", latent, (scheme.qmin, scheme.qmax)
-            yield scale, "scale", None, (0, free)
-        elif node.attrs["granularity"] == "static":
-            x, scale, zero = node.inputs
-            maker = x.inputs[0] if x.inputs else node
-            bounds = [t for t in maker.inputs[{"Clip": 2, "Min": 1}.get(maker.op, 9) :] if isinstance(t, Constant)]
-            reach = Scheme(node.attrs["bits"], bool(node.attrs["signed"])).qmax - float(zero.values)
-            room = min((float(t.values.min()) for t in bounds), default=free) / max(reach * float(scale.values), TINY)
-            # A kernel ends at its largest code by itself, while that is within the bounds.
-            yield scale, "scale", None, (0, max(np.log(room), 0.0) if room > 1 - 1e-6 else free)
-    elif node.op in ("Conv", "Gemm", "Add", "Sum"):
-        for tensor in node.inputs[2 if node.op in ("Conv", "Gemm") else 0 :]:
-            if isinstance(tensor, Constant) and tensor.dtype == np.float32 and tensor.values.size > 1:
-                yield tensor, "bias", None, (0, free)
-
-
-def _dequantized(node: Node, codes: Tensor, scale: Tensor, *zero: Tensor) -> Tensor:
-    scheme, axis, values = Scheme(node.attrs["bits"], signed=True), node.attrs["axis"], codes.float()
-    values = _through(values).clamp(scheme.qmin, scheme.qmax)
-    if "block" not in node.attrs:
-        return values * scale.reshape([-1 if d == axis % values.ndim else 1 for d in range(values.ndim)])
-    size = values.shape[axis]
-    step, *zeros = (t.repeat_interleave(node.attrs["block"], axis).narrow(axis, 0, size) for t in (scale, *zero))
-    return (values - zeros[0] if zeros else values) * step
-
-
-def _fake(node: Node, before: Any, x: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
-    """What an activation quantizer makes of x, and its step; `before`: that of the quantizer whose rest it takes."""
-    bits, granularity, ranges = node.attrs["bits"], node.attrs["granularity"], more
-    scheme, half = Scheme(bits, signed=bool(node.attrs["signed"])), 2 ** (bits - 1)
-    if granularity == "residual":
-        x, ranges = x - more[0], more[1:]
-    if ranges:
-        zero = float(ranges[1])
-        return _quantizer().apply(x, ranges[0], scheme.qmin - zero, scheme.qmax - zero), ranges[0]
-    if granularity == "residual":
-        step = before * node.attrs["finer"]
-    else:
-        largest = x.detach().abs()
-        largest = largest.amax(-1, keepdim=True) if granularity == "token" else largest.amax()
-        step = (largest * float(np.float32(node.attrs["ratio"] / (half - 1)))).clamp(min=1e-12)
-    return _through(x / step).clamp(-half, half - 1) * step, step
-
-
-def _through(x: Tensor) -> Tensor:
-    """What rounds, with the gradient of what does not."""
-    return x + (x.round() - x).detach()
-
-
-@functools.cache
-def _quantizer() -> Any:
-    """clip(rint(x / s), low, high) s as one function: half the time and memory of its parts."""
-    import torch
-
-    class Quantizer(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:  # type: ignore[override]
-            exact = x / scale
-            levels = exact.round().clamp_(low, high)
-            ctx.save_for_backward(exact, levels)
-            ctx.ends = low - 0.5, high + 0.5
-            return levels * scale
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-            exact, levels = ctx.saved_tensors
-            inside = torch.where((exact > ctx.ends[0]) & (exact < ctx.ends[1]), g, 0.0)
-            return inside, ((g * levels).sum() - (inside * exact).sum()) if ctx.needs_input_grad[1] else None, None, None
-
-    return Quantizer
-
-
-@contextmanager
-def _threads() -> Iterator[Any]:
-    """torch, on a fixed number of threads; as it was, afterwards."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
-        with torch.enable_grad():
-            yield torch
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _read(batch: Batch, names: Sequence[str], stride: int) -> tuple[Sample, ...]:
     """The samples of a batch, of those in every `stride`th group of `HOLD_OUT`."""
-    reads = [batch.read(name) for name in names]
-    together = len(batch.indices) if {len(read) for read in reads} == {len(batch.indices)} else 1
-    found = zip(batch.indices, *reads, strict=False)
-    return tuple((number, together, list(arrays)) for number, *arrays in found if number // HOLD_OUT % stride == 0)
+    reads = {name: batch.read(name) for name in names}
+    count = len(reads["f_xh"])
+    together = count if {len(read) for read in reads.values()} == {count} else 1
+    return tuple(
+        Sample(number, together, {name: read[min(i, len(read) - 1)] for name, read in reads.items()})
+        for i, number in enumerate(batch.indices[:count])
+        if number // HOLD_OUT % stride == 0
+    )
 
 
-def _stacked(some: Sequence[Sample]) -> Iterator[list[Any]]:
-    """The arrays of samples: all in one where they may be run together, else each sample's; as torch's the last one."""
-    import torch
-
-    alike = len({tuple(a.shape for a in arrays) for _, _, arrays in some}) == 1 and any(n > 1 for _, n, _ in some)
-    for arrays in [list(map(np.concatenate, zip(*(s[2] for s in some), strict=True)))] if alike else [s[2] for s in some]:
-        yield [*arrays[:-1], torch.tensor(arrays[-1])]
-
-
-@functools.cache
-def _operators() -> Mapping[str, Callable[..., Any]]:
-    """ONNX's operators, each a function of the node's attributes and its inputs."""
-    import torch
-    from torch.nn import functional as f
-
-    def ints(tensor: Tensor) -> list[int]:
-        return tensor.reshape(-1).tolist()
-
-    def plain(name: str, a: Any, *xs: Tensor) -> Tensor:
-        return getattr(torch, name)(*xs)
-
-    def padded(x: Tensor, pads: Sequence[int], value: float = 0.0) -> Tensor:
-        half = len(pads) // 2
-        return f.pad(x, [p for d in reversed(range(half)) for p in (pads[d], pads[d + half])], value=value)
-
-    def conv(a: Any, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        rank, pads = w.ndim - 2, list(a.get("pads") or [0] * 2 * (w.ndim - 2))
-        if pads[:rank] != pads[rank:]:
-            x, pads = padded(x, pads), [0] * 2 * rank
-        how = a.get("strides") or 1, pads[:rank], a.get("dilations") or 1, a.get("group", 1)
-        return (f.conv1d, f.conv2d, f.conv3d)[rank - 1](x, w, b, *how)
-
-    def gemm(a: Any, x: Tensor, w: Tensor, c: Tensor | None = None) -> Tensor:
-        y = a.get("alpha", 1.0) * ((x.T if a.get("transA") else x) @ (w.T if a.get("transB") else w))
-        return y if c is None else y + a.get("beta", 1.0) * c
-
-    def pool(a: Any, x: Tensor, how: Callable[..., Tensor], value: float) -> Tensor:
-        pads = list(a.get("pads") or [0] * 4)
-        return how(padded(x, pads, value) if any(pads) else x, a["kernel_shape"], a.get("strides") or 1)
-
-    def sliced(a: Any, x: Tensor, start: Tensor, end: Tensor, axes: Any = None, steps: Any = None) -> Tensor:
-        index, count = [slice(None)] * x.ndim, len(start)
-        axes, steps = range(count) if axes is None else ints(axes), [1] * count if steps is None else ints(steps)
-        for d, *bounds in zip(axes, ints(start), ints(end), steps, strict=True):
-            index[d] = slice(*bounds)
-        return x[tuple(index)]
-
-    def gather(a: Any, x: Tensor, index: Tensor) -> Tensor:
-        axis = a.get("axis", 0) % x.ndim
-        found = x.index_select(axis, (index.reshape(-1) + x.shape[axis]) % x.shape[axis])
-        return found.reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))
-
-    def reshape(a: Any, x: Tensor, shape: Tensor) -> Tensor:
-        return x.reshape([x.shape[i] if d == 0 and not a.get("allowzero") else d for i, d in enumerate(ints(shape))])
-
-    def norm(a: Any, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        return f.layer_norm(x, x.shape[a.get("axis", -1) :], w, b, a.get("epsilon", 1e-5))
-
-    alike = ("Abs", "Add", "Erf", "Exp", "Log", "MatMul", "Mul", "Neg", "Pow", "Relu", "Sigmoid", "Sqrt", "Sub", "Tanh")
-    named = {name: functools.partial(plain, name.lower()) for name in alike}
-    types = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool}
-    return named | {
-        "Cast": lambda a, x: x.to(types[int(a["to"])]),
-        "Clip": lambda a, x, low=None, high=None: x if low is None is high else x.clamp(low, high),
-        "Concat": lambda a, *xs: torch.cat(xs, a["axis"]),
-        "Conv": conv,
-        "Div": lambda a, x, y: x / y if x.is_floating_point() else x.div(y, rounding_mode="trunc"),
-        "Expand": lambda a, x, shape: x.expand(torch.broadcast_shapes(x.shape, tuple(ints(shape)))),
-        "Flatten": lambda a, x: x.flatten(a.get("axis", 1)),
-        "Gather": gather,
-        "Gelu": lambda a, x: f.gelu(x, approximate=a.get("approximate", "none")),
-        "Gemm": gemm,
-        "GlobalAveragePool": lambda a, x: x.mean(list(range(2, x.ndim)), keepdim=True),
-        "HardSigmoid": lambda a, x: (x * a.get("alpha", 0.2) + a.get("beta", 0.5)).clamp(0, 1),
-        "HardSwish": lambda a, x: f.hardswish(x),
-        "LayerNormalization": norm,
-        "Max": lambda a, *xs: functools.reduce(torch.maximum, xs),
-        "Min": lambda a, *xs: functools.reduce(torch.minimum, xs),
-        "MaxPool": lambda a, x: pool(a, x, f.max_pool2d, -np.inf),
-        "Pad": lambda a, x, pads, value=None: padded(x, ints(pads), 0.0 if value is None else float(value)),
-        "ReduceMean": lambda a, x, axes: x.mean(ints(axes), keepdim=bool(a.get("keepdims", 1))),
-        "Reshape": reshape,
-        "RMSNormalization": lambda a, x, w: f.rms_norm(x, x.shape[a.get("axis", -1) :], w, a.get("epsilon", 1e-5)),
-        "Shape": lambda a, x: torch.tensor(x.shape[a.get("start", 0) : a.get("end")]),
-        "Slice": sliced,
-        "Softmax": lambda a, x: x.softmax(a.get("axis", -1)),
-        "Split": lambda a, x, n=None: x.split(ints(n) if n is not None else x.shape[a["axis"]] // a["num_outputs"], a["axis"]),
-        "Squeeze": lambda a, x, axes: x.squeeze(tuple(ints(axes))),
-        "Sum": lambda a, *xs: sum(xs),
-        "Tile": lambda a, x, repeats: x.tile(tuple(ints(repeats))),
-        "Transpose": lambda a, x: x.permute(a["perm"]),
-        "Unsqueeze": lambda a, x, axes: functools.reduce(lambda y, d: y.unsqueeze(d), sorted(ints(axes)), x),
-    }
+def _stacked(some: Sequence[Sample]) -> Iterator[tuple[int, dict[str, Array]]]:
+    """Up to `LARGEST` samples as one, where they have the same shapes and may be run together; and how many they are."""
+    groups: dict[Any, list[Sample]] = {}
+    for s in some:
+        groups.setdefault((s.together > 1 or s.number, *(a.shape for a in s.live.values())), []).append(s)
+    for alike in groups.values():
+        for start in range(0, len(alike), LARGEST):
+            rows = [s.live for s in alike[start : start + LARGEST]]
+            yield len(rows), {k: np.concatenate([r[k] for r in rows]) if len(rows) > 1 else a for k, a in rows[0].items()}

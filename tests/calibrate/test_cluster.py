@@ -20,6 +20,7 @@ from onnxcomp import cli, runtime
 from onnxcomp.calibrate import cluster
 from onnxcomp.calibrate.cluster import connect
 from onnxcomp.errors import ResourceError, UsageError
+from onnxcomp.methods import reconstruction
 from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import NAMED, Bits, Recipe
 
@@ -56,6 +57,19 @@ def two() -> Iterator[Any]:
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_the_bytes_are_those_of_a_run_without_a_cluster(name: str, recipe: Recipe, workers: Any):
     assert made(name, recipe, workers.scheduler_address) == made(name, recipe, None)
+
+
+def test_reconstruction_gives_the_bytes_of_a_run_without_a_cluster(two: Any, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(reconstruction, "STEPS", 60)
+    monkeypatch.setattr(reconstruction, "THREADS", 1)
+    recipe = replace(NAMED["auto"], bits=Bits(4, 4), samples=64, reconstruct=True)
+    files = ROOT / "models" / "cnn_digits.onnx", ROOT / "models" / "digits_calib.npz"
+
+    here, there = (quantize(*files, recipe, cluster=where) for where in (None, two.scheduler_address))
+
+    assert any(d.method == "reconstruction" and d.adopted for d in here.report.decisions)
+    assert there.model.SerializeToString(deterministic=True) == here.model.SerializeToString(deterministic=True)
 
 
 @pytest.mark.parametrize("done", [2, 6])

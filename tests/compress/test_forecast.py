@@ -165,3 +165,17 @@ def test_the_number_of_threads_changes_no_byte(tmp_path: Path):
         )
 
     assert np.array_equal(*(np.frombuffer(output.read_bytes(), np.uint8) for output in outputs))
+
+
+def test_reconstruction_is_foretold_to_take_twice_the_live_tensors_and_to_hold_some():
+    pytest.importorskip("torch")
+    subject = tiny.mlp()
+
+    plain, refined = (
+        foresee(subject.model, subject.samples, replace(NAMED["auto"], reconstruct=on)).forecast for on in (False, True)
+    )
+
+    assert plain is not None
+    assert refined is not None
+    assert refined.live_bytes == 2 * plain.live_bytes
+    assert refined.memory_bytes > plain.memory_bytes

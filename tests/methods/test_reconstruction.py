@@ -53,8 +53,9 @@ TRANSLATED = (
 
 
 @pytest.fixture(autouse=True)
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_steps_and_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconstruction, "STEPS", 60)
+    monkeypatch.setattr(reconstruction, "RATES", {"code": 0.01, "scale": 0.005, "bias": 0.002})
 
 
 def many(subject: tiny.Tiny, rng: np.random.Generator, count: int = 64) -> list[dict[str, Array]]:
@@ -133,7 +134,7 @@ def test_torch_computes_compensations_as_the_runtime_does(methods: tuple[str, ..
 
 
 @needs_torch
-@pytest.mark.parametrize("name", ["transformer", "residual"])
+@pytest.mark.parametrize("name", ["transformer", "conv_bn"])
 def test_a_stretch_is_kept_where_it_gains_on_held_out_samples(name: str, rng: np.random.Generator):
     subject = tiny.models()[name]
 
@@ -228,8 +229,50 @@ def test_what_does_not_improve_held_out_samples_is_not_kept(rng: np.random.Gener
 
     found = reconstruction.fit("s", biased(), {"x": "x"}, cut(x, wanted), {}, (), 0)
 
-    assert (found.fit, found.reason) == (None, "held-out samples do not improve")
+    assert (found.fit, found.reason) == (None, "on held-out samples it does not improve, or the model does not")
     assert found.gain_db == 0.0
+
+
+@needs_torch
+def test_what_makes_the_model_worse_is_not_kept_although_the_stretch_gains(rng: np.random.Generator):
+    """The output of the model is the best as it is, and moves away with what the stretch gives."""
+    x = rng.normal(size=(64, 8)).astype(np.float32)
+    samples = cut(x, x + 0.103, x + 0.1)
+    samples = replace(samples, reads={**samples.reads, "result/out": "g_xh"})
+
+    found = reconstruction.fit(
+        "s", biased(0.1), {"x": "x"}, samples, {}, (), 0, y="y", tail=lambda live: {"out": live["y"]}, beside=["result/out"]
+    )
+
+    assert (found.fit, found.reason, found.gain_db) == (
+        None,
+        "on held-out samples it does not improve, or the model does not",
+        0.0,
+    )
+
+
+@needs_torch
+def test_samples_of_many_lengths_are_run_together_where_they_have_the_same(rng: np.random.Generator):
+    pairs = [rng.normal(size=(2, 2 + i % 3, 8)).astype(np.float32) for i in range(32)]
+    live = [{"x": x, "f_xh": x + np.float32(0.103), "g_xh": x + np.float32(0.1)} for x in pairs]
+    batches = [LiveBatch((2 * i, 2 * i + 1), reads) for i, reads in enumerate(live)]
+    samples = Cut(batches, {name: name for name in live[0]})
+    graph = to_graph(parse("g (float[N,T,8] x) => (float[N,T,8] y) { y = Add(x, b) }", {"b": np.full(8, 0.1, np.float32)}))
+
+    found = reconstruction.fit("s", graph, {"x": "x"}, samples, {}, (), 0, tokens=True)
+
+    assert found.fit is not None
+    assert np.abs(found.fit["b"] - 0.103).max() < 2e-3
+
+
+@needs_torch
+def test_what_has_eight_bits_is_left_at_once(rng: np.random.Generator):
+    subject = tiny.models()["residual"]
+
+    report = quantize(subject.model, many(subject, rng), replace(RECONSTRUCTED, bits=Bits(8, 8))).report
+
+    found = [(d.adopted, d.reason) for d in report.decisions if d.method == "reconstruction"]
+    assert set(found) == {(False, "it has no codes of fewer than 8 bits")}
 
 
 @needs_torch
