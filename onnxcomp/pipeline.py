@@ -154,9 +154,8 @@ def compress(
     choice = choose(graph, recipe, target, with_data=data is not None)
     decisions: list[Decision] = []
     if samples is not None and recipe.sensitive == "auto" and not outside(prepared.model):
-        rows = {name: array[: sensitivity.ROWS] if stackable else array for name, array in few.items()}
         tokens = frozenset(k for k, s in choice.settings.items() if s.activations == "auto")
-        how = graph, prepared.model, choice.sites, open_widths(recipe, choice), rows, tokens
+        how = graph, prepared.model, choice.sites, open_widths(recipe, choice), few, tokens
         wide = sensitivity.widen(*how, mixed=recipe.rotation == "auto")
         recipe = widened(recipe, {name: found.widths for name, found in wide.items()})
         choice = choose(graph, recipe, target, with_data=True)

@@ -32,8 +32,8 @@ from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, Samp
 TRIM = 0.05
 FLOAT32 = 1
 """ONNX's number of the element type."""
-TABLE_GAIN_DB, RANK_GAIN_DB = 0.5, 0.02
-"""What a table, an Add of its own, must gain over one number per channel, and a rank over a lower one."""
+RANK_GAIN_DB = 0.02
+"""What a rank must gain over a lower one."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ class BiasCompensation(Compensation):
     """What is fitted: every `layer`, every `block` of the residual stream, or the model's `output`."""
     rank: NonNegativeInt = 4
     """Largest rank of a table per token; 0 stores the full table, T C numbers per layer, as the paper does."""
+    table_gain: NonNegativeFloat = 0.5
+    """What a table must gain over one number per channel, dB: the kernel adds that for nothing, a table is an Add of its own."""
 
     @property
     def scope(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -165,7 +167,7 @@ class BiasCompensation(Compensation):
             u = np.concatenate([left[:, :r], np.ones((len(table), 1))], axis=1).astype(np.float16)
             v = np.concatenate([right[:r], centre[None]]).astype(np.float16)
             found = loss(u.astype(np.float64) @ v.astype(np.float64))
-            if 10.0 * np.log10(least / found) > (RANK_GAIN_DB if best[0].size else TABLE_GAIN_DB):
+            if 10.0 * np.log10(least / found) > (RANK_GAIN_DB if best[0].size else self.table_gain):
                 best, least = (u, v), found
         return best[0], best[1], float(-10.0 * np.log10(least)) if least < plain else 0.0
 

@@ -9,7 +9,7 @@ every width take wide activations for nothing, and others have few of them.
 
 Source  the sensitivity of layers alone, as in HAWQ (arXiv:1905.03696) and ZeroQ (arXiv:2001.00281), by running the errors
         themselves through the model: at 4 bits they are too large for a second derivative.
-Cost    bytes as above, and nothing at run time; here two passes over `ROWS` samples for every layer.
+Cost    bytes as above, and nothing at run time; here two passes over a batch for every layer.
 Gate    a part is taken when its share of the damage is more than twice its share of the cost.
 Limits  errors are those of rounding to nearest, in front of equalization and compensation; weights in blocks stay as they are.
 """
@@ -31,8 +31,6 @@ from onnxcomp.runtime import Session
 WIDE = 8
 BYTES, MACS, WORTH = 1 / 16, 0.1, 2.0
 """Growth of all weights' bytes; share of all multiplications with wide activations; and damage per cost, at least."""
-ROWS = 4
-"""Samples."""
 TINY = 1e-30
 Widths = tuple[int, int | None]
 """Bits of weights and of activations; None where these are float."""
