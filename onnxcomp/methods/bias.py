@@ -101,7 +101,7 @@ class BiasCompensation(Compensation):
     rank: NonNegativeInt = 4
     """Largest rank of a table per token; 0 stores the full table, T C numbers per layer, as the paper does."""
     table_gain: NonNegativeFloat = 0.5
-    """What a table must gain over one number per channel, dB: the kernel adds that for nothing, a table is an Add of its own."""
+    """What a table, an Add of its own, must gain over one number per channel, which the kernel adds for nothing, dB."""
 
     @property
     def scope(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
