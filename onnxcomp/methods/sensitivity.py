@@ -11,7 +11,8 @@ Source  the sensitivity of layers alone, as in HAWQ (arXiv:1905.03696) and ZeroQ
         themselves through the model: at 4 bits they are too large for a second derivative.
 Cost    bytes as above, and nothing at run time; here two passes over a batch for every layer.
 Gate    a part is taken when its share of the damage is more than twice its share of the cost.
-Limits  errors are those of rounding to nearest, in front of equalization and compensation; weights in blocks stay as they are.
+Limits  errors are those of rounding to nearest, in front of equalization and compensation; weights in blocks, and models over
+        2 GiB, of which two would have to be held, stay as they are.
 """
 
 from collections.abc import Mapping, Sequence
