@@ -155,7 +155,8 @@ def compress(
     decisions: list[Decision] = []
     if samples is not None and recipe.sensitive == "auto" and not outside(prepared.model):
         tokens = frozenset(k for k, s in choice.settings.items() if s.activations == "auto")
-        how = graph, prepared.model, choice.sites, open_widths(recipe, choice), few, tokens
+        rows = {name: array[: sensitivity.ROWS] if stackable else array for name, array in few.items()}
+        how = graph, prepared.model, choice.sites, open_widths(recipe, choice), rows, tokens
         wide = sensitivity.widen(*how, mixed=recipe.rotation == "auto")
         recipe = widened(recipe, {name: found.widths for name, found in wide.items()})
         choice = choose(graph, recipe, target, with_data=True)

@@ -9,7 +9,7 @@ every width take wide activations for nothing, and others have few of them.
 
 Source  the sensitivity of layers alone, as in HAWQ (arXiv:1905.03696) and ZeroQ (arXiv:2001.00281), by running the errors
         themselves through the model: at 4 bits they are too large for a second derivative.
-Cost    bytes as above, and nothing at run time; here two passes over a batch for every layer.
+Cost    bytes as above, and nothing at run time; here two passes over `ROWS` samples for every layer, and the memory of these.
 Gate    a part is taken when its share of the damage is more than twice its share of the cost.
 Limits  errors are those of rounding to nearest, in front of equalization and compensation; weights in blocks, and models over
         2 GiB, of which two would have to be held, stay as they are.
@@ -32,6 +32,8 @@ from onnxcomp.runtime import Session
 WIDE = 8
 BYTES, MACS, WORTH = 1 / 16, 0.1, 2.0
 """Growth of all weights' bytes; share of all multiplications with wide activations; and damage per cost, at least."""
+ROWS = 4
+"""Samples: of all inputs and outputs of layers, and errors of both, so many are held."""
 TINY = 1e-30
 Widths = tuple[int, int | None]
 """Bits of weights and of activations; None where these are float."""
@@ -59,14 +61,14 @@ def widen(
     graph: Graph, like: ModelProto, sites: Sequence[Site], asked: Mapping[str, Widths], feed: Mapping[str, Array],
     open_to: frozenset[str] = frozenset(), *, mixed: bool = False,
 ) -> dict[str, Wide]:  # fmt: skip
-    """The layers that get more than the widths that are `asked` for, measured on the samples of `feed`.
+    """The layers that get more than the widths that are `asked` for, measured on the samples of `feed` at the float outputs.
 
     asked     bits of the layers that may get others
     open_to   layers whose activations may have a range per token
     mixed     whether inputs may be rotated
     """
     layers = [site for site in sites if site.name in asked and min(asked[site.name][0], asked[site.name][1] or WIDE) < WIDE]
-    if not layers:
+    if not layers or all(t.dtype != np.float32 for t in graph.outputs):
         return {}
     parts = _parts(graph, like, layers, asked, feed, open_to, mixed=mixed)
     damages = np.array(_damages(graph, like, {site.name: site for site in layers}, parts, feed))

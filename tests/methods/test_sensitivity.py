@@ -138,6 +138,14 @@ def test_float_activations_stay_float_and_wide_layers_are_not_looked_at():
     assert found(p.graph, p, (8, 16)) == {}
 
 
+def test_where_no_output_is_a_number_of_type_float_nothing_can_be_measured():
+    w = RNG.normal(size=(WIDTH, 4)).astype(np.float32)
+    text = f"g (float[N,{WIDTH}] x) => (int64[N] y) {{ [a] h = MatMul(x, w) y = ArgMax <axis = 1, keepdims = 0> (h) }}"
+    p = prepare(parse(text, {"w": w}), infer_types)
+
+    assert found(p.graph, p, (4, 4)) == {}
+
+
 def bits(**options: object) -> dict[str, str]:
     recipe = Recipe(bits=Bits(4, 4), samples=16, rounding="nearest", **options)  # type: ignore[arg-type]
     return {site.name: site.bits for site in quantize(DIGITS, DATA, recipe).report.sites if site.kind == "layer"}
