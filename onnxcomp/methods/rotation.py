@@ -94,8 +94,7 @@ def rotate_inputs(
     live = run_part(part, feed, like)
     found, mixed = dict[str, Outcome](), dict[str, Site]()
     for site in asked:
-        x, scheme = live[site.x].reshape(-1, live[site.x].shape[-1]), Scheme(bits[site.name])
-        x = x[:: max(len(x) // ROWS, 1)]
+        x, scheme = _few(live[site.x]), Scheme(bits[site.name])
         gain = 10 * float(np.log10(max(_error(x, scheme), 1e-30) / max(_error(_mix(x), scheme), 1e-30)))
         least = INPUT_GAIN_DB * 2.0 ** (scheme.bits - 4)
         verb = "lowers" if gain > least else "does not lower"
@@ -172,13 +171,18 @@ def _mix_input(graph: Graph, node: Node, r: Array) -> str:
 
 def nearest(x: Array, scheme: Scheme, *, token: bool = True, mixed: bool = False) -> Array:
     """What the best quantizer that is open makes of x: of a static range, one per `token`, and both behind mixing."""
-    few = x.reshape(-1, x.shape[-1])[:: max(x.size // x.shape[-1] // ROWS, 1)]
-    found = [choose(Histogram.of(few), scheme, "mse", 100.0).fake(x)]
+    found = [choose(Histogram.of(_few(x)), scheme, "mse", 100.0).fake(x)]
     if token:
         found.append(fake(x, scheme=replace(scheme, signed=True, symmetric=True), granularity="token"))
     if mixed:
         found.append(_mix(nearest(_mix(x), scheme, token=token), back=True))
     return min(found, key=lambda y: float(np.square(y - x).sum(dtype=np.float64)))
+
+
+def _few(x: Array) -> Array:
+    """About `ROWS` rows of x, evenly spread."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows[:: max(len(rows) // ROWS, 1)]
 
 
 def can_mix(node: Node) -> bool:

@@ -27,6 +27,7 @@ from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Outcome
 from onnxcomp.methods.rotation import can_mix, nearest
 from onnxcomp.numerics.affine import Scheme, weight_qparams
+from onnxcomp.numerics.arrays import energies
 from onnxcomp.runtime import Session
 
 WIDE = 8
@@ -71,26 +72,25 @@ def widen(
     if not layers or all(t.dtype != np.float32 for t in graph.outputs):
         return {}
     parts = _parts(graph, like, layers, asked, feed, open_to, mixed=mixed)
-    damages = np.array(_damages(graph, like, {site.name: site for site in layers}, parts, feed))
-    found, sizes = dict[str, Wide](), _sizes(graph, layers)
+    damages = _damages(graph, like, {site.name: site for site in layers}, parts, feed)
+    taken = dict[int, str]()
     for is_weight, budget, what in ((True, BYTES, "weights' bytes"), (False, MACS, "multiplications")):
+        name = "weights" if is_weight else "activations"
         some = [i for i, part in enumerate(parts) if part.is_weight == is_weight]
         shares = damages / max(damages[some].sum(), TINY)
         for i in sorted(some, key=lambda i: -shares[i] / max(parts[i].cost, TINY)):
             cost = parts[i].cost
-            if cost > budget or shares[i] <= WORTH * cost:
-                continue
-            budget -= cost
-            name = "weights" if is_weight else "activations"
-            reason = f"{name} of {WIDE} bits: {shares[i]:.1%} of what {name} lose, {cost:.1%} of the {what}"
-            for site in parts[i].sites:
-                before = found.get(site, Wide(asked[site], 0, Outcome(None, "", 0.0)))
-                share = 1 - 10 ** (-(before.outcome.gain_db or 0) / 10) + float(damages[i] / damages.sum())
-                reasons = [before.outcome.reason] * bool(before.outcome.reason) + [reason]
-                outcome = Outcome({}, "; ".join(reasons), float(-10 * np.log10(max(1 - share, TINY))))
-                widths = (WIDE, before.widths[1]) if is_weight else (before.widths[0], WIDE)
-                added = sizes[site] * (WIDE - asked[site][0]) // 8 if is_weight else before.added_bytes
-                found[site] = Wide(widths, added, outcome)
+            if cost <= budget and shares[i] > WORTH * cost:
+                budget -= cost
+                taken[i] = f"{name} of {WIDE} bits: {shares[i]:.1%} of what {name} lose, {cost:.1%} of the {what}"
+    sizes, found = _sizes(graph, layers), dict[str, Wide]()
+    for site in dict.fromkeys(site for i in taken for site in parts[i].sites):
+        own = [i for i in taken if site in parts[i].sites]
+        left = max(1 - float(damages[own].sum() / damages.sum()), TINY)
+        outcome = Outcome({}, "; ".join(taken[i] for i in own), float(-10 * np.log10(left)))
+        (weights, activations), wide = asked[site], {parts[i].is_weight for i in own}
+        widths = WIDE if True in wide else weights, WIDE if False in wide else activations
+        found[site] = Wide(widths, sizes[site] * (widths[0] - weights) // 8, outcome)
     return found
 
 
@@ -133,7 +133,7 @@ def _parts(
 
 def _damages(
     graph: Graph, like: ModelProto, sites: Mapping[str, Site], parts: Sequence[Part], feed: Mapping[str, Array]
-) -> list[float]:
+) -> Array:
     """What each error, put in alone, does to the outputs, over their energy."""
     other = graph.copy()
     for number, part in enumerate(parts):
@@ -145,10 +145,6 @@ def _damages(
     session = Session(to_model(other, like))
     none = {f"error-{number}": np.zeros([1] * part.error.ndim, np.float32) for number, part in enumerate(parts)}
     exact = session.run({**feed, **none})
-
-    def damage(number: int) -> float:
-        found = session.run({**feed, **none, f"error-{number}": parts[number].error})
-        pairs = [(np.nan_to_num(found[name] - y), np.nan_to_num(y)) for name, y in exact.items()]
-        return sum(float(np.square(e).sum(dtype=np.float64) / (np.square(y).sum(dtype=np.float64) + TINY)) for e, y in pairs)
-
-    return [damage(number) for number in range(len(parts))]
+    runs = (session.run({**feed, **none, f"error-{number}": part.error}) for number, part in enumerate(parts))
+    pairs = ([energies(y, found[name]) for name, y in exact.items()] for found in runs)
+    return np.nan_to_num([sum(noise / (signal + TINY) for signal, noise in outputs) for outputs in pairs])
