@@ -65,7 +65,7 @@ THIRD_PARTY = {
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 8_925
+LIBRARY_LINES = 8_950
 
 
 @dataclass(frozen=True)

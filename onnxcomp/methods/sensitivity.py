@@ -4,15 +4,15 @@
     taken     by damage per cost, while the weights' bytes grow by no more than `BYTES`, and no more than `MACS` of all
               multiplications get wide activations
 
-y are the float model's outputs on a few samples; errors are put in one at a time. Kernels that multiply codes of 8 bits at
-every width take wide activations for nothing, and others have few of them.
+y are the float model's outputs on a few samples; errors are put in one at a time, where they arise. Kernels that multiply
+codes of 8 bits at every width take wide activations for nothing, and others have few of them.
 
 Source  the sensitivity of layers alone, as in HAWQ (arXiv:1905.03696) and ZeroQ (arXiv:2001.00281), by running the errors
         themselves through the model: at 4 bits they are too large for a second derivative.
-Cost    bytes as above, and nothing at run time; here two passes over `ROWS` samples for every layer, and the memory of these.
+Cost    bytes as above, and nothing at run time; here two runs of `ROWS` samples for every layer, from there to the outputs.
 Gate    a part is taken when its share of the damage is more than twice its share of the cost.
 Limits  errors are those of rounding to nearest, in front of equalization and compensation; weights in blocks, and models over
-        2 GiB, of which two would have to be held, stay as they are.
+        2 GiB, which every stretch would read again, stay as they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,20 +21,23 @@ from typing import NamedTuple
 import numpy as np
 
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.edit import Graph, Tape, Variable, apply, tensors_of
+from onnxcomp.graph.edit import Graph, Tape, Variable, apply, extract, tensors_of
 from onnxcomp.graph.files import ModelProto
+from onnxcomp.graph.schedule import schedule
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Outcome
-from onnxcomp.methods.rotation import can_mix, nearest
+from onnxcomp.methods.rotation import can_mix, nearest, run_part
 from onnxcomp.numerics.affine import Scheme, weight_qparams
 from onnxcomp.numerics.arrays import energies
-from onnxcomp.runtime import Session
+from onnxcomp.runtime import Session, each
 
 WIDE = 8
 BYTES, MACS, WORTH = 1 / 16, 0.1, 2.0
 """Growth of all weights' bytes; share of all multiplications with wide activations; and damage per cost, at least."""
 ROWS = 4
-"""Samples: of all inputs and outputs of layers, and errors of both, so many are held."""
+"""Samples."""
+STRETCHES = 8
+"""Of the model: the errors of one at a time are held, and run from where it begins."""
 TINY = 1e-30
 Widths = tuple[int, int | None]
 """Bits of weights and of activations; None where these are float."""
@@ -45,9 +48,18 @@ class Part(NamedTuple):
 
     sites: tuple[str, ...]
     is_weight: bool
-    error: Array
     cost: float
     """By how much of themselves all weights' bytes grow, or the share of all multiplications."""
+    damage: float
+
+
+class Error(NamedTuple):
+    """What is put in: at a tensor, for these sites or, where it is what a weight makes of it, for all."""
+
+    tensor: str
+    sites: tuple[str, ...]
+    is_weight: bool
+    values: Array
 
 
 class Wide(NamedTuple):
@@ -71,8 +83,8 @@ def widen(
     layers = [site for site in sites if site.name in asked and min(asked[site.name][0], asked[site.name][1] or WIDE) < WIDE]
     if not layers or all(t.dtype != np.float32 for t in graph.outputs):
         return {}
-    parts = _parts(graph, like, layers, asked, feed, open_to, mixed=mixed)
-    damages = _damages(graph, like, {site.name: site for site in layers}, parts, feed)
+    parts = measure(graph, like, layers, asked, feed, open_to, mixed=mixed)
+    damages = np.array([part.damage for part in parts])
     taken = dict[int, str]()
     for is_weight, budget, what in ((True, BYTES, "weights' bytes"), (False, MACS, "multiplications")):
         name = "weights" if is_weight else "activations"
@@ -94,57 +106,83 @@ def widen(
     return found
 
 
-def _sizes(graph: Graph, layers: Sequence[Site]) -> dict[str, int]:
-    """The number of weights of each layer."""
-    nodes = {node.name: node for node in graph.nodes}
-    return {site.name: nodes[site.name].inputs[1].values.size for site in layers}
-
-
-def _parts(
+def measure(
     graph: Graph, like: ModelProto, layers: Sequence[Site], asked: Mapping[str, Widths], feed: Mapping[str, Array],
-    open_to: frozenset[str], *, mixed: bool,
+    open_to: frozenset[str] = frozenset(), *, mixed: bool = False,
 ) -> list[Part]:  # fmt: skip
-    """The errors, from one pass in which every layer has a twin whose weight is what rounding changes."""
-    both, twins, nodes = graph.copy(), dict[str, str](), {node.name: node for node in graph.nodes}
-    for site in layers:
+    """Every part with its damage, stretch by stretch; arguments as those of `widen`."""
+    steps, nodes = schedule(graph, {site.name: site for site in layers}), {node.name: node for node in graph.nodes}
+    sizes, macs, found, live = _sizes(graph, layers), dict[str, int](), list[tuple[Error, float]](), dict(feed)
+    length = -(-len(steps) // STRETCHES)
+    for stretch, behind in [(steps[i : i + length], steps[i + length : i + length + 1]) for i in range(0, len(steps), length)]:
+        here, live = [step.site for step in stretch if step.site is not None], {name: live[name] for name in stretch[0].live_in}
+        passed, lost = _run(graph, like, here, asked, live, [name for step in behind for name in step.live_in])
+        macs |= {s.name: sizes[s.name] * lost[s.name].size // nodes[s.name].inputs[1].shape[s.weight_axis] for s in here}
+        errors = [Error(s.raw, (s.name,), True, lost[s.name]) for s in here if asked[s.name][0] < WIDE]
+        for x in dict.fromkeys(site.x for site in here):
+            readers = tuple(site.name for site in layers if site.x == x)
+            bits = min(asked[name][1] or WIDE for name in readers)
+            if bits < WIDE and readers[0] in lost:
+                how = {"token": open_to.issuperset(readers), "mixed": mixed and all(can_mix(nodes[name]) for name in readers)}
+                errors.append(Error(x, readers, False, nearest(passed[x], Scheme(bits), **how) - passed[x]))
+        found += zip(errors, _damages(graph, like, errors, live), strict=True)
+        live = passed
+    stored, multiplied, parts = sum(sizes[name] * asked[name][0] for name in sizes), sum(macs.values()), list[Part]()
+    for error, damage in found:
+        cost = sizes[error.sites[0]] * (WIDE - asked[error.sites[0]][0]) / stored
+        cost = cost if error.is_weight else sum(macs[name] for name in error.sites) / multiplied
+        parts.append(Part(error.sites, error.is_weight, cost, damage))
+    return parts
+
+
+def _run(
+    graph: Graph, like: ModelProto, here: Sequence[Site], asked: Mapping[str, Widths], live: Mapping[str, Array],
+    needed: Sequence[str],
+) -> tuple[dict[str, Array], dict[str, Array]]:  # fmt: skip
+    """What these layers read and what is `needed` behind them; and by layer what its weight loses: the output of a twin,
+    whose weight is what rounding changes.
+    """
+    read = dict.fromkeys([*(site.x for site in here), *needed])
+    part, twins = extract(graph, list(live), list(dict.fromkeys([*read, *(site.raw for site in here)]))), dict[str, str]()
+    nodes = {node.name: node for node in part.nodes}
+    for site in here:
         node, op = nodes[site.name], Tape(f"{site.name}/twin")
         w = node.inputs[1].values
         lost = (weight_qparams(w, site.weight_axis, asked[site.name][0]).fake(w) - w).astype(np.float32)
         twins[site.name] = op(node.op, site.x, op.constant("lost", lost), **node.attrs)
-        apply(both, "twin", op, {})
-    tensors = tensors_of(both)
-    both.outputs = [tensors[name] for name in dict.fromkeys([*(site.x for site in layers), *twins.values()])]
-    live, sizes = Session(to_model(both, like)).run(feed), _sizes(graph, layers)
-    stored = sum(sizes[site.name] * asked[site.name][0] for site in layers)
-    macs = {s.name: sizes[s.name] * live[twins[s.name]].size // nodes[s.name].inputs[1].shape[s.weight_axis] for s in layers}
-    found = list[Part]()
-    for site in [site for site in layers if asked[site.name][0] < WIDE]:
-        cost = sizes[site.name] * (WIDE - asked[site.name][0]) / stored
-        found.append(Part((site.name,), True, live[twins[site.name]], cost))
-    for x in dict.fromkeys(site.x for site in layers):
-        readers = [site.name for site in layers if site.x == x]
-        bits = min(asked[name][1] or WIDE for name in readers)
-        if bits < WIDE:
-            how = {"token": open_to.issuperset(readers), "mixed": mixed and all(can_mix(nodes[name]) for name in readers)}
-            cost = sum(macs[name] for name in readers) / sum(macs.values())
-            found.append(Part(tuple(readers), False, nearest(live[x], Scheme(bits), **how) - live[x], cost))
-    return found
+        apply(part, "twin", op, {})
+    tensors = tensors_of(part)
+    part.outputs = [tensors[name] for name in [*read, *twins.values()] if name not in live]
+    part.cleanup()
+    found = {**live, **(run_part(part, live, like) if part.outputs else {})}
+    return {name: found[name] for name in read}, {name: found[twin] for name, twin in twins.items()}
 
 
-def _damages(
-    graph: Graph, like: ModelProto, sites: Mapping[str, Site], parts: Sequence[Part], feed: Mapping[str, Array]
-) -> Array:
-    """What each error, put in alone, does to the outputs, over their energy."""
-    other = graph.copy()
-    for number, part in enumerate(parts):
-        op, name = Tape(f"error-{number}/put"), f"error-{number}"
-        other.inputs.append(Variable(name, np.dtype(np.float32), [f"{name}-{d}" for d in range(part.error.ndim)]))
-        old = sites[part.sites[0]].raw if part.is_weight else sites[part.sites[0]].x
-        apply(other, "put", op, {old: op("Add", old, name)}, None if part.is_weight else part.sites)
-    other.outputs = [t for t in other.outputs if t.dtype == np.float32]
-    session = Session(to_model(other, like))
-    none = {f"error-{number}": np.zeros([1] * part.error.ndim, np.float32) for number, part in enumerate(parts)}
-    exact = session.run({**feed, **none})
-    runs = (session.run({**feed, **none, f"error-{number}": part.error}) for number, part in enumerate(parts))
-    pairs = ([energies(y, found[name]) for name, y in exact.items()] for found in runs)
-    return np.nan_to_num([sum(noise / (signal + TINY) for signal, noise in outputs) for outputs in pairs])
+def _damages(graph: Graph, like: ModelProto, errors: Sequence[Error], live: Mapping[str, Array]) -> list[float]:
+    """What each error, put in alone, does to the outputs, over their energy; `live`: what the model goes on from."""
+    ends = [t.name for t in graph.outputs if t.dtype == np.float32 and t.name not in live]
+    if not errors or not ends:
+        return [0.0] * len(errors)
+    rest = extract(graph, list(live), ends)
+    feed, reached = {t.name: live[t.name] for t in rest.inputs}, tensors_of(rest).keys()
+    for number, error in enumerate(errors):
+        name, op = f"error-{number}", Tape(f"error-{number}/put")
+        feed[name] = np.zeros([1] * error.values.ndim, np.float32)
+        rest.inputs.append(Variable(name, np.dtype(np.float32), [f"{name}-{d}" for d in range(error.values.ndim)]))
+        if error.tensor in reached:  # else no output depends on it
+            consumers = None if error.is_weight else error.sites
+            apply(rest, "put", op, {error.tensor: op("Add", error.tensor, name)}, consumers)
+    session = Session(to_model(rest, like), threads=1)
+    exact = session.run(feed)
+
+    def damage(put: tuple[int, Error]) -> float:
+        found = session.run({**feed, f"error-{put[0]}": put[1].values})
+        return sum(noise / (signal + TINY) for signal, noise in (energies(exact[name], found[name]) for name in exact))
+
+    return [float(np.nan_to_num(found)) for found in each(damage, enumerate(errors))]
+
+
+def _sizes(graph: Graph, layers: Sequence[Site]) -> dict[str, int]:
+    """The number of weights of each layer."""
+    nodes = {node.name: node for node in graph.nodes}
+    return {site.name: nodes[site.name].inputs[1].values.size for site in layers}

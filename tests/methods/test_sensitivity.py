@@ -13,8 +13,7 @@ from onnxcomp import account
 from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.prepare import Prepared, prepare
 from onnxcomp.graph.sites import find_sites
-from onnxcomp.methods import sensitivity
-from onnxcomp.methods.sensitivity import Wide, widen
+from onnxcomp.methods.sensitivity import Wide, measure, widen
 from onnxcomp.numerics.affine import weight_qparams
 from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import Bits, Recipe, SiteRule
@@ -54,16 +53,15 @@ def test_the_damage_of_a_part_is_the_error_of_the_output_when_it_alone_is_rounde
     sites = {site.name: site for site in find_sites(p.graph)}
     asked = dict.fromkeys(sites, (4, None))
 
-    parts = sensitivity._parts(p.graph, p.model, list(sites.values()), asked, FEED, frozenset(), mixed=False)
-    damages = sensitivity._damages(p.graph, p.model, sites, parts, FEED)
+    parts = measure(p.graph, p.model, list(sites.values()), asked, FEED)
 
     w = {node.name: node.inputs[1].values for node in p.graph.nodes if node.name in sites}
-    for part, damage in zip(parts, damages, strict=True):
+    for part in parts:
         (name,) = part.sites
         rounded = w | {name: weight_qparams(w[name], sites[name].weight_axis, 4).fake(w[name])}
         one, other = (np.maximum(np.maximum(FEED["x"] @ m["a"], 0) @ m["b"], 0) @ m["c"] for m in (w, rounded))
-        assert damage == pytest.approx(np.square(other - one).sum() / np.square(one).sum(), rel=1e-3, abs=1e-9)
-    assert damages[0] > 1e-3 > 1e-9 > damages[1]
+        assert part.damage == pytest.approx(np.square(other - one).sum() / np.square(one).sum(), rel=1e-3, abs=1e-9)
+    assert parts[0].damage > 1e-3 > 1e-9 > parts[1].damage
 
 
 def test_a_small_layer_that_loses_most_gets_wide_weights_and_says_what_they_take():
@@ -124,11 +122,10 @@ def test_a_range_per_token_that_is_open_takes_the_damage_away():
     feed = {name: (RNG.normal(size=(64, WIDTH)) * rows).astype(np.float32) for name in "xz"}
 
     static, token = (
-        sensitivity._parts(p.graph, p.model, sites, dict.fromkeys("ab", (8, 4)), feed, frozenset(names), mixed=False)
-        for names in ("", "ab")
+        measure(p.graph, p.model, sites, dict.fromkeys("ab", (8, 4)), feed, frozenset(names)) for names in ("", "ab")
     )
 
-    assert np.square(token[0].error).sum() < np.square(static[0].error).sum()
+    assert 0 < token[0].damage < static[0].damage
 
 
 def test_float_activations_stay_float_and_wide_layers_are_not_looked_at():
@@ -136,6 +133,16 @@ def test_float_activations_stay_float_and_wide_layers_are_not_looked_at():
 
     assert {name: wide.widths for name, wide in found(p.graph, p, (4, None)).items()} == {"c": (8, None)}
     assert found(p.graph, p, (8, 16)) == {}
+
+
+def test_what_no_float_output_depends_on_does_no_damage():
+    w = {name: RNG.normal(size=(WIDTH, 4)).astype(np.float32) for name in "vw"}
+    body = "[a] h = MatMul(x, v) k = ArgMax <axis = 1, keepdims = 0> (h) [b] y = MatMul(x, w)"
+    p = prepare(parse(f"g (float[N,{WIDTH}] x) => (int64[N] k, float[N,4] y) {{ {body} }}", w), infer_types)
+
+    parts = measure(p.graph, p.model, find_sites(p.graph), dict.fromkeys("ab", (4, None)), FEED)
+
+    assert [part.damage > 0 for part in parts] == [False, True]
 
 
 def test_where_no_output_is_a_number_of_type_float_nothing_can_be_measured():
