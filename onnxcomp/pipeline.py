@@ -12,9 +12,9 @@ import numpy as np
 from onnxcomp import account, recipe as recipes, runtime, scratch, targets
 from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
-from onnxcomp.calibrate.samples import BATCH, Store, batch_size, batches, can_stack, confirm_tokens
+from onnxcomp.calibrate.samples import BATCH, Store, batch_size, batches, can_stack
 from onnxcomp.calibrate.work import Work
-from onnxcomp.choose import Choice, choose, open_widths, widened
+from onnxcomp.choose import Choice
 from onnxcomp.compress.forecast import forecast
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data, Feed, InputSpec, open_data
@@ -23,15 +23,13 @@ from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.mapped import embed, outside
 from onnxcomp.graph.prepare import Prepared, prepare
-from onnxcomp.methods import equalization, rotation, sensitivity
 from onnxcomp.recipe import Recipe
-from onnxcomp.report.model import Decision, Forecast, Plan, Report
+from onnxcomp.report.model import Forecast, Plan, Report
+from onnxcomp.transform import transform
 from onnxcomp.verify import made_up_feed, verify
 
 PROOF_SAMPLES = 2
 """Calibration samples that the finished file is run on, at least; where they are run together, `BATCH`."""
-TRANSFORM_BATCHES = 8
-"""Batches of `BATCH` that the equal float model is fitted to."""
 
 
 @dataclass(frozen=True)
@@ -136,46 +134,17 @@ def compress(
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(prepared.model)
     specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
-    samples, stackable, size, feeds, few, some = None, False, BATCH, [], {}, iter(())
+    samples, stackable, size, feeds = None, False, BATCH, []
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
         stackable, size = can_stack(reference, samples), batch_size(prepared.graph, samples[0])
         proven = itertools.islice(batches(samples, stackable, size), -(-BATCH // size) if stackable else PROOF_SAMPLES)
         feeds = [dict(batch.live) for batch in proven]
-        some = (dict(batch.live) for batch in batches(samples, stackable))
-        few = next(some)
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
     feeds = feeds or [single]
-    graph, notes = prepared.graph.copy(), list(prepared.notes)
-    if recipe.rotation != "none":
-        graph, said = rotation.rotate_folded(graph, prepared.model, single)
-        notes += said
-    choice = choose(graph, recipe, target, with_data=data is not None)
-    decisions: list[Decision] = []
-    if samples is not None and recipe.sensitive == "auto" and not outside(prepared.model):
-        tokens = frozenset(k for k, s in choice.settings.items() if s.activations == "auto")
-        rows = {name: array[: sensitivity.ROWS] if stackable else array for name, array in few.items()}
-        how = graph, prepared.model, choice.sites, open_widths(recipe, choice), rows, tokens
-        wide = sensitivity.widen(*how, mixed=recipe.rotation == "auto")
-        recipe = widened(recipe, {name: found.widths for name, found in wide.items()})
-        choice = choose(graph, recipe, target, with_data=True)
-        decisions += [account.decision(name, "8 bits", found.outcome, found.added_bytes) for name, found in wide.items()]
-    asked = {k: (s.weight_bits, s.activation_bits) for k, s in choice.settings.items() if s.activations in ("static", "auto")}
-    if samples is not None and recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
-        more = itertools.chain([few], itertools.islice(some, TRANSFORM_BATCHES - 1))
-        graph, said = equalization.equalize(graph, prepared.model, asked, more, bounds=target.encoding.where == "regions")
-        notes += said
-        choice = choose(graph, recipe, target, with_data=True)
-    if samples is not None:
-        sites = confirm_tokens(graph, prepared.model, choice.sites, samples, stackable=stackable)
-        blocks = confirm_tokens(graph, prepared.model, choice.blocks, samples, stackable=stackable)
-        if recipe.rotation == "auto":
-            bits = {name: s.activation_bits for name, s in choice.settings.items() if s.activations != "float"}
-            decided = {name: s.mixed for name, s in choice.settings.items()}
-            sites, found = rotation.rotate_inputs(graph, prepared.model, sites, bits, few, decided)
-            decisions += [account.decision(name, "rotation", outcome) for name, outcome in found.items()]
-        choice = replace(choice, sites=sites, blocks=blocks)
+    equal = transform(prepared, recipe, target, single, samples, stackable=stackable)
+    graph, recipe, choice = equal.graph, equal.recipe, equal.choice
     plan = target.plan(graph, choice.sites, choice.settings)
 
     if outside(prepared.model):
@@ -194,10 +163,10 @@ def compress(
         if samples is not None and cluster is not None:
             store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, size, past)
         how = graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, past
-        walk = Walk(*how, choice.blocks, matched=recipe.moments == "auto", seed=seed, decisions=decisions)
+        walk = Walk(*how, choice.blocks, matched=recipe.moments == "auto", seed=seed, decisions=equal.decisions)
         walk.run(progress)
         expected = None if store is None else walk.expected(len(feeds))
-    return Compressed(source, recipe, prepared, reference, samples, single, feeds, choice, walk, expected, notes)
+    return Compressed(source, recipe, prepared, reference, samples, single, feeds, choice, walk, expected, equal.notes)
 
 
 def foresee(

@@ -1,0 +1,87 @@
+"""The equal float model: what computes the same as the one given and loses less when it is quantized.
+
+In order: streams and values are rotated, sensitive layers get 8 bits, channels are equalized, inputs are mixed. Each step says
+itself what it looks at and when it changes nothing; what is quantized is chosen anew where one has changed the graph.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from onnxcomp import account
+from onnxcomp.calibrate.samples import batches, confirm_tokens
+from onnxcomp.choose import Choice, choose, open_widths, widened
+from onnxcomp.data import Feed
+from onnxcomp.graph.edit import Graph
+from onnxcomp.graph.mapped import outside
+from onnxcomp.graph.prepare import Prepared
+from onnxcomp.methods import equalization, rotation, sensitivity
+from onnxcomp.recipe import Recipe
+from onnxcomp.report.model import Decision
+from onnxcomp.targets.target import Target
+
+BATCHES = 8
+"""That channels are equalized on."""
+
+
+@dataclass
+class Equal:
+    """A float graph on its way to be quantized, and what of it is."""
+
+    graph: Graph
+    recipe: Recipe
+    """As it was given, with the widths of sensitive layers."""
+    choice: Choice
+    notes: list[str]
+    decisions: list[Decision] = field(default_factory=list)
+
+
+def transform(
+    prepared: Prepared, recipe: Recipe, target: Target, single: Feed, samples: Sequence[Feed] | None, *, stackable: bool
+) -> Equal:
+    """Fit the equal model to `samples`; where these are None, only what needs none is done, and shown equal on `single`.
+
+    stackable   whether samples may be run together
+
+    Raises RecipeError for a pattern that matches nothing, and for what the target does not take.
+    """
+    graph, notes, like = prepared.graph.copy(), list(prepared.notes), prepared.model
+    if recipe.rotation != "none":
+        graph, said = rotation.rotate_folded(graph, like, single)
+        notes += said
+    found = Equal(graph, recipe, choose(graph, recipe, target, with_data=samples is not None), notes)
+    if samples is None:
+        return found
+    more = (dict(batch.live) for batch in itertools.islice(batches(samples, stackable), BATCHES))  # read when asked for
+    few = next(more)
+    if recipe.sensitive == "auto" and not outside(like):
+        rows = {name: array[: sensitivity.ROWS] if stackable else array for name, array in few.items()}
+        _widen(found, prepared, target, rows)
+    asked = {
+        k: (s.weight_bits, s.activation_bits) for k, s in found.choice.settings.items() if s.activations in ("static", "auto")
+    }
+    if recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
+        how = asked, itertools.chain([few], more)
+        found.graph, said = equalization.equalize(graph, like, *how, bounds=target.encoding.where == "regions")
+        notes += said
+        found.choice = choose(found.graph, found.recipe, target, with_data=True)
+    choice = found.choice
+    sites = confirm_tokens(found.graph, like, choice.sites, samples, stackable=stackable)
+    blocks = confirm_tokens(found.graph, like, choice.blocks, samples, stackable=stackable)
+    if recipe.rotation == "auto":
+        bits = {name: s.activation_bits for name, s in choice.settings.items() if s.activations != "float"}
+        decided = {name: s.mixed for name, s in choice.settings.items()}
+        sites, mixed = rotation.rotate_inputs(found.graph, like, sites, bits, few, decided)
+        found.decisions += [account.decision(name, "rotation", outcome) for name, outcome in mixed.items()]
+    found.choice = replace(choice, sites=sites, blocks=blocks)
+    return found
+
+
+def _widen(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> None:
+    """Let sensitive layers have 8 bits."""
+    choice, tokens = found.choice, frozenset(k for k, s in found.choice.settings.items() if s.activations == "auto")
+    how = found.graph, prepared.model, choice.sites, open_widths(found.recipe, choice), rows, tokens
+    wide = sensitivity.widen(*how, mixed=found.recipe.rotation == "auto")
+    found.recipe = widened(found.recipe, {name: layer.widths for name, layer in wide.items()})
+    found.choice = choose(found.graph, found.recipe, target, with_data=True)
+    found.decisions += [account.decision(name, "8 bits", layer.outcome, layer.added_bytes) for name, layer in wide.items()]
