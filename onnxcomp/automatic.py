@@ -69,11 +69,11 @@ def quantize(
             size = result.report.output_bytes / whole
             found["--max-size"] = size, f"takes {size:.0f} bytes" if whole == 1 else f"takes {size:.3g} of the float file"
         if max_latency is not None:
-            ratio = runtime.measure([model, result.model], [samples[0]])[1].ratio
+            ratio = runtime.measure([model, result.finished], [samples[0]])[1].ratio
             found["--max-latency"] = ratio, f"takes {ratio:.3f} of the float model's time"
         if max_drop is not None:
             unseen = {"labels": labels, "limit": HELD_OUT, "preprocess": recipe.preprocess, "seed": recipe.seed, "skip": kept}
-            compared = compare(model, result.model, data, **unseen)
+            compared = compare(model, result.finished, data, **unseen)
             points, what = lost(compared)
             found["--max-drop"] = points, f"loses {points:.2f} points of {what} on {compared.samples} held-out samples"
         return found
@@ -101,7 +101,7 @@ def quantize(
         raise BoundError(f"No choice of bits keeps the bounds: the closest {missed}. Nothing was written.")
     result, rung, said = best
     if output is not None:
-        files.save(result.model, Path(output), force=force, source=Path(model))
+        files.save(result.finished, Path(output), force=force, source=Path(model))
         files.save_text(dumps(rung), Path(output).with_suffix(".recipe.toml"))
     return result, said
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from onnxcomp.data import Data, Feed, InputSpec, open_data
 from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
+from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.mapped import embed, outside
 from onnxcomp.graph.prepare import Prepared, prepare
 from onnxcomp.recipe import Recipe
@@ -36,12 +38,20 @@ PROOF_SAMPLES = 2
 class Result:
     """A quantized model and the account of how it came about."""
 
-    model: files.ModelProto
+    finished: files.ModelProto
+    """The model; above 2 GiB it refers to files that are there as long as this object."""
     report: Report
     terms: tuple[files.ModelProto, ...] = ()
     """The low-bit model of every weight term, where `split` asked for them."""
     traffic: Sequence[tuple[str, int, int]] = ()
     """Of a cluster, for every step: its site, the bytes sent from here, and those that workers have sent."""
+    _weights: Graph | None = None
+    """Keeps the files."""
+
+    @cached_property
+    def model(self) -> files.ModelProto:
+        """The model with all its weights in memory."""
+        return embed(self.finished)
 
 
 def quantize(
@@ -95,7 +105,7 @@ def quantize(
         for number, term in enumerate(terms, 1):
             files.save(term, Path(output).with_suffix(f".term{number}.onnx"), force=force)
     progress("verifying", 1, 1)
-    return Result(embed(finished), report, terms, walk.store.traffic if isinstance(walk.store, Cluster) else ())
+    return Result(finished, report, terms, walk.store.traffic if isinstance(walk.store, Cluster) else (), lowered)
 
 
 @dataclass(frozen=True)

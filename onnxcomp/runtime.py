@@ -73,9 +73,9 @@ class Session:
     """A loaded model, ready to run on the CPU. `inputs` and `outputs` are (name, type) pairs in the model's order.
 
     `threads` 0 leaves their number to `threads()`, else to the runtime. `faithful`: int8 activations stay int8, as they do on
-    ARM, where the runtime would turn them into uint8 here (which 1.32 cannot load behind a Reshape from opset 21 on), and a
-    float bias stays float (which 1.32 quantizes wrongly where scales are float16). `options` replace all others. Raises
-    ModelError for a model that cannot be loaded.
+    ARM, where the runtime would turn them into uint8 here (which 1.32 cannot load behind a Reshape from opset 21 on), a float
+    bias stays float (which 1.32 quantizes wrongly where scales are float16), and weights in a file beside the model stay there.
+    `options` replace all others. Raises ModelError for a model that cannot be loaded.
     """
 
     def __init__(
@@ -84,7 +84,8 @@ class Session:
     ) -> None:  # fmt: skip
         chosen = options or _options(threads, optimize=optimize, faithful=faithful)
         outside = mapped.outside(model) if isinstance(model, files.ModelProto) else 0
-        if outside > files.INLINE_LIMIT:  # packed weights are copies in memory
+        beside = faithful and isinstance(model, str | Path) and Path(f"{model}.data").is_file()
+        if outside > files.INLINE_LIMIT or beside:  # weights are mapped, but packed ones would be copies in memory
             chosen.add_session_config_entry("session.disable_prepacking", "1")
         try:
             # Without the fallback a provider that cannot start is an error, not the CPU.

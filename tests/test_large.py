@@ -43,8 +43,9 @@ def test_a_model_of_more_than_two_gigabytes_is_quantized_in_less_memory_than_it_
 
     assert size > 2**31
     assert made.answer["model_bytes"] == files.size(path) > size
-    assert made.answer["output_bytes"] == output.stat().st_size < 0.26 * size
+    assert made.answer["output_bytes"] == files.size(output) < 0.26 * size
+    assert output.stat().st_size < 1e6
     assert [node.op_type for node in onnx.load(output).graph.node].count("MatMulInteger") == LAYERS
     assert compared.answer["outputs"][0]["sqnr_db"] > least
-    assert made.anonymous < size
+    assert made.anonymous < size / 4
     assert [*folder.glob("onnxcomp-*"), *folder.glob("tmp*"), *folder.glob(".*onnx*")] == []

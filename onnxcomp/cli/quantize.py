@@ -110,9 +110,9 @@ def quantize(
             written = None if max_drop is not None else destination
             result = pipeline.quantize(path, data, recipe, output=written, split=split, announce=announce, **how)
         if max_drop is not None and not is_auto:
-            found = compare_models(path, result.model, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
+            found = compare_models(path, result.finished, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
             demand(found, max_drop)
-            files.save(result.model, destination, force=force, source=path)
+            files.save(result.finished, destination, force=force, source=path)
     if page is not None:
         files.save_text(html.page(result.report), page)
     if result.traffic:

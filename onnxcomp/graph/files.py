@@ -3,7 +3,8 @@
 A model read here carries its weights in memory, also where they lie in separate files beside the model; above `INLINE_LIMIT`
 bytes they stay there, checked, and are mapped (`graph.mapped`). A model is written to a hidden folder beside its destination
 and moved into place in the end, so a failure leaves nothing behind and a reader never sees half a file. Above `INLINE_LIMIT`
-bytes the weights go to `<name>.data` beside the model (protobuf ends at 2 GiB).
+bytes the weights go to `<name>.data` beside the model (protobuf ends at 2 GiB), and so do those of a model whose weights are
+mapped, for a runtime maps them there again.
 
 Limits: weights inside the bodies of If, Loop and Scan always stay inside the model file. A model and its weight file
 are two moves: one that fails undoes the other, but a machine that stops between the two can leave a mismatched pair.
@@ -185,7 +186,8 @@ class PendingFile(AbstractContextManager["PendingFile"]):
         assert DOMAIN not in domains, "abstract nodes were not lowered"
         check_output(path, source, force=force)
         self.destination = destination = Path(path)
-        is_large = sum(weights.tensor_bytes(tensor) for tensor in weights.walk_tensors(model.graph)) > INLINE_LIMIT
+        stored = sum(weights.tensor_bytes(tensor) for tensor in weights.walk_tensors(model.graph))
+        is_large = stored > INLINE_LIMIT or mapped.outside(model) > 0
         beside = [destination.with_name(f"{destination.name}.data")] if is_large else []
         self._targets = [*beside, destination]
         self._check_targets = functools.partial(_check_free, self._targets, files_of(source), force=force)

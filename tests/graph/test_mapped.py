@@ -30,6 +30,7 @@ from onnxcomp.recipe import Recipe
 from onnxcomp.strip import strip
 
 TINY = tiny.models()
+MODELS = Path(__file__).resolve().parents[2] / "models"
 X = {"x": np.ones((2, 3), np.float32)}
 
 
@@ -74,6 +75,19 @@ def test_a_large_model_becomes_what_it_would_as_a_small_one(name: str, tmp_path:
     assert not weights_of(large.model)
     assert large.model.graph == small.model.graph  # how far a rotated float model agrees is measured in another order of sums
     assert large.report.model_bytes == small.report.model_bytes
+
+
+@pytest.mark.usefixtures("all_is_large")
+def test_the_file_made_of_a_large_model_has_its_weights_beside_it_and_computes_the_same(tmp_path: Path):
+    model, output = onnx.load(MODELS / "cnn_digits.onnx"), tmp_path / "out.onnx"
+    rng = np.random.default_rng(0)
+    samples = [{"x": rng.normal(size=(1, 1, 16, 16)).astype(np.float32)} for _ in range(4)]
+
+    made = quantize(save(model, tmp_path / "m.onnx"), samples, "base", output=output)
+
+    assert files.files_of(output) == (output, tmp_path / "out.onnx.data")
+    found, want = (runtime.Session(m).run(samples[0]) for m in (output, made.model))
+    assert all(np.array_equal(found[key], want[key]) for key in want)
 
 
 @pytest.mark.parametrize("name", ["gemm", "transformer", "conv_bn"])
