@@ -66,7 +66,7 @@ THIRD_PARTY = {
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 8_990
+LIBRARY_LINES = 9_030
 
 
 @dataclass(frozen=True)

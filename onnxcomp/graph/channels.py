@@ -1,9 +1,10 @@
-"""Channels that may be scaled: the tensors between Convs whose channels change together, found by what makes and reads them.
+"""Channels that may be scaled: tensors whose channels change together, found by what makes and reads them.
 
-A group is closed under addition and under operators that give s x for s x, s > 0, channel by channel: ReLUs and maxima.
-Convs write to it, Convs and Gemms read it. A Clip from 0 upwards belongs to it, with a bound per channel then. Where nothing
-but additions lies between, and the readers are 1x1 and pad nothing, the group is `linear`: its channels may be shifted and
-mixed by any invertible matrix too.
+Between Convs a group is closed under addition and under operators that give s x for s x, s > 0, channel by channel: ReLUs and
+maxima. Convs write to it, Convs and Gemms read it. A Clip from 0 upwards belongs to it, with a bound per channel then. Where
+nothing but additions lies between, and the readers are 1x1 and pad nothing, the group is `linear`: its channels may be shifted
+and mixed by any invertible matrix too. Behind the scale and shift of a norm, where MatMuls and Gemms alone read it, a tensor is
+a group too; of a LayerNormalization it may be shifted.
 
 Limits: what is an output of the model, or is made or read by any other operator, is no group. Neither is what is averaged: it
 is quantized in front of the average, whose readers do not show what that costs.
@@ -17,8 +18,9 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.graph.edit import insert_after
 from onnxcomp.graph.fold import input_at, is_op, set_input
-from onnxcomp.graph.sites import is_weight
+from onnxcomp.graph.sites import find_sites, is_weight
 from onnxcomp.graph.streams import set_constant
+from onnxcomp.graph.tidy import add_to_output
 
 _PASSING = ("Relu", "LeakyRelu", "MaxPool", "GlobalMaxPool")
 _FLAT = ("Flatten", "Reshape", "Squeeze")
@@ -26,7 +28,7 @@ _FLAT = ("Flatten", "Reshape", "Squeeze")
 
 @dataclass
 class Group:
-    """Tensors [N, C, ..] that one scale per channel fits."""
+    """Tensors [N, C, ..], or [.., C] behind a norm, that one scale per channel fits."""
 
     width: int
     """Channels C."""
@@ -34,6 +36,8 @@ class Group:
     readers: list[gs.Node] = field(default_factory=list)
     clips: list[gs.Node] = field(default_factory=list)
     linear: bool = True
+    norm: bool = False
+    """It stands behind a norm, which is its writer."""
 
     @property
     def shifted(self) -> set[str]:
@@ -48,13 +52,18 @@ def find_groups(graph: gs.Graph) -> list[Group]:
         if is_op(node, "Conv") and is_weight(node.inputs[1]) and id(node.outputs[0]) not in seen:
             group = Group(len(node.inputs[1].values))
             found += [group] if _search(graph, node.outputs[0], group, seen) and group.readers else []
+        elif (factor := _factor(node)) is not None:
+            y, width = node.outputs[0], node.inputs[factor].values.size
+            readers = [reader for reader in y.outputs if not is_op(reader, "Shape")]
+            alone = bool(readers) and not any(y is t for t in graph.outputs) and all(_is_product(r, y, width) for r in readers)
+            found += [Group(width, [node], readers, linear=False, norm=True)] if alone else []
     return found
 
 
 def columns(layer: gs.Node) -> np.ndarray:
     """The weight of a reader as [groups, outputs, inputs of a group, kernel], float64."""
     w = layer.inputs[1].values.astype(np.float64)
-    if layer.op == "Gemm":
+    if layer.op != "Conv":
         return w.T[None, :, :, None]
     groups = layer.attrs.get("group", 1)
     return w.reshape(groups, len(w) // groups, w.shape[1], -1)
@@ -75,11 +84,22 @@ def transform(
     """
     for node in group.readers:
         w, shift = columns(node), shifts.get(node.inputs[0].name)
-        if shift is not None:
+        if shift is not None and node.op == "MatMul":
+            add_to_output(graph, next(s for s in find_sites(graph) if s.name == node.name), w[0, :, :, 0] @ shift, "shift")
+        elif shift is not None:
             _set_bias(node, _bias(node) + w[0, :, :, 0] @ shift)
         w = divide(w, scale, mix)
         set_constant(node, 1, w.reshape(node.inputs[1].shape) if node.op == "Conv" else w[0, :, :, 0].T)
-    for node in group.writers:
+    for node in group.writers if group.norm else ():
+        index, shift = _factor(node), shifts.get(node.outputs[0].name)
+        assert index is not None, "a norm that has no factor is no writer"
+        set_constant(node, index, node.inputs[index].values * scale)
+        if node.op == "LayerNormalization" and (shift is not None or input_at(node, 2) is not None):
+            b = np.zeros(group.width) if input_at(node, 2) is None else node.inputs[2].values.astype(np.float64)
+            set_input(
+                node, 2, gs.Constant(f"{node.name}/shift", ((b - (0 if shift is None else shift)) * scale).astype(np.float32))
+            )
+    for node in () if group.norm else group.writers:
         w, shift = node.inputs[1].values, shifts.get(node.outputs[0].name, 0.0)
         new = np.moveaxis(w, 0, -1) * scale if mix is None else np.moveaxis(w, 0, -1) @ mix
         set_constant(node, 1, np.moveaxis(new, -1, 0))
@@ -91,6 +111,23 @@ def transform(
         node.op, node.inputs, node.outputs = "Relu", node.inputs[:1], [inner]
         bounds = gs.Constant(f"{node.name}/bounds", bound.reshape(-1, *[1] * (len(y.shape) - 2)))
         insert_after(graph, node, [gs.Node("Min", f"{node.name}/Min", inputs=[inner, bounds], outputs=[y])])
+
+
+def _factor(node: gs.Node) -> int | None:
+    """Which input of a norm, or of what stands for a part of one, is a constant per channel of the last axis."""
+    if is_op(node, "LayerNormalization") and len(node.inputs[1].shape) == 1:
+        return 1
+    y, constants = node.outputs[0], [i for i, t in enumerate(node.inputs) if isinstance(t, gs.Constant)]
+    is_scaled = is_op(node, "Mul") and len(constants) == 1 and y.shape and y.dtype == np.float32
+    return constants[0] if is_scaled and node.inputs[constants[0]].values.shape == tuple(y.shape[-1:]) else None
+
+
+def _is_product(node: gs.Node, x: gs.Tensor, width: int) -> bool:
+    """Whether a layer multiplies the last axis of x, and nothing else of it, with a weight."""
+    if not is_op(node, "MatMul", "Gemm") or node.inputs[0] is not x or not is_weight(node.inputs[1]):
+        return False
+    is_plain = not node.attrs.get("transB", 0) and not isinstance(input_at(node, 2), gs.Variable)
+    return is_plain and node.inputs[1].values.shape[:-1] == (width,)
 
 
 def _bias(node: gs.Node) -> np.ndarray:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.graph.edit import insert_before, remove
+from onnxcomp.graph.edit import Tape, apply, insert_before, remove
 from onnxcomp.graph.fold import input_at, set_input
 from onnxcomp.graph.sites import Site
 
@@ -74,6 +74,13 @@ def fold_bias(graph: gs.Graph, site: Site, add_name: str, method: str) -> Fold |
         home.inputs[index] = add.outputs[0]
     home.outputs[0] = y
     return fold
+
+
+def add_to_output(graph: gs.Graph, site: Site, b: np.ndarray, method: str) -> None:
+    """Add b [C_out] to what the site makes, in its bias where it has one."""
+    tape = Tape(f"{site.name}/{method}")
+    apply(graph, method, tape, {site.y: tape("Add", site.y, tape.constant("b", b.astype(np.float32)))})
+    fold_bias(graph, site, tape.nodes[-1].name, method)
 
 
 def is_load_time(tensor: gs.Tensor) -> bool:

@@ -1,17 +1,20 @@
-"""Cross-layer equalization: an equal float model whose activations have channels of like ranges.
+"""Cross-layer equalization and smoothing: an equal float model whose activations have channels of like ranges.
 
     scale    x_c -> s_c x_c in front of and behind ReLUs, maxima and additions: writers' rows times s, readers' columns by s
+    norms    x_c -> s_c (x_c - z_c) behind a norm that only layers read: its scale and shift, the readers' weights and biases
     mixing   x -> (x - m) A where nothing but additions lies between 1x1 layers: writers W A, readers A^-1 W
 
 s_c = w_c^(1-a) / r_c^a from the range r_c of the channel's samples (of least squared error at the bits asked) and the norm w_c
 of the weights that read it; a by the estimated error of the quantized readers. With K = M^1/2 S M^1/2 = U L U' from the
 covariance S of the samples and M = sum W W' of the readers, A = M^1/2 U L^-1/4 R: what the codes of x lose and what the
-readers' codes lose weigh the same then, and the rotation R spreads both over all channels.
+readers' codes lose weigh the same then, and the rotation R spreads both over all channels. z_c is 0, the mean of the channel
+or the middle of its range; where a rotation has mixed the channels behind a norm they are shifted alone.
 
-Paper   Nagel et al. 2019, arXiv:1906.04721, section 4.1, with activations' ranges in place of the writers'.
+Paper   Nagel et al. 2019, arXiv:1906.04721, section 4.1, with activations' ranges in place of the writers'. Norms: SmoothQuant,
+        arXiv:2211.10438, equation 4; with z: RepQ-ViT, arXiv:2212.08254, section 3.3.
 Cost    nothing at run time: an upper Clip becomes a Min per channel, which the quantizer behind it takes in.
 Gate    the error of activations and weights, estimated from moments, must fall; the float model stays equal to 90 dB.
-Limits  see `graph.channels`.
+Limits  see `graph.channels`. Biases are absorbed where that is exact, behind norms and where mixing shifts; not behind a ReLU.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,6 +45,8 @@ ROUNDED = 0.5
 GAIN_DB = 0.1
 VALUES = 1 << 16
 """That the range of a candidate is found from."""
+MIDDLE = 0.001, 0.999
+"""Quantiles between which the range of a channel is looked for."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,8 @@ def _see(graph: Graph, like: ModelProto, groups: Sequence[Group], feeds: Sequenc
         live = session.run({t.name: feed[t.name] for t in part.inputs})
         for name, node in readers.items():
             x, limit = live[node.inputs[0].name], max(ROWS // len(feeds), 1)
-            x = patches(x, node.inputs[1].shape[2:], node.attrs, limit) if node.op == "Conv" else x
-            rows[name].append(x.reshape(*x.shape[:2], -1))
+            x = patches(x, node.inputs[1].shape[2:], node.attrs, limit) if node.op == "Conv" else x.reshape(-1, x.shape[-1])
+            rows[name].append(x.reshape(*x.shape[:2], -1)[:: max(len(x) // limit, 1)])
         for name in means:
             sums[name] = sums[name] + live[name].mean(axis=(0, *range(2, live[name].ndim)), dtype=np.float64) / len(feeds)
     return {name: np.concatenate(found) for name, found in rows.items()} | sums
@@ -103,16 +108,27 @@ def _see(graph: Graph, like: ModelProto, groups: Sequence[Group], feeds: Sequenc
 def _best(group: Group, seen: Mapping[str, Array], bits: Mapping[str, tuple[int, int]]) -> Choice:
     """What lowers the estimated error of the group's readers most."""
     ones, none = np.ones(group.width), dict[str, Array]()
-    before = _error(group, seen, bits, ones, None, none)
-    shifts = {name: seen[name] for name in group.shifted} if group.linear else none
-    x = np.concatenate(
-        [_spread(seen[node.name] - shifts.get(node.inputs[0].name, np.zeros(1))[:, None]) for node in group.readers]
-    )
-    tried = [(ones, _mixing(group, x))] if group.linear else [(scale, None) for scale in _scales(group, x, bits)]
+    before, centres = _error(group, seen, bits, ones, None, none), _centres(group, seen)
+    shifts = min(centres, key=lambda z: _error(group, seen, bits, ones, None, z)) if len(centres) > 1 else centres[0]
+    parts = (seen[node.name] - shifts.get(node.inputs[0].name, np.zeros(1))[:, None] for node in group.readers)
+    x = np.concatenate([_spread(part) for part in parts])
+    scales = [ones] if group.norm else []
+    scales += [] if group.norm and (group.writers[0].inputs[1].values == 1).all() else _scales(group, x, bits)
+    tried = [(ones, _mixing(group, x))] if group.linear else [(scale, None) for scale in scales]
     found = [(_error(group, seen, bits, scale, mix, shifts), i) for i, (scale, mix) in enumerate(tried)]
     error, index = min(found)
     gain = 10 * np.log10(before / max(error, 1e-30))
     return Choice(gain, tried[index][0], tried[index][1], shifts)
+
+
+def _centres(group: Group, seen: Mapping[str, Array]) -> list[dict[str, Array]]:
+    """The shifts to be tried, by the names of tensors."""
+    if group.linear:
+        return [{name: seen[name] for name in group.shifted}]
+    if not group.norm or group.writers[0].op != "LayerNormalization":
+        return [{}]
+    y, x = group.writers[0].outputs[0].name, _spread(seen[group.readers[0].name])
+    return [{}, {y: x.mean(axis=0)}, {y: np.quantile(x, MIDDLE, axis=0).mean(axis=0)}]
 
 
 def _spread(x: Array) -> Array:

@@ -21,7 +21,7 @@ from onnxcomp.graph.edit import Constant, Graph, Node, Tape, apply, detach, extr
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.sites import Site, find_sites
 from onnxcomp.graph.streams import Heads, Stream, find_heads, find_streams, set_constant
-from onnxcomp.graph.tidy import fold_bias
+from onnxcomp.graph.tidy import add_to_output
 from onnxcomp.methods.activations import fake
 from onnxcomp.methods.base import Array, Outcome
 from onnxcomp.numerics.affine import Scheme
@@ -120,7 +120,7 @@ def _rotate_stream(graph: Graph, stream: Stream) -> None:
         for layer in layers:
             w = layer.inputs[1].values.astype(np.float64)
             if shift.any():
-                _add(graph, sites[layer.name], shift @ w)
+                add_to_output(graph, sites[layer.name], shift @ w, "rotation")
             set_constant(layer, 1, rotate(w * scale, axis=0))
         if is_layer_norm:
             set_constant(norm, 1, np.ones(stream.width))
@@ -129,13 +129,6 @@ def _rotate_stream(graph: Graph, stream: Stream) -> None:
             replace_uses(norm.outputs[0], next(t for t in norm.inputs if not isinstance(t, Constant)))
             detach(norm)
     graph.cleanup()
-
-
-def _add(graph: Graph, site: Site, b: Array) -> None:
-    """Add b [C_out] to what the layer gives, in its bias where it has one."""
-    tape = Tape(f"{site.name}/rotation")
-    apply(graph, "rotation", tape, {site.y: tape("Add", site.y, tape.constant("b", b.astype(np.float32)))})
-    fold_bias(graph, site, tape.nodes[-1].name, "rotation")
 
 
 def _rotate_values(graph: Graph, head: Heads) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from equality import parse
@@ -120,3 +122,78 @@ def test_at_8_bits_nothing_is_equalized():
     found = quantize(model(DEPTHWISE), feeds, Recipe())
 
     assert not any("equalized" in note for note in found.report.notes)
+
+
+TOKENS = [{"x": (RNG.normal(size=(4, 5, 8)) * SPREAD + 1).astype(np.float32)} for _ in range(4)]
+NORMED = {
+    "g": SPREAD * 4, "s": np.linspace(-3, 3, 8), "v": RNG.normal(size=(8, 6)), "u": RNG.normal(size=(8, 3)),
+    "b": RNG.normal(size=3),
+}  # fmt: skip
+TWO_READERS = "n = LayerNormalization(x, g, s) y = MatMul(n, v) m = MatMul(n, u) z = Add(m, b)"
+NO_SHIFT = "n = LayerNormalization(x, g) y = MatMul(n, v) z = MatMul(n, u)"
+SCALED = "n = Mul(x, g) y = MatMul(n, v) z = MatMul(n, u)"
+
+
+def normed(body: str, **weights: np.ndarray) -> Prepared:
+    arrays = {k: np.asarray(v, np.float32) for k, v in (NORMED | weights).items()}
+    used = {k: a for k, a in arrays.items() if re.search(rf"\b{k}\b", body.replace("s =", ""))}
+    return prepare(parse(f"g (float[N,5,8] x) => (float[N,5,6] y, float[N,5,3] z) {{ {body} }}", used), infer_types)
+
+
+def smoothed(p: Prepared) -> tuple[Graph, np.ndarray]:
+    """The equalized graph, and what stands behind its norm."""
+    equal, notes = equalize(p.graph, p.model, at(p, 8, 4), TOKENS, bounds=True)
+    assert notes
+    part = extract(equal, ["x"], ["n"])
+    found = Session(to_model(part, p.model).SerializeToString())
+    return equal, np.concatenate([found.run(feed)["n"].reshape(-1, 8) for feed in TOKENS])
+
+
+@pytest.mark.parametrize("body", [TWO_READERS, NO_SHIFT, SCALED])
+def test_the_smoothed_model_equals_the_float_one(body: str):
+    p = normed(body)
+
+    equal, _ = smoothed(p)
+
+    want, found = (Session(to_model(graph, p.model).SerializeToString()).run(TOKENS[0]) for graph in (p.graph, equal))
+    for name, array in want.items():
+        assert sqnr_db(*energies(array, found[name])) > equalization.EQUAL_DB
+
+
+def test_behind_a_norm_channels_get_one_range_around_zero():
+    before = Session(to_model(extract(normed(TWO_READERS).graph, ["x"], ["n"]), normed(TWO_READERS).model).SerializeToString())
+    plain = np.concatenate([before.run(feed)["n"].reshape(-1, 8) for feed in TOKENS])
+
+    _, x = smoothed(normed(TWO_READERS))
+
+    off = [np.abs(a.mean(axis=0) / a.std(axis=0)).max() for a in (plain, x)]
+    spread = [a.std(axis=0).max() / a.std(axis=0).min() for a in (plain, x)]
+    assert off[0] > 5 > 0.5 > off[1]
+    assert spread[0] > 20 > 8 > spread[1]
+
+
+def test_where_a_rotation_has_mixed_the_channels_they_are_shifted_alone():
+    p = normed(TWO_READERS, g=np.ones(8))
+
+    equal, x = smoothed(p)
+
+    norm = next(node for node in equal.nodes if node.op == "LayerNormalization")
+    assert (norm.inputs[1].values == 1).all()
+    assert np.abs(x.mean(axis=0)).max() < 0.5 < 2.9 < np.abs(NORMED["s"]).max()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "n = LayerNormalization(x, g, s) y = MatMul(n, v) r = Add(n, x) z = MatMul(r, u)",
+        "n = LayerNormalization(x, g, s) y = MatMul(n, v) r = Relu(n) z = MatMul(r, u)",
+    ],
+    ids=["residual", "activation"],
+)
+def test_what_others_than_layers_read_of_a_norm_is_left_alone(body: str):
+    p = normed(body)
+
+    equal, notes = equalize(p.graph, p.model, at(p, 8, 4), TOKENS, bounds=True)
+
+    assert equal is p.graph
+    assert not notes
