@@ -31,7 +31,7 @@ LAYERS = (
     ("account",),
     ("transform",),
     ("pipeline", "comparison", "inspect", "bench", "manual", "strip", "export"),
-    ("analysis",),
+    ("analysis", "worth"),
     ("automatic",),
     ("cli",),
 )
@@ -66,7 +66,7 @@ THIRD_PARTY = {
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 9_030
+LIBRARY_LINES = 9_090
 
 
 @dataclass(frozen=True)

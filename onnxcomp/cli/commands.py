@@ -18,17 +18,20 @@ from onnxcomp.errors import BoundError, UsageError
 @PREPROCESS
 @PROVIDER
 @click.option("--samples", "limit", type=int, metavar="N", help="Compare on N of the samples.")
-def compare(reference: str, other: str, data: str, **options: Any) -> tuple[object, ...]:
+@click.option("--methods", is_flag=True, help="What each method in OTHER is worth: without it, and what it adds.")
+def compare(reference: str, other: str, data: str, *, methods: bool, **options: Any) -> tuple[object, ...]:
     """Compare the outputs of two models on samples.
 
     onnxcomp compare vit.onnx vit.w8a8.onnx --data test.npz
     onnxcomp compare vit.onnx vit.w8a8.onnx --data images/ --labels labels.csv --preprocess crop=224
+    onnxcomp compare vit.onnx vit.w4a4.onnx --data test.npz --methods
     """
     from onnxcomp.comparison import compare as compare_models
     from onnxcomp.report import text
+    from onnxcomp.worth import compare_methods
 
     with progress_bar() as progress:
-        found = compare_models(reference, other, data, progress=progress, **options)
+        found = (compare_methods if methods else compare_models)(reference, other, data, progress=progress, **options)
     return found, text.comparison(found)
 
 

@@ -174,6 +174,21 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Worth:
+    """A method in a finished file, against the file without it; no figures where it cannot be taken out."""
+
+    method: str
+    places: int
+    sqnr_db: float | None = None
+    """Of the worst output without it."""
+    accuracy: Accuracy | None = None
+    """Of the file without it, and with it."""
+    added_bytes: int | None = None
+    ratio: tuple[float, float, float] | None = None
+    """Of the time for one sample, with it over without: the median of the rounds, and their 10 and 90 %."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """How `other` differs from `reference`."""
 
@@ -184,6 +199,8 @@ class Comparison:
     samples: int
     outputs: tuple[OutputComparison, ...]
     accuracy: Accuracy | None
+    methods: tuple[Worth, ...] = ()
+    """What each method in `other` is worth, where that was asked for."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,23 @@ def comparison(value: model.Comparison) -> str:
     rows = [_output_row(output) for output in value.outputs]
     outputs = table(["Output", "SQNR", "Cosine", "Agreement"], rows, right=("SQNR", "Cosine"))
     head = f"{value.reference} -> {value.other}, {plural(value.samples, 'sample')}"
-    return f"{head}\n\n{outputs}\n\n{facts(lines)}"
+    return f"{head}\n\n{outputs}\n\n{facts(lines)}{_methods(value) if value.methods else ''}"
+
+
+def _methods(value: model.Comparison) -> str:
+    """One row per method: the output without it, and what it adds."""
+    rows = []
+    for m in value.methods:
+        a = m.accuracy
+        gained = "-" if a is None else f"{-a.drop_points:+.2f} +- {a.standard_error:.2f}"
+        time = "cannot be taken out" if m.ratio is None else "{:.3f} ({:.3f}-{:.3f})".format(*m.ratio)
+        without, added = (
+            "-" if m.sqnr_db is None else decibels(m.sqnr_db),
+            "-" if m.added_bytes is None else size(m.added_bytes),
+        )
+        rows.append([m.method, str(m.places), without, gained, added, time])
+    headers = ["Method", "Places", "SQNR without", "Points gained", "Size", "Time (10-90 %)"]
+    return f"\n\n{table(headers, rows, right=('Places', 'SQNR without', 'Points gained', 'Size'))}"
 
 
 def inspection(value: model.Inspection, *, all_sites: bool = False) -> str:
