@@ -112,9 +112,10 @@ def measure(
 ) -> list[Part]:  # fmt: skip
     """Every part with its damage, stretch by stretch; arguments as those of `widen`."""
     steps, nodes = schedule(graph, {site.name: site for site in layers}), {node.name: node for node in graph.nodes}
-    sizes, macs, found, live = _sizes(graph, layers), dict[str, int](), list[tuple[Error, float]](), dict(feed)
+    sizes, macs, found, live = _sizes(graph, layers), dict[str, int](), list[tuple[tuple[str, ...], bool, float]](), dict(feed)
     length = -(-len(steps) // STRETCHES)
-    for stretch, behind in [(steps[i : i + length], steps[i + length : i + length + 1]) for i in range(0, len(steps), length)]:
+    for start in range(0, len(steps), length):
+        stretch, behind = steps[start : start + length], steps[start + length : start + length + 1]
         here, live = [step.site for step in stretch if step.site is not None], {name: live[name] for name in stretch[0].live_in}
         passed, lost = _run(graph, like, here, asked, live, [name for step in behind for name in step.live_in])
         macs |= {s.name: sizes[s.name] * lost[s.name].size // nodes[s.name].inputs[1].shape[s.weight_axis] for s in here}
@@ -125,13 +126,14 @@ def measure(
             if bits < WIDE and readers[0] in lost:
                 how = {"token": open_to.issuperset(readers), "mixed": mixed and all(can_mix(nodes[name]) for name in readers)}
                 errors.append(Error(x, readers, False, nearest(passed[x], Scheme(bits), **how) - passed[x]))
-        found += zip(errors, _damages(graph, like, errors, live), strict=True)
+        damages = _damages(graph, like, errors, live)
+        found += [(error.sites, error.is_weight, damage) for error, damage in zip(errors, damages, strict=True)]
         live = passed
     stored, multiplied, parts = sum(sizes[name] * asked[name][0] for name in sizes), sum(macs.values()), list[Part]()
-    for error, damage in found:
-        cost = sizes[error.sites[0]] * (WIDE - asked[error.sites[0]][0]) / stored
-        cost = cost if error.is_weight else sum(macs[name] for name in error.sites) / multiplied
-        parts.append(Part(error.sites, error.is_weight, cost, damage))
+    for names, is_weight, damage in found:
+        added = sizes[names[0]] * (WIDE - asked[names[0]][0])
+        cost = added / stored if is_weight else sum(macs[name] for name in names) / multiplied
+        parts.append(Part(names, is_weight, cost, damage))
     return parts
 
 
