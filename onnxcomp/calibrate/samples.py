@@ -153,7 +153,7 @@ class Store:
 
     def first(self, fn: Callable[[LiveBatch], S], count: int = 1) -> list[S]:
         """What `fn` makes of the first batches."""
-        return [fn(batch) for batch in self._batches[:count]]
+        return list(each(fn, self._batches[:count]))
 
     def finish(self, name: str = "") -> None:
         """Keep what is needed to go on behind the step called `name`."""

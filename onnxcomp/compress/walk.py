@@ -42,6 +42,8 @@ from onnxcomp.runtime import Progress, Session, measure
 from onnxcomp.targets.base import Plan
 from onnxcomp.targets.target import Target
 
+MEASURED = 8
+"""Batches that a site's error is measured on where no method looks at it."""
 PRICE_ROUNDS = 1
 """Rounds of 20 ms that the price of one edit is measured in."""
 FLOAT_BLOCK = "block/float"
@@ -233,7 +235,7 @@ class Walk:
         return next(node for node in self.reference.nodes if node.name == site.name)
 
     def _compensate(self, site: Site) -> None:
-        """Fit the site methods in their order; without one, measure the site's error all the same."""
+        """Fit the site methods in their order; without one, measure the site's error all the same, on the first samples."""
         if self.store is None:
             return
         measured, matched = list[Outcome](), self._match(site)
@@ -246,9 +248,9 @@ class Walk:
                 measured.append(self.work.once(lambda method=method: method.fit(site, self._site_cut(site))))
                 self._decide(site, method, measured[-1])
         if not measured:
-            read = functools.partial(SampleErrors.of, channel_axis=site.channel_axis, trim=TRIM)
-            errors = self.work.once(lambda: self._site_cut(site).reduce(read))
-            found = decibel(errors.energy, errors.error)
+            reads, read = self._site_reads(site), functools.partial(SampleErrors.of, channel_axis=site.channel_axis, trim=TRIM)
+            some = self.work.once(lambda store=self.store: store.first(lambda b: read(replace(b, reads=reads)), MEASURED))
+            found = decibel((errors := combine(some)).energy, errors.error)
             measured.append(Outcome(None, "nothing to fit", None, found, found))
         self.results[site.name] = replace(measured[-1], before_db=measured[0].before_db)
 
@@ -372,10 +374,13 @@ class Walk:
         return None if self.store is None else self.store.cut({"xh": tensor})
 
     def _site_cut(self, site: Site) -> Cut:
-        """The samples with the site's float and compressed output, both fed with what the compressed model computes."""
         assert self.store is not None
+        return self.store.cut(self._site_reads(site))
+
+    def _site_reads(self, site: Site) -> dict[str, str | Run]:
+        """The site's float and compressed output, both fed with what the compressed model computes."""
         compressed = self.run_of(self.compressed, self._entries(site.inputs), [site.y])
-        return self.store.cut({"xh": site.x, "f_xh": self._float(site), "g_xh": compressed})
+        return {"xh": site.x, "f_xh": self._float(site), "g_xh": compressed}
 
     def _float(self, place: Site | Block) -> Run:
         return self.run_of(self.reference, {name: name for name in place.inputs}, [place.y])

@@ -33,7 +33,7 @@ from onnxcomp.numerics.affine import Scheme, weight_qparams
 from onnxcomp.numerics.ranges import choose
 from onnxcomp.numerics.rotation import rotation
 from onnxcomp.numerics.statistics import Histogram, subsample
-from onnxcomp.runtime import Session
+from onnxcomp.runtime import Session, each
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 RATIOS = np.linspace(0.3, 1.0, 8)
@@ -72,8 +72,8 @@ def equalize(
     if not groups:
         return graph, []
     feeds = list(feeds)
-    seen = _see(graph, like, groups, feeds)
-    found = [(group, _best(group, seen, bits)) for group in groups]
+    seen, means = _see(graph, like, groups, feeds)
+    found = list(zip(groups, each(lambda group: _best(group, seen, means, bits), groups), strict=True))
     changed = [(group, choice) for group, choice in found if choice.gain_db > GAIN_DB]
     for group, choice in changed:
         transform(equal, group, choice.scale, choice.mix, choice.shifts)
@@ -83,8 +83,10 @@ def equalize(
     return equal, [f"Groups of channels equalized: {len(changed)} of {len(groups)}; equal to {agreed:.0f} dB in float."]
 
 
-def _see(graph: Graph, like: ModelProto, groups: Sequence[Group], feeds: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """By the name of each reader, what its weight is multiplied with at some positions [n, C, kernel], and by the name of each
+def _see(
+    graph: Graph, like: ModelProto, groups: Sequence[Group], feeds: Sequence[Mapping[str, Array]]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """By the name of each reader, what its weight is multiplied with at some positions [n, C, kernel]; and by the name of each
     tensor that a linear group shifts, the mean of its channels.
     """
     readers = {node.name: node for group in groups for node in group.readers}
@@ -102,13 +104,13 @@ def _see(graph: Graph, like: ModelProto, groups: Sequence[Group], feeds: Sequenc
             rows[name].append(x.reshape(*x.shape[:2], -1)[:: max(len(x) // limit, 1)])
         for name in means:
             sums[name] = sums[name] + live[name].mean(axis=(0, *range(2, live[name].ndim)), dtype=np.float64) / len(feeds)
-    return {name: np.concatenate(found) for name, found in rows.items()} | sums
+    return {name: np.concatenate(found) for name, found in rows.items()}, sums
 
 
-def _best(group: Group, seen: Mapping[str, Array], bits: Mapping[str, tuple[int, int]]) -> Choice:
+def _best(group: Group, seen: Mapping[str, Array], means: Mapping[str, Array], bits: Mapping[str, tuple[int, int]]) -> Choice:
     """What lowers the estimated error of the group's readers most."""
     ones, none = np.ones(group.width), dict[str, Array]()
-    before, centres = _error(group, seen, bits, ones, None, none), _centres(group, seen)
+    before, centres = _error(group, seen, bits, ones, None, none), _centres(group, seen, means)
     shifts = min(centres, key=lambda z: _error(group, seen, bits, ones, None, z)) if len(centres) > 1 else centres[0]
     parts = (seen[node.name] - shifts.get(node.inputs[0].name, np.zeros(1))[:, None] for node in group.readers)
     x = np.concatenate([_spread(part) for part in parts])
@@ -121,10 +123,10 @@ def _best(group: Group, seen: Mapping[str, Array], bits: Mapping[str, tuple[int,
     return Choice(gain, tried[index][0], tried[index][1], shifts)
 
 
-def _centres(group: Group, seen: Mapping[str, Array]) -> list[dict[str, Array]]:
+def _centres(group: Group, seen: Mapping[str, Array], means: Mapping[str, Array]) -> list[dict[str, Array]]:
     """The shifts to be tried, by the names of tensors."""
     if group.linear:
-        return [{name: seen[name] for name in group.shifted}]
+        return [{name: means[name] for name in group.shifted}]
     if not group.norm or group.writers[0].op != "LayerNormalization":
         return [{}]
     y, x = group.writers[0].outputs[0].name, _spread(seen[group.readers[0].name])
@@ -132,8 +134,8 @@ def _centres(group: Group, seen: Mapping[str, Array]) -> list[dict[str, Array]]:
 
 
 def _spread(x: Array) -> Array:
-    """Values by channel: [n, C, kernel] as [n x kernel, C]."""
-    return np.moveaxis(x, 1, -1).reshape(-1, x.shape[1])
+    """Values by channel: [n, C] of [n, C, kernel], where the middle of the kernel lies."""
+    return np.ascontiguousarray(x[:, :, x.shape[2] // 2])
 
 
 def _scales(group: Group, x: Array, bits: Mapping[str, tuple[int, int]]) -> list[Array]:

@@ -63,8 +63,11 @@ class Histogram:
         exponent, first, bins = _layout(low, high)
         counts = np.zeros(bins, np.int64)
         for h in parts:
-            places = (h.first + np.arange(h.counts.size)) >> (exponent - math.frexp(h.width)[1] + 1)
-            np.add.at(counts, places - first, h.counts)
+            shift = exponent - math.frexp(h.width)[1] + 1
+            if shift:
+                np.add.at(counts, ((h.first + np.arange(h.counts.size)) >> shift) - first, h.counts)
+            else:
+                counts[h.first - first :][: h.counts.size] += h.counts
         return Histogram(counts, first, 2.0**exponent, low, high)
 
 
