@@ -36,8 +36,8 @@ BYTES, MACS, WORTH = 1 / 16, 0.1, 2.0
 """Growth of all weights' bytes; share of all multiplications with wide activations; and damage per cost, at least."""
 ROWS = 4
 """Samples."""
-STRETCHES = 8
-"""Of the model: the errors of one at a time are held, and run from where it begins."""
+STRETCHES, SHORTEST = 8, 6
+"""Of the model at most, and layers of one at least: the errors of one at a time are held, and run from where it begins."""
 TINY = 1e-30
 Widths = tuple[int, int | None]
 """Bits of weights and of activations; None where these are float."""
@@ -113,7 +113,7 @@ def measure(
     """Every part with its damage, stretch by stretch; arguments as those of `widen`."""
     steps, nodes = schedule(graph, {site.name: site for site in layers}), {node.name: node for node in graph.nodes}
     sizes, macs, found, live = _sizes(graph, layers), dict[str, int](), list[tuple[tuple[str, ...], bool, float]](), dict(feed)
-    length = -(-len(steps) // STRETCHES)
+    length = max(-(-len(steps) // STRETCHES), SHORTEST)
     for start in range(0, len(steps), length):
         stretch, behind = steps[start : start + length], steps[start + length : start + length + 1]
         here, live = [step.site for step in stretch if step.site is not None], {name: live[name] for name in stretch[0].live_in}

@@ -13,6 +13,7 @@ from onnxcomp import account
 from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.prepare import Prepared, prepare
 from onnxcomp.graph.sites import find_sites
+from onnxcomp.methods import sensitivity
 from onnxcomp.methods.sensitivity import Wide, measure, widen
 from onnxcomp.numerics.affine import weight_qparams
 from onnxcomp.pipeline import quantize
@@ -62,6 +63,23 @@ def test_the_damage_of_a_part_is_the_error_of_the_output_when_it_alone_is_rounde
         one, other = (np.maximum(np.maximum(FEED["x"] @ m["a"], 0) @ m["b"], 0) @ m["c"] for m in (w, rounded))
         assert part.damage == pytest.approx(np.square(other - one).sum() / np.square(one).sum(), rel=1e-3, abs=1e-9)
     assert parts[0].damage > 1e-3 > 1e-9 > parts[1].damage
+
+
+@pytest.mark.parametrize("shortest", [1, 2])
+def test_where_the_model_is_cut_changes_no_damage(shortest: int, monkeypatch: pytest.MonkeyPatch):
+    net = tiny.models()["transformer"]
+    p, feed = prepare(net.model, infer_types), net.samples[0]
+    sites = [site for site in find_sites(p.graph) if site.kind == "layer"]
+    asked = dict.fromkeys([site.name for site in sites], (3, 4))
+    whole = measure(p.graph, p.model, sites, asked, feed)
+
+    monkeypatch.setattr(sensitivity, "SHORTEST", shortest)
+    found = measure(p.graph, p.model, sites, asked, feed)
+
+    assert len(sites) > 6
+    assert {part[:2]: part.cost for part in found} == {part[:2]: part.cost for part in whole}
+    damages = {part[:2]: part.damage for part in whole}
+    assert all(part.damage == pytest.approx(damages[part[:2]], rel=1e-3) for part in found)
 
 
 def test_a_small_layer_that_loses_most_gets_wide_weights_and_says_what_they_take():
