@@ -57,9 +57,8 @@ def transform(
     if recipe.sensitive == "auto" and not outside(like):
         rows = {name: array[: sensitivity.ROWS] if stackable else array for name, array in few.items()}
         _widen(found, prepared, target, rows)
-    asked = {
-        k: (s.weight_bits, s.activation_bits) for k, s in found.choice.settings.items() if s.activations in ("static", "auto")
-    }
+    ranged = {k: s for k, s in found.choice.settings.items() if s.activations in ("static", "token", "auto")}
+    asked = {k: (s.weight_bits, s.activation_bits) for k, s in ranged.items()}
     if recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
         how = asked, itertools.chain([few], more)
         found.graph, said = equalization.equalize(graph, like, *how, bounds=target.encoding.where == "regions")
