@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from onnxcomp import account
-from onnxcomp.calibrate.samples import batch_size, batches, confirm_tokens
+from onnxcomp.calibrate.samples import batches, confirm_tokens
 from onnxcomp.choose import Choice, choose, open_widths, widened
 from onnxcomp.data import Feed
 from onnxcomp.graph.edit import Graph
@@ -20,7 +20,7 @@ from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Decision
 from onnxcomp.targets.target import Target
 
-SAMPLES = 64
+BATCHES = 8
 """That channels are equalized on."""
 
 
@@ -52,15 +52,15 @@ def transform(
     found = Equal(graph, recipe, choose(graph, recipe, target, with_data=samples is not None), notes)
     if samples is None:
         return found
-    few = dict(next(batches(samples, stackable)).live)
+    more = (dict(batch.live) for batch in itertools.islice(batches(samples, stackable), BATCHES))  # read when asked for
+    few = next(more)
     if recipe.sensitive == "auto" and not outside(like):
         rows = {name: array[: sensitivity.ROWS] if stackable else array for name, array in few.items()}
         _widen(found, prepared, target, rows)
     ranged = {k: s for k, s in found.choice.settings.items() if s.activations in ("static", "token", "auto")}
     asked = {k: (s.weight_bits, s.activation_bits) for k, s in ranged.items()}
     if recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
-        some = batches(itertools.islice(samples, SAMPLES), stackable, batch_size(graph, samples[0]))
-        how = asked, (dict(batch.live) for batch in some)
+        how = asked, itertools.chain([few], more)
         found.graph, said = equalization.equalize(graph, like, *how, bounds=target.encoding.where == "regions")
         notes += said
         found.choice = choose(found.graph, found.recipe, target, with_data=True)
