@@ -115,8 +115,8 @@ def transform(
 
 def _factor(node: gs.Node) -> int | None:
     """Which input of a norm, or of what stands for a part of one, is a constant per channel of the last axis."""
-    if is_op(node, "LayerNormalization") and len(node.inputs[1].shape) == 1:
-        return 1
+    if is_op(node, "LayerNormalization"):
+        return 1 if all(isinstance(t, gs.Constant) and len(t.shape) == 1 for t in node.inputs[1:]) else None
     y, constants = node.outputs[0], [i for i, t in enumerate(node.inputs) if isinstance(t, gs.Constant)]
     is_scaled = is_op(node, "Mul") and len(constants) == 1 and y.shape and y.dtype == np.float32
     return constants[0] if is_scaled and node.inputs[constants[0]].values.shape == tuple(y.shape[-1:]) else None

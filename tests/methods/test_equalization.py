@@ -187,11 +187,14 @@ def test_where_a_rotation_has_mixed_the_channels_they_are_shifted_alone():
     [
         "n = LayerNormalization(x, g, s) y = MatMul(n, v) r = Add(n, x) z = MatMul(r, u)",
         "n = LayerNormalization(x, g, s) y = MatMul(n, v) r = Relu(n) z = MatMul(r, u)",
+        "n = LayerNormalization(x, t, s) y = MatMul(n, v) z = MatMul(n, u)",
+        "n = LayerNormalization(x, g, t) y = MatMul(n, v) z = MatMul(n, u)",
     ],
-    ids=["residual", "activation"],
+    ids=["residual", "activation", "computed scale", "computed shift"],
 )
-def test_what_others_than_layers_read_of_a_norm_is_left_alone(body: str):
-    p = normed(body)
+def test_a_norm_that_others_than_layers_read_or_whose_factors_are_computed_is_left_alone(body: str):
+    computed = "axes = Constant<value_ints = [0, 1]>() t = ReduceMean<keepdims = 0>(x, axes) "
+    p = normed(computed * (" t" in body) + body)
 
     equal, notes = equalize(p.graph, p.model, at(p, 8, 4), TOKENS, bounds=True)
 
