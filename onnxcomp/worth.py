@@ -25,7 +25,6 @@ def compare_methods(reference: runtime.Model, model: runtime.Model, data: object
 
     Raises UsageError for a file that holds no method, or that onnxcomp did not write.
     """
-    found = compare(reference, model, data, **how)
     stored = files.metadata(files.load(model)).get(files.REPORT)
     adopted = [d.method for d in from_json(stored).decisions if d.adopted] if stored is not None else []
     methods = [name for name in names() if name in adopted]
@@ -34,7 +33,7 @@ def compare_methods(reference: runtime.Model, model: runtime.Model, data: object
         raise UsageError(f"{what} holds no compensation. `onnxcomp inspect` lists what is in a file.")
     specs = [InputSpec(name, kind.dtype, kind.shape) for name, kind in runtime.Session(model).inputs if kind.dtype is not None]
     feed = open_data(data, specs, preprocess=how.get("preprocess"))[0]
-    parts = list[Worth]()
+    found, parts = compare(reference, model, data, **how), list[Worth]()
     for method in methods:
         try:
             stripped = strip(model, [method])

@@ -36,8 +36,8 @@ class Group:
     readers: list[gs.Node] = field(default_factory=list)
     clips: list[gs.Node] = field(default_factory=list)
     linear: bool = True
-    norm: bool = False
-    """It stands behind a norm, which is its writer."""
+    factor: int | None = None
+    """Of a group behind a norm, its writer: which of the norm's inputs is the scale per channel."""
 
     @property
     def shifted(self) -> set[str]:
@@ -56,7 +56,7 @@ def find_groups(graph: gs.Graph) -> list[Group]:
             y, width = node.outputs[0], node.inputs[factor].values.size
             readers = [reader for reader in y.outputs if not is_op(reader, "Shape")]
             alone = bool(readers) and not any(y is t for t in graph.outputs) and all(_is_product(r, y, width) for r in readers)
-            found += [Group(width, [node], readers, linear=False, norm=True)] if alone else []
+            found += [Group(width, [node], readers, linear=False, factor=factor)] if alone else []
     return found
 
 
@@ -90,17 +90,14 @@ def transform(
             _set_bias(node, _bias(node) + w[0, :, :, 0] @ shift)
         w = divide(w, scale, mix)
         set_constant(node, 1, w.reshape(node.inputs[1].shape) if node.op == "Conv" else w[0, :, :, 0].T)
-    for node in group.writers if group.norm else ():
-        index, shift = _factor(node), shifts.get(node.outputs[0].name)
-        assert index is not None, "a norm that has no factor is no writer"
-        set_constant(node, index, node.inputs[index].values * scale)
-        if node.op == "LayerNormalization" and (shift is not None or input_at(node, 2) is not None):
-            b = np.zeros(group.width) if input_at(node, 2) is None else node.inputs[2].values.astype(np.float64)
-            set_input(
-                node, 2, gs.Constant(f"{node.name}/shift", ((b - (0 if shift is None else shift)) * scale).astype(np.float32))
-            )
-    for node in () if group.norm else group.writers:
-        w, shift = node.inputs[1].values, shifts.get(node.outputs[0].name, 0.0)
+    for node in group.writers:
+        shift = shifts.get(node.outputs[0].name, 0.0)
+        if group.factor is not None:
+            set_constant(node, group.factor, node.inputs[group.factor].values * scale)
+            if node.op == "LayerNormalization":
+                _set_bias(node, (_bias(node) - shift) * scale)
+            continue
+        w = node.inputs[1].values
         new = np.moveaxis(w, 0, -1) * scale if mix is None else np.moveaxis(w, 0, -1) @ mix
         set_constant(node, 1, np.moveaxis(new, -1, 0))
         b = _bias(node) - shift
@@ -132,7 +129,7 @@ def _is_product(node: gs.Node, x: gs.Tensor, width: int) -> bool:
 
 def _bias(node: gs.Node) -> np.ndarray:
     bias, w = input_at(node, 2), node.inputs[1].values
-    return np.zeros(w.shape[0 if node.op == "Conv" else 1]) if bias is None else bias.values.reshape(-1).astype(np.float64)
+    return np.zeros(w.shape[0 if node.op == "Conv" else -1]) if bias is None else bias.values.reshape(-1).astype(np.float64)
 
 
 def _set_bias(node: gs.Node, values: np.ndarray) -> None:

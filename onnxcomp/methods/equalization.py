@@ -114,9 +114,13 @@ def _best(group: Group, seen: Mapping[str, Array], means: Mapping[str, Array], b
     shifts = min(centres, key=lambda z: _error(group, seen, bits, ones, None, z)) if len(centres) > 1 else centres[0]
     parts = (seen[node.name] - shifts.get(node.inputs[0].name, np.zeros(1))[:, None] for node in group.readers)
     x = np.concatenate([_spread(part) for part in parts])
-    scales = [ones] if group.norm else []
-    scales += [] if group.norm and (group.writers[0].inputs[1].values == 1).all() else _scales(group, x, bits)
-    tried = [(ones, _mixing(group, x))] if group.linear else [(scale, None) for scale in scales]
+    if group.linear:
+        tried = [(ones, _mixing(group, x))]
+    elif group.factor is None:
+        tried = [(scale, None) for scale in _scales(group, x, bits)]
+    else:
+        is_mixed = (group.writers[0].inputs[group.factor].values == 1).all()
+        tried = [(scale, None) for scale in [ones, *([] if is_mixed else _scales(group, x, bits))]]
     found = [(_error(group, seen, bits, scale, mix, shifts), i) for i, (scale, mix) in enumerate(tried)]
     error, index = min(found)
     gain = 10 * np.log10(before / max(error, 1e-30))
@@ -127,7 +131,7 @@ def _centres(group: Group, seen: Mapping[str, Array], means: Mapping[str, Array]
     """The shifts to be tried, by the names of tensors."""
     if group.linear:
         return [{name: means[name] for name in group.shifted}]
-    if not group.norm or group.writers[0].op != "LayerNormalization":
+    if group.factor is None or group.writers[0].op != "LayerNormalization":
         return [{}]
     y, x = group.writers[0].outputs[0].name, _spread(seen[group.readers[0].name])
     return [{}, {y: x.mean(axis=0)}, {y: np.quantile(x, MIDDLE, axis=0).mean(axis=0)}]
