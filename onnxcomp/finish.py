@@ -68,7 +68,7 @@ def find_kernels(
         compiled, plain, by = openvino.compile_model(path), runtime.Session(path, optimize=False), openvino.version()
         runners = (functools.partial(openvino.run, compiled), plain.run, reference.run)
         found, other, want = ([run(feed) for feed in feeds] for run in runners)
-        demand(found, other, want, f"of {by} and of ONNX Runtime differ by more than the quantization error")
+        demand(found, other, want, f"of {by} and of ONNX Runtime differ by more than twice the quantization error")
         kernels = openvino.kernels(compiled, lowered)
     elif target.kernels == "tensorrt" and tensorrt.installed() is not None:
         shapes = {name: [1, *array.shape[1:]] for name, array in feeds[0].items()}

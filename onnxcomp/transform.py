@@ -4,6 +4,7 @@ In order: streams and values are rotated, sensitive layers get 8 bits, channels 
 itself what it looks at and when it changes nothing; what is quantized is chosen anew where one has changed the graph.
 """
 
+import glob
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.mapped import outside
 from onnxcomp.graph.prepare import Prepared
 from onnxcomp.methods import equalization, rotation, sensitivity
-from onnxcomp.recipe import Recipe
+from onnxcomp.recipe import Recipe, SiteRule
 from onnxcomp.report.model import Decision
 from onnxcomp.targets.target import Target
 
@@ -57,6 +58,7 @@ def transform(
     if recipe.sensitive == "auto" and not outside(like):
         rows = {name: array[: sensitivity.ROWS] if stackable else array for name, array in few.items()}
         _widen(found, prepared, target, rows)
+        _rescue(found, prepared, target, rows)
     ranged = {k: s for k, s in found.choice.settings.items() if s.activations in ("static", "token", "auto")}
     asked = {k: (s.weight_bits, s.activation_bits) for k, s in ranged.items()}
     if recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
@@ -84,3 +86,20 @@ def _widen(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> None
     found.recipe = widened(found.recipe, {name: layer.widths for name, layer in wide.items()})
     found.choice = choose(found.graph, found.recipe, target, with_data=True)
     found.decisions += [account.decision(name, "8 bits", layer.outcome, layer.added_bytes) for name, layer in wide.items()]
+
+
+def _rescue(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> None:
+    """Let layers of 8-bit activations with a fixed range that lose too much stay float there, or have their weights rounded by
+    GPTQ.
+    """
+    if target.encoding.where == "units":  # where nothing is float
+        return
+    asked = {name: w for name, w in open_widths(found.recipe, found.choice).items() if w[1] == sensitivity.WIDE}
+    asked = {name: w for name, w in asked.items() if found.choice.settings[name].activations == "static"}
+    rescued = sensitivity.rescue(found.graph, prepared.model, found.choice.sites, asked, rows)
+    floats = {name: (asked[name][0], None) for name, layer in rescued.items() if layer.is_float}
+    gptq = [SiteRule(glob.escape(name), rounding="gptq") for name, layer in rescued.items() if layer.is_gptq]
+    found.recipe = widened(found.recipe, floats)
+    found.recipe = replace(found.recipe, site=(*gptq, *found.recipe.site))
+    found.choice = choose(found.graph, found.recipe, target, with_data=True)
+    found.decisions += [account.decision(name, "rescue", layer.outcome) for name, layer in rescued.items()]

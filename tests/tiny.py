@@ -5,87 +5,15 @@ Weights are scaled by 1/sqrt(fan-in), so activations are of order 1. A sample is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
-import onnx.parser
-from onnx import ModelProto, numpy_helper
-
-Array = np.ndarray
-Feed = dict[str, Array]
-Weights = dict[str, Array]
-
-SAMPLES = 12
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """One model and its samples."""
-
-    name: str
-    model: ModelProto
-    samples: list[Feed]
-
-    @property
-    def stacks(self) -> bool:
-        """Whether samples may be fed together: the model's batch size varies."""
-        return not self.model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
-
-    def stacked(self, size: int) -> list[Feed]:
-        """The samples in order, in batches of at most `size` neighbours of one shape."""
-        groups: list[list[Feed]] = []
-        for feed in self.samples:
-            if groups and len(groups[-1]) < size and _shapes(groups[-1][0]) == _shapes(feed):
-                groups[-1].append(feed)
-            else:
-                groups.append([feed])
-        return [{key: np.concatenate([feed[key] for feed in group]) for key in group[0]} for group in groups]
+from tiny_build import SAMPLES, Tiny, Weights, arrays, bias, build, conv, dense, feeds, header, weight
 
 
 def models() -> dict[str, Tiny]:
     """Every tiny model by name; the same bytes at every call."""
     return {make.__name__: make() for make in _MODELS}
-
-
-def build(name: str, text: str, weights: Weights, samples: list[Feed]) -> Tiny:
-    """A Tiny from ONNX text whose undefined names are the `weights`."""
-    model = onnx.parser.parse_model(text)
-    model.graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in weights.items())
-    return Tiny(name, model, samples)
-
-
-def feeds(rng: np.random.Generator, *shape: int, name: str = "x") -> list[Feed]:
-    """Samples of normal numbers, each [1, *shape]."""
-    return [{name: rng.normal(size=(1, *shape)).astype(np.float32)} for _ in range(SAMPLES)]
-
-
-def weight(rng: np.random.Generator, *shape: int, fan_in: int) -> Array:
-    """Normal numbers of variance 1/fan_in."""
-    return (rng.normal(size=shape) / np.sqrt(fan_in)).astype(np.float32)
-
-
-def bias(rng: np.random.Generator, *shape: int) -> Array:
-    """Small normal numbers."""
-    return (0.2 * rng.normal(size=shape)).astype(np.float32)
-
-
-def dense(rng: np.random.Generator, key: str, inputs: int, outputs: int) -> Weights:
-    """Weight `w{key}` [inputs, outputs] and bias `b{key}` of a linear layer."""
-    return {f"w{key}": weight(rng, inputs, outputs, fan_in=inputs), f"b{key}": bias(rng, outputs)}
-
-
-def conv(rng: np.random.Generator, key: str, *shape: int) -> Weights:
-    """Weight `w{key}` of `shape` and bias `b{key}` of a Conv."""
-    return {f"w{key}": weight(rng, *shape, fan_in=int(np.prod(shape[1:]))), f"b{key}": bias(rng, shape[0])}
-
-
-def _shapes(feed: Feed) -> list[tuple[int, ...]]:
-    return [array.shape for array in feed.values()]
-
-
-def _header(opset: int) -> str:
-    return f'<ir_version: {8 if opset < 19 else 10}, opset_import: ["" : {opset}]>'
 
 
 def linear() -> Tiny:
@@ -95,7 +23,7 @@ def linear() -> Tiny:
         [fc] h = MatMul(x, w)
         [fc_bias] y = Add(h, b)
     }"""
-    return build("linear", _header(17) + text, dense(rng, "", 16, 12), feeds(rng, 16))
+    return build("linear", header(17) + text, dense(rng, "", 16, 12), feeds(rng, 16))
 
 
 def linear_3d() -> Tiny:
@@ -106,7 +34,7 @@ def linear_3d() -> Tiny:
         [fc] y = MatMul(h, w)
     }"""
     weights = {"gain": np.ones(16, np.float32), "shift": bias(rng, 16), "w": weight(rng, 16, 12, fan_in=16)}
-    return build("linear_3d", _header(20) + text, weights, feeds(rng, 7, 16))
+    return build("linear_3d", header(20) + text, weights, feeds(rng, 7, 16))
 
 
 _GELU = """
@@ -127,8 +55,8 @@ def mlp() -> Tiny:
         [fc2] z = MatMul(g, w2)
         [fc2_bias] y = Add(z, b2)
     }}"""
-    weights = dense(rng, "1", 16, 32) | dense(rng, "2", 32, 8) | _arrays(_GELU_WEIGHTS)
-    return build("mlp", _header(13) + text, weights, feeds(rng, 16))
+    weights = dense(rng, "1", 16, 32) | dense(rng, "2", 32, 8) | arrays(_GELU_WEIGHTS)
+    return build("mlp", header(13) + text, weights, feeds(rng, 16))
 
 
 def transformer() -> Tiny:
@@ -178,10 +106,10 @@ def transformer() -> Tiny:
         weights |= dense(rng, key, 16, 16)
     weights |= dense(rng, "1", 16, 32) | dense(rng, "2", 32, 16) | dense(rng, "h", 16, 10)
     weights |= {"token_tail": np.array([1, 16]), "heads": np.array([0, 0, 2, 8]), "flat": np.array([0, 0, 16])}
-    weights |= _arrays({"zero": np.int64(0), "root": np.float32(np.sqrt(8.0))} | _GELU_WEIGHTS)
+    weights |= arrays({"zero": np.int64(0), "root": np.float32(np.sqrt(8.0))} | _GELU_WEIGHTS)
     lengths = [5 + 3 * i // SAMPLES for i in range(SAMPLES)]
     samples = [{"x": rng.normal(size=(1, length, 16)).astype(np.float32)} for length in lengths]
-    return build("transformer", _header(17) + text, weights, samples)
+    return build("transformer", header(17) + text, weights, samples)
 
 
 def _batch_norm(rng: np.random.Generator, key: str, channels: int) -> Weights:
@@ -201,7 +129,7 @@ def relu_mlp() -> Tiny:
         y = Add(g, h)
     }"""
     weights = {"w1": weight(rng, 16, 16, fan_in=16), "w2": weight(rng, 16, 16, fan_in=16)}
-    return build("relu_mlp", _header(17) + text, weights, feeds(rng, 16))
+    return build("relu_mlp", header(17) + text, weights, feeds(rng, 16))
 
 
 def conv_bn() -> Tiny:
@@ -221,7 +149,7 @@ def conv_bn() -> Tiny:
     weights = {"w1": weight(rng, 8, 3, 3, 3, fan_in=27)} | conv(rng, "2", 12, 8, 3, 3)
     weights |= _batch_norm(rng, "n1", 8) | _batch_norm(rng, "n2", 12)
     weights |= {"wf": weight(rng, 5, 12, fan_in=12), "bf": bias(rng, 5)}
-    return build("conv_bn", _header(13) + text, weights, feeds(rng, 3, 8, 8))
+    return build("conv_bn", header(13) + text, weights, feeds(rng, 3, 8, 8))
 
 
 def residual() -> Tiny:
@@ -239,7 +167,7 @@ def residual() -> Tiny:
         y = Flatten<axis = 1>(p)
     }"""
     weights = conv(rng, "0", 8, 4, 3, 3) | conv(rng, "1", 8, 8, 3, 3) | conv(rng, "2", 8, 8, 3, 3)
-    return build("residual", _header(18) + text, weights, feeds(rng, 4, 6, 6))
+    return build("residual", header(18) + text, weights, feeds(rng, 4, 6, 6))
 
 
 def depthwise() -> Tiny:
@@ -254,8 +182,8 @@ def depthwise() -> Tiny:
     }"""
     weights = conv(rng, "1", 16, 4, 1, 1) | conv(rng, "2", 16, 1, 3, 3) | conv(rng, "3", 6, 16, 1, 1)
     weights["w1"] *= 2  # so that some activations reach 6
-    weights |= _arrays({"zero": np.float32(0), "six": np.float32(6)})
-    return build("depthwise", _header(17) + text, weights, feeds(rng, 4, 9, 9))
+    weights |= arrays({"zero": np.float32(0), "six": np.float32(6)})
+    return build("depthwise", header(17) + text, weights, feeds(rng, 4, 9, 9))
 
 
 def conv_1d() -> Tiny:
@@ -269,7 +197,7 @@ def conv_1d() -> Tiny:
         [fc] y = Gemm(p, wf)
     }"""
     weights = conv(rng, "1", 8, 2, 5) | {"w2": weight(rng, 8, 8, 3, fan_in=24), "wf": weight(rng, 8, 6, fan_in=8)}
-    return build("conv_1d", _header(13) + text, weights, feeds(rng, 4, 24))
+    return build("conv_1d", header(13) + text, weights, feeds(rng, 4, 24))
 
 
 def mnist() -> Tiny:
@@ -299,7 +227,7 @@ def shared() -> Tiny:
         [second] c = MatMul(t, w)
         [second_bias] y = Add(c, b)
     }"""
-    return build("shared", _header(17) + text, dense(rng, "", 16, 16), feeds(rng, 16))
+    return build("shared", header(17) + text, dense(rng, "", 16, 16), feeds(rng, 16))
 
 
 def gemm() -> Tiny:
@@ -315,7 +243,7 @@ def gemm() -> Tiny:
         "w1": weight(rng, 16, 20, fan_in=4), "b1": bias(rng, 20),
         "w2": weight(rng, 12, 20, fan_in=20), "b2": bias(rng, 1, 12),
     }  # fmt: skip
-    return build("gemm", _header(17) + text, weights, feeds(rng, 16))
+    return build("gemm", header(17) + text, weights, feeds(rng, 16))
 
 
 def silu() -> Tiny:
@@ -328,7 +256,33 @@ def silu() -> Tiny:
         [conv2] y = Conv<pads = [1, 1, 1, 1]>(s1, w2, b2)
     }"""
     weights = conv(rng, "1", 8, 3, 3, 3) | conv(rng, "2", 4, 8, 3, 3)
-    return build("silu", _header(21) + text, weights, feeds(rng, 3, 6, 6))
+    return build("silu", header(21) + text, weights, feeds(rng, 3, 6, 6))
+
+
+def hard_swish() -> Tiny:
+    """HardSwish in primitive operators behind each of three Convs, scaled and shifted in front of the second."""
+    rng = np.random.default_rng(22)
+    text = """ tiny (float[N,3,6,6] x) => (float[N,4,6,6] y) {
+        [conv1] c1 = Conv<pads = [1, 1, 1, 1]>(x, w1, b1)
+        m1 = Mul(c1, two)
+        a1 = Add(m1, three)
+        g1 = Clip(a1, zero, six)
+        h1 = Mul(m1, g1)
+        s1 = Div(h1, six)
+        k1 = Mul(s1, half)
+        d1 = Add(k1, half)
+        [conv2] c2 = Conv<group = 8, pads = [1, 1, 1, 1]>(d1, w2, b2)
+        a2 = Add(c2, three)
+        g2 = Clip(a2, zero, six)
+        q2 = Div(g2, six)
+        s2 = Mul(c2, q2)
+        [conv3] y = Conv(s2, w3, b3)
+    }"""
+    weights = conv(rng, "1", 8, 3, 3, 3) | conv(rng, "2", 8, 1, 3, 3) | conv(rng, "3", 4, 8, 1, 1)
+    weights["w2"] *= 2
+    numbers = {"zero": 0.0, "half": 0.5, "two": 2.0, "three": 3.0, "six": 6.0}
+    weights |= arrays({name: np.float32(value) for name, value in numbers.items()})
+    return build("hard_swish", header(17) + text, weights, feeds(rng, 3, 6, 6))
 
 
 def concat() -> Tiny:
@@ -344,7 +298,7 @@ def concat() -> Tiny:
         y = Flatten(p)
     }"""
     weights = conv(rng, "l", 4, 3, 3, 3) | conv(rng, "r", 4, 3, 1, 1) | conv(rng, "j", 5, 8, 1, 1)
-    return build("concat", _header(17) + text, weights, feeds(rng, 3, 6, 6))
+    return build("concat", header(17) + text, weights, feeds(rng, 3, 6, 6))
 
 
 def outputs() -> Tiny:
@@ -358,7 +312,7 @@ def outputs() -> Tiny:
     }"""
     weights = conv(rng, "1", 4, 3, 1, 1) | {"w2": weight(rng, 4, 4, 1, 1, fan_in=4)}
     weights["w1"][1] = 0
-    return build("outputs", _header(17) + text, weights, feeds(rng, 3, 5, 5))
+    return build("outputs", header(17) + text, weights, feeds(rng, 3, 5, 5))
 
 
 def embedding() -> Tiny:
@@ -381,15 +335,11 @@ def embedding() -> Tiny:
         "gain": 1 + bias(rng, 16), "wh": weight(rng, 16, 20, fan_in=16),
     }  # fmt: skip
     samples = [{"ids": rng.integers(0, 20, size=(1, 6))} for _ in range(SAMPLES)]
-    scalars = _arrays({"two": np.float32(2), "eps": np.float32(1e-5)})
-    return build("embedding", _header(17) + text, weights | scalars, samples)
-
-
-def _arrays(scalars: Mapping[str, np.generic]) -> Weights:
-    return {key: np.asarray(value) for key, value in scalars.items()}
+    scalars = arrays({"two": np.float32(2), "eps": np.float32(1e-5)})
+    return build("embedding", header(17) + text, weights | scalars, samples)
 
 
 _MODELS: tuple[Callable[[], Tiny], ...] = (
     linear, linear_3d, mlp, transformer, embedding, shared, gemm, relu_mlp,
-    conv_bn, residual, depthwise, conv_1d, mnist, silu, concat, outputs,
+    conv_bn, residual, depthwise, conv_1d, mnist, silu, hard_swish, concat, outputs,
 )  # fmt: skip

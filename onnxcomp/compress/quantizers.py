@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.calibrate.samples import Cut
+from onnxcomp.graph.behind import function_behind
 from onnxcomp.graph.blocks import Block
 from onnxcomp.graph.edit import Graph, Tape, apply, tensors_of
+from onnxcomp.graph.offsets import Trace
 from onnxcomp.graph.schedule import Step
 from onnxcomp.graph.sites import Site, matches
 from onnxcomp.graph.tidy import Fold
 from onnxcomp.methods import activations
-from onnxcomp.methods.activations import Fake
+from onnxcomp.methods.activations import Fake, Function
 from onnxcomp.methods.base import Array, Input, InputMethod
 from onnxcomp.numerics.affine import QParams
 from onnxcomp.recipe import method_name
@@ -37,6 +39,8 @@ class Quantizers:
     methods: Sequence[InputMethod]
     """The methods that change what is quantized."""
     decisions: list[Decision]
+    evaluate: Trace
+    """Runs a part of the float graph."""
     once: Callable[[Callable[[], Any]], Any] = lambda compute: compute()
     """Finds something out from samples, or remembers it."""
     granularity: dict[str, str] = field(default_factory=dict)
@@ -75,7 +79,7 @@ class Quantizers:
         granularity, source, q, fake = point.granularity, point.tensor, None, None
         if granularity in ("static", "auto") and point.same_as is None:
             assert cut is not None, "without samples every range is measured at run time"
-            how = point.scheme, point.ranges, point.percentile, point.highest
+            how = point.scheme, point.ranges, point.percentile, point.highest, self._behind(point), point.divides
             q = self.once(lambda: activations.fit_static(cut, *how))
             if granularity == "auto":
                 granularity = self._granularity(point, q, cut)
@@ -96,6 +100,14 @@ class Quantizers:
             self.fakes.update(dict.fromkeys(point.consumers or (point.tensor,), fake))
         self._write(tape, point, new)
         self._done.add(point)
+
+    def _behind(self, point: Point) -> Function | None:
+        """What alone is read of a tensor that is quantized for everyone, as a function of its values."""
+        part = function_behind(self.reference, point.tensor) if point.consumers is None else None
+        if part is None:
+            return None
+        (result,) = part.outputs
+        return lambda values: self.evaluate(part, {point.tensor: values})[result.name].ravel()
 
     def store_again(self, block: Block, label: str, point: Point, cut: Cut) -> None:
         """Quantize a stored tensor a second time, behind what a method has added to it."""

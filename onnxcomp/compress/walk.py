@@ -34,8 +34,6 @@ from onnxcomp.methods.base import Array, Compensation, InputMethod, Outcome, add
 from onnxcomp.methods.bias import TRIM, BiasCompensation, SampleErrors, decibel
 from onnxcomp.methods.xint import XInt
 from onnxcomp.numerics.affine import QParams, Scheme
-from onnxcomp.numerics.saturation import may_saturate, reach
-from onnxcomp.numerics.statistics import Highest
 from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
 from onnxcomp.runtime import Progress, Session, measure
@@ -81,7 +79,8 @@ class Walk:
 
     def __post_init__(self) -> None:
         methods = [m for m in self.methods if isinstance(m, InputMethod)]
-        self.quantizers = Quantizers(self.reference, self.compressed, self.plan, methods, self.decisions, self.work.once)
+        how = self.reference, self.compressed, self.plan, methods, self.decisions
+        self.quantizers = Quantizers(*how, lambda part, feeds: Session(self._model(part)).run(feeds), self.work.once)
         layers = [site for site in self.plan.sites if site.kind == "layer"]
         bits = {name: settings.weight_bits for name, settings in self.plan.settings.items()}
         self._series = xint.share_out(self.methods, layers, bits, self._weight)
@@ -124,7 +123,7 @@ class Walk:
         if self.store is not None:
             self.store.finish()
         for add, method in self.quantizers.added:
-            fold = fold_offset(self.compressed, add, method, lambda part, feeds: Session(self._model(part)).run(feeds))
+            fold = fold_offset(self.compressed, add, method, self.quantizers.evaluate)
             self.quantizers.folds += [] if fold is None else [fold]
         progress("quantizing", len(steps), len(steps))
 
@@ -209,23 +208,11 @@ class Walk:
         cut, quantize = self._cut(site.x), next(n for n in self.compressed.nodes if n.name == site.name).inputs[0].inputs
         if not quantize or "granularity" not in quantize[0].attrs:
             return False
-        how, is_conv = quantize[0], site.op == "Conv"
-        channels, groups = codes.shape[0], 1
-        if is_conv:
-            groups = int(self._node(site).attrs.get("group", 1))
-            channels = groups * codes.shape[1]
-        worst = np.full((1, channels), 2 ** how.attrs["bits"] - 1)
-        seen = Highest((worst[0], reach(worst)))
-        if cut is not None and how.attrs["granularity"] == "static":
-            q = QParams(Scheme(how.attrs["bits"]), *(t.values for t in how.inputs[1:3]))
-
-            def read(batch: LiveBatch) -> Highest:
-                rows = [np.moveaxis(x, 1 if is_conv else -1, -1).reshape(-1, channels) for x in batch.read("xh")]
-                return combine(Highest((a.max(axis=0), reach(a))) for a in map(q.quantize, rows))
-
-            seen = self.work.once(lambda: cut.reduce(read))
-        highest, pairs = seen.arrays
-        return may_saturate(codes, highest, pairs, groups)
+        how = quantize[0]
+        is_static = cut is not None and how.attrs["granularity"] == "static"
+        q = QParams(Scheme(how.attrs["bits"]), *(t.values for t in how.inputs[1:3])) if is_static else None
+        groups = int(self._node(site).attrs.get("group", 1))
+        return self.work.once(lambda: weights.saturates(site, codes, groups, how.attrs["bits"], q, cut))
 
     def _weight(self, site: Site) -> Array:
         """The float weight of a layer."""

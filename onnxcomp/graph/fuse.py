@@ -1,10 +1,12 @@
-"""GELU and LayerNormalization spelled out in primitive operators become single standard nodes.
+"""GELU, HardSwish and LayerNormalization spelled out in primitive operators become single standard nodes.
 
     Gelu(x) = x/2 · (1 + erf(x/√2)),    with approximate = "tanh": x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))
+    HardSwish(x) = x · min(max(x/6 + 1/2, 0), 1)
 
-The patterns are those of onnxruntime.transformers, used as a matcher only: it compares constants loosely and reads no
-reduction axes, so each match is run against the standard node on trial values and dropped if they differ by more than
-rounding. The new node keeps the name and the output of the last node it replaces.
+The patterns are those of onnxruntime.transformers, used as a matcher only, for it compares constants loosely and reads no
+reduction axes; of HardSwish, whatever multiplies x with what stands around a Clip or a HardSigmoid of it. Each match is run
+against the standard node on trial values and dropped if they differ by more than rounding. The new node keeps the name and the
+output of the last node it replaces.
 
 Limits: float32 only; LayerNormalization needs a constant scale and bias and an epsilon of at most 1e-4, as the matcher
 does; RMSNorm has no standard node before opset 23.
@@ -26,6 +28,8 @@ from onnxcomp.graph.types import Tensor
 
 _TRIAL_WIDTH = 257
 _SPREAD = 8.0
+_LONGEST = 5
+"""Nodes of a HardSwish at most: Add, Clip, Mul and two that divide or multiply by constants."""
 _ROUNDINGS = 16
 """Roundings to float32 on the longest way through a pattern, each of half a unit in the last place of `_SPREAD`."""
 
@@ -45,7 +49,7 @@ def fuse_primitives(graph: gs.Graph, model: ModelProto) -> int:
     leaving = names_leaving(graph)
     tensors: dict[str, Tensor] = graph.tensors()
     count = 0
-    for match in _matches(model):
+    for match in (*_matches(model), *_hard_swishes(model)):
         if _is_closed(match, tensors, leaving) and _is_equal(match, tensors, graph.opset):
             _replace(match, tensors)
             count += 1
@@ -67,6 +71,31 @@ def _matches(model: ModelProto) -> Iterator[_Match]:
                 op, attrs = _standard(fused)
                 inside = {name for node in replaced for name in node.output}
                 yield _Match(helper.make_node(op, fused.input, fused.output[:1], **attrs), attrs, replaced, inside)
+
+
+def _hard_swishes(model: ModelProto) -> Iterator[_Match]:
+    """From each Clip or HardSigmoid back to x, through one Add, and on, node by node, while x or a number is multiplied in."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    numbers = {tensor.name for tensor in model.graph.initializer if math.prod(tensor.dims) == 1}
+    for gate in [node for node in model.graph.node if node.op_type in ("Clip", "HardSigmoid")]:
+        replaced, x = [gate], gate.input[0]
+        shift = makers.get(x)
+        if gate.op_type == "Clip" and shift is not None and shift.op_type == "Add" and numbers & {*shift.input}:
+            replaced.insert(0, shift)
+            x = next((name for name in shift.input if name not in numbers), "")
+        while len(readers.get(replaced[-1].output[0], ())) == 1 and len(replaced) < _LONGEST:
+            (reader,) = readers[replaced[-1].output[0]]
+            others = [name for name in reader.input if name != replaced[-1].output[0]]
+            if reader.op_type not in ("Mul", "Div") or len(others) != 1 or others[0] not in numbers | {x}:
+                break
+            replaced.append(reader)
+            if any(x in node.input for node in replaced[replaced.index(gate) + 1 :]):
+                inside = {node.output[0] for node in replaced}
+                yield _Match(helper.make_node("HardSwish", [x], reader.output), {}, list(replaced), inside)
 
 
 def _matchers(model: ModelProto) -> tuple[Any, tuple[Any, ...]]:

@@ -1,14 +1,18 @@
-"""Affine layers in their one form: plain Gemms, and BatchNormalization and Add merged into the layer before them.
+"""Affine layers in their one form: plain Gemms, and BatchNormalization and arithmetic merged into the layers beside them.
 
     BN(Conv(x; W, b)) = Conv(x; W s, (b - mean) s + beta),    s = gamma / sqrt(var + eps)    per output channel
+    s Conv(x; W, b) + t = Conv(x; W s, b s + t)               s and t constants, of each channel or of all
+    Conv(s x + t; W, b) = Conv(x; s W, b + sum W t)           without padding, else Conv(x + t / s; s W, b), for 0 is padded
     Gemm(A, B, C; alpha, beta, transA, transB) = Gemm(A or A', alpha B or alpha B', beta C)
 
 Arithmetic is in float64 and rounded once to the tensor's type. The merged layer makes the tensor of the last node it
-stands for. A constant that only this layer reads keeps its name; one that others read is left for them.
+stands for, and reads that of the first. A constant that only this layer reads keeps its name; one that others read is
+left for them.
 
 Limits: float32 and float64 weights; an output that anything else reads is not merged over.
 """
 
+import math
 from collections.abc import Hashable
 
 import numpy as np
@@ -77,10 +81,18 @@ def canonical_gemms(graph: gs.Graph) -> int:
 
 
 def merge_affine(graph: gs.Graph) -> int:
-    """Merge BatchNormalization and per-channel Add into the Conv or ConvTranspose before, the former also into Gemm."""
+    """Merge BatchNormalization, and arithmetic with constants per channel, into the Conv or ConvTranspose before, the former
+    also into Gemm.
+    """
     constants = _Constants(graph)
-    merge = {"BatchNormalization": _merge_batchnorm, "Add": _merge_add}
+    merge = {"BatchNormalization": _merge_batchnorm} | dict.fromkeys(("Add", "Sub", "Mul", "Div"), _merge_constant)
     return sum(merge[node.op](node, constants) for node in graph.nodes if is_op(node, *merge))
+
+
+def merge_inputs(graph: gs.Graph) -> int:
+    """Merge arithmetic with constants per channel in front of a Conv into it."""
+    constants = _Constants(graph)
+    return sum(_merge_input(node, constants) for node in graph.nodes if is_op(node, "Conv") and _is_constant(node))
 
 
 def _is_float(tensor: Tensor | None) -> bool:
@@ -134,21 +146,91 @@ def _merge_batchnorm(node: gs.Node, constants: _Constants) -> bool:
     return True
 
 
-def _merge_add(node: gs.Node, constants: _Constants) -> bool:
+def _merge_constant(node: gs.Node, constants: _Constants) -> bool:
     for i in (0, 1):
-        layer, other = _layer_before(node, i, constants.leaving, "Conv", "ConvTranspose"), node.inputs[1 - i]
-        if layer is None or not _is_float(other):
+        layer = _layer_before(node, i, constants.leaving, "Conv", "ConvTranspose")
+        affine = None if layer is None else _affine(node, i, layer)
+        if layer is None or affine is None:
             continue
-        weight, added = layer.inputs[1].values, other.values
-        channels = weight.shape[0] if layer.op == "Conv" else weight.shape[1] * layer.attrs.get("group", 1)
-        shape = (1,) * (weight.ndim - added.ndim) + added.shape
-        if added.ndim > weight.ndim or shape[1] not in (1, channels) or added.size != shape[1]:
-            continue
-        total = np.broadcast_to(_bias(layer) + added.astype(np.float64).ravel(), (channels,))
-        constants.put(layer, 2, total, other)
+        scale, shift = affine
+        if (scale != 1).any():
+            constants.put(layer, 1, _scaled(layer, scale))
+        if input_at(layer, 2) is not None or shift.any():
+            constants.put(layer, 2, _bias(layer) * scale + shift, node.inputs[1 - i])
         _take_output(layer, node)
         return True
     return False
+
+
+def _merge_input(layer: gs.Node, constants: _Constants) -> int:
+    """Merge what stands in front of a Conv into it, as far back as it goes; returns how many nodes."""
+    weight, groups, count = layer.inputs[1].values, layer.attrs.get("group", 1), 0
+    padded = any(layer.attrs.get("pads") or ()) or layer.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+
+    def by_input(values: np.ndarray) -> np.ndarray:
+        grouped = layer.inputs[1].values.astype(np.float64).reshape(groups, -1, weight.shape[1], math.prod(weight.shape[2:]))
+        return grouped * values.reshape(groups, 1, -1, 1)
+
+    while (found := _affine_before(layer, layer, constants.leaving)) is not None:
+        node, i, scale, shift = found
+        before = _affine_before(node, layer, constants.leaving, i) if padded and shift.any() else None
+        if not shift.any():
+            constants.put(layer, 1, by_input(scale).reshape(weight.shape))
+        elif not padded:
+            constants.put(layer, 2, _bias(layer) + by_input(shift).sum(axis=(2, 3)).ravel(), node.inputs[1 - i])
+        elif before is not None and before[2].all() and not before[3].any():  # the shift moves in front of the scale
+            node, at, scale, _ = before
+            add = layer.inputs[0].inputs[0]
+            shift = (shift / scale).reshape(-1, *(1 for _ in weight.shape[2:]))
+            constants.put(layer, 1, by_input(scale).reshape(weight.shape))
+            constants.put(add, 1 - i, shift if np.ptp(shift) else shift.ravel()[0])
+            add.inputs[i] = node.inputs[at]
+            add.outputs[0].name = fresh_name(f"{add.outputs[0].name}/unscaled", constants.taken)
+            detach(node)
+            count += 1
+            continue
+        else:
+            break
+        layer.inputs[0] = node.inputs[i]
+        detach(node)
+        count += 1
+    return count
+
+
+def _affine(node: gs.Node, i: int, layer: gs.Node, *, reads: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
+    """Scale and shift [channels], float64, by which `node` makes its output of its input i; the channels are those that the
+    layer makes, or those that it `reads`.
+    """
+    other, weight, groups = node.inputs[1 - i], layer.inputs[1].values, layer.attrs.get("group", 1)
+    channels = weight.shape[0] if (layer.op == "Conv") != reads else weight.shape[1] * groups
+    if not _is_float(other) or (node.op == "Div" and (i or not other.values.all())) or other.values.ndim > weight.ndim:
+        return None
+    shape = (1,) * (weight.ndim - other.values.ndim) + other.values.shape
+    if shape[1] not in (1, channels) or other.values.size != shape[1]:
+        return None
+    values, ones = np.broadcast_to(other.values.astype(np.float64).ravel(), (channels,)), np.ones(channels)
+    affine = {
+        "Add": lambda: (ones, values), "Mul": lambda: (values, 0 * ones), "Div": lambda: (1 / values, 0 * ones),
+        "Sub": lambda: (-ones, values) if i else (ones, -values),
+    }  # fmt: skip
+    return affine[node.op]()
+
+
+def _affine_before(
+    node: gs.Node, layer: gs.Node, leaving: set[str], index: int = 0
+) -> tuple[gs.Node, int, np.ndarray, np.ndarray] | None:
+    """The operator that alone makes this input for `node` and scales, or shifts, what it reads for the layer: the operator, the
+    input that it reads, and [channels] scale and shift.
+    """
+    tensor = node.inputs[index]
+    if len(tensor.inputs) != 1 or len(tensor.outputs) != 1 or tensor.name in leaving:
+        return None
+    maker = tensor.inputs[0]
+    for i in (0, 1) if is_op(maker, "Add", "Sub", "Mul", "Div") else ():
+        affine = _affine(maker, i, layer, reads=True)
+        if affine is not None and ((affine[0] == 1).all() or not affine[1].any()):
+            return maker, i, *affine
+    return None
 
 
 def _layer_before(node: gs.Node, index: int, leaving: set[str], *ops: str) -> gs.Node | None:
@@ -157,9 +239,12 @@ def _layer_before(node: gs.Node, index: int, leaving: set[str], *ops: str) -> gs
     if len(tensor.inputs) != 1 or len(tensor.outputs) != 1 or tensor.name in leaving:
         return None
     layer = tensor.inputs[0]
-    if not is_op(layer, *ops) or not _is_float(layer.inputs[1]):
-        return None
-    return layer if input_at(layer, 2) is None or _is_float(layer.inputs[2]) else None
+    return layer if is_op(layer, *ops) and _is_constant(layer) else None
+
+
+def _is_constant(layer: gs.Node) -> bool:
+    """Whether the layer's weight, and its bias if any, are constants."""
+    return _is_float(layer.inputs[1]) and (input_at(layer, 2) is None or _is_float(layer.inputs[2]))
 
 
 def _bias(layer: gs.Node) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Bring any float model to the one form that the rest assumes, equal to it in float.
 
 In this form the opset is at least 21, weights are constants of the graph, Gemms are plain products, BatchNormalization
-and per-channel Adds are part of the layer before them, GELU and LayerNormalization are single standard nodes, and every
-node has a name of its own. Tensors that remain keep their names; the model's inputs and outputs keep names, types and
-shapes.
+and arithmetic with constants per channel are part of the layer before them, GELU, HardSwish and LayerNormalization are
+single standard nodes, and every node has a name of its own. Tensors that remain keep their names; the model's inputs and
+outputs keep names, types and shapes.
 
 Limits: bodies of If, Loop and Scan are left as they are. Float16 models are prepared no further than their opset and
 constants, for arithmetic on their weights would round twice.
@@ -54,7 +54,10 @@ def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, 
     set_types(graph, infer_types(unfused))
     fused = fuse_primitives(graph, unfused)
     if fused:
-        notes.append(f"GELU and LayerNormalization in primitive operators became single nodes: {fused}.")
+        notes.append(f"GELU, HardSwish and LayerNormalization in primitive operators became single nodes: {fused}.")
+    merged = merge.merge_inputs(graph)  # now that what scales and shifts is no part of an activation
+    if merged:
+        notes.append(f"Arithmetic with constants merged into the Convs behind it: {merged}.")
     graph.cleanup(recurse_subgraphs=False)
     bodies = sum(1 for node in graph.nodes for _ in node.subgraphs())
     if bodies:
@@ -68,7 +71,7 @@ _STEPS = (
     (fold.drop_pass_through, "Identity and Dropout nodes removed: {}."),
     (fold.fold_constants, "Nodes with constant inputs only, computed: {}."),
     (merge.canonical_gemms, "Gemm nodes brought to plain form: {}."),
-    (merge.merge_affine, "BatchNormalization and Add nodes merged into the layers before them: {}."),
+    (merge.merge_affine, "BatchNormalization and arithmetic with constants merged into the layers before them: {}."),
 )
 
 

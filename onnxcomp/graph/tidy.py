@@ -85,7 +85,13 @@ def add_to_output(graph: gs.Graph, site: Site, b: np.ndarray, method: str) -> No
 
 def is_load_time(tensor: gs.Tensor) -> bool:
     """Whether `tensor` is made of constants alone, so that the runtime computes it when it loads the file."""
-    if isinstance(tensor, gs.Constant):
-        return True
-    read = tensor.inputs[0].inputs if tensor.inputs else []
-    return len(read) > 0 and all(is_load_time(t) for t in read)
+    seen, left = set[int](), [tensor]
+    while left:
+        found = left.pop()
+        if isinstance(found, gs.Constant) or id(found) in seen:
+            continue
+        if not found.inputs or not found.inputs[0].inputs:
+            return False
+        seen.add(id(found))
+        left.extend(found.inputs[0].inputs)
+    return True

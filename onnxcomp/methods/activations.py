@@ -17,7 +17,7 @@ import numpy as np
 from onnxcomp.graph.edit import Tape
 from onnxcomp.methods.base import Array, Batch, Samples
 from onnxcomp.numerics.affine import QParams, Scheme
-from onnxcomp.numerics.ranges import choose
+from onnxcomp.numerics.ranges import choose, whole_steps
 from onnxcomp.numerics.statistics import Histogram, subsample
 
 VALUES_PER_SAMPLE = 1 << 14
@@ -25,10 +25,18 @@ ROWS_PER_SAMPLE, GAIN_SAMPLES = 64, 32
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 Fake = Callable[[Array], Array]
 """What quantizing makes of one sample."""
+Function = Callable[[Array], Array]
+"""Value by value, float32 [n] to [n]."""
 
 
-def fit_static(samples: Samples, scheme: Scheme, ranges: str, percentile: float, highest: float = np.inf) -> QParams:
-    """Scale and zero point of the tensor read as `xh`; the largest code stands for no more than `highest`."""
+def fit_static(
+    samples: Samples, scheme: Scheme, ranges: str, percentile: float, highest: float = np.inf, behind: Function | None = None,
+    divides: float | None = None,
+) -> QParams:  # fmt: skip
+    """Scale and zero point of the tensor read as `xh`; the largest code stands for no more than `highest`. Where only what a
+    function `behind` makes of its values counts, least squared error is that of the function's, to first order. `divides`: see
+    `Point`.
+    """
 
     def read(batch: Batch) -> Histogram:
         values = [x for x in batch.read("xh") if x.size]
@@ -38,7 +46,11 @@ def fit_static(samples: Samples, scheme: Scheme, ranges: str, percentile: float,
             seen = [subsample(x, VALUES_PER_SAMPLE) for x in values]
         return Histogram.of(np.concatenate([np.zeros(0, np.float32), *seen]))
 
-    q = choose(samples.reduce(read), scheme, ranges, percentile)
+    seen = samples.reduce(read)
+    seen = seen if behind is None or ranges != "mse" else seen.weighted(behind)
+    q = choose(seen, scheme, ranges, percentile)
+    if divides is not None:
+        return whole_steps(seen, q, divides)
     reach = scheme.qmax - int(q.zero_point)
     if reach * float(q.scale) <= highest:
         return q

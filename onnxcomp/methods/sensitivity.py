@@ -1,4 +1,4 @@
-"""Sensitive layers: 8 bits where few weights, or few multiplications, do most of the damage.
+"""Sensitive layers: more bits where few weights, or few multiplications, do most of the damage.
 
     damage    |y(e_s) - y|^2 / |y|^2     e_s: what quantizing does to the input of a layer, or its weight to what it makes
     taken     by damage per cost, while the weights' bytes grow by no more than `BYTES`, and no more than `MACS` of all
@@ -6,6 +6,10 @@
 
 y are the float model's outputs on a few samples; errors are put in one at a time, where they arise. Kernels that multiply
 codes of 8 bits at every width take wide activations for nothing, and others have few of them.
+
+What has 8 bits already is looked at where its range is fixed. Where the activations of a layer do more damage than they have
+of the multiplications they stay float, and rough weights are rounded by GPTQ. What a Conv stores counts with it where an
+activation reads that, for a float layer stores nothing.
 
 Source  the sensitivity of layers alone, as in HAWQ (arXiv:1905.03696) and ZeroQ (arXiv:2001.00281), by running the errors
         themselves through the model: at 4 bits they are too large for a second derivative.
@@ -20,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from onnxcomp.graph.behind import function_behind
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph, Tape, Variable, apply, extract, tensors_of
 from onnxcomp.graph.files import ModelProto
@@ -29,11 +34,19 @@ from onnxcomp.methods.base import Array, Outcome
 from onnxcomp.methods.rotation import can_mix, nearest, run_part
 from onnxcomp.numerics.affine import Scheme, weight_qparams
 from onnxcomp.numerics.arrays import energies
+from onnxcomp.numerics.ranges import choose
+from onnxcomp.numerics.statistics import Histogram, subsample
 from onnxcomp.runtime import Session, each
 
 WIDE = 8
 BYTES, MACS, WORTH = 1 / 16, 0.1, 2.0
 """Growth of all weights' bytes; share of all multiplications with wide activations; and damage per cost, at least."""
+ROUGH, FLOAT = 0.001, 0.25
+"""Damage of a part of 8 bits from which something is done: weights are rounded by GPTQ, and activations stay float where
+they do more damage than they have of all multiplications, of which no more than `FLOAT` may.
+"""
+SEEN = 1 << 16
+"""Values that the range of what a Conv stores is chosen by."""
 ROWS = 4
 """Samples."""
 STRETCHES, SHORTEST = 8, 6
@@ -54,12 +67,21 @@ class Part(NamedTuple):
 
 
 class Error(NamedTuple):
-    """What is put in: at a tensor, for these sites or, where it is what a weight makes of it, for all."""
+    """What is put in at a tensor because of these sites: for them alone, or for all who read it."""
 
     tensor: str
     sites: tuple[str, ...]
     is_weight: bool
     values: Array
+    for_all: bool
+
+
+class Rescued(NamedTuple):
+    """A layer of 8 bits that loses too much: whether its activations stay float, and its weights are rounded by GPTQ."""
+
+    is_float: bool
+    is_gptq: bool
+    outcome: Outcome
 
 
 class Wide(NamedTuple):
@@ -106,11 +128,42 @@ def widen(
     return found
 
 
+def rescue(
+    graph: Graph, like: ModelProto, sites: Sequence[Site], asked: Mapping[str, Widths], feed: Mapping[str, Array]
+) -> dict[str, Rescued]:
+    """The layers among those `asked` for, of 8-bit activations with a fixed range, that lose too much; arguments as those of
+    `widen`.
+    """
+    layers = [site for site in sites if site.name in asked]
+    if not layers or all(t.dtype != np.float32 for t in graph.outputs):
+        return {}
+    parts = measure(graph, like, layers, asked, feed, least=ROUGH)
+    budget, taken = FLOAT, set[int]()
+    for i in sorted(range(len(parts)), key=lambda i: -parts[i].damage / max(parts[i].cost, TINY)):
+        part = parts[i]
+        cost = 0.0 if part.is_weight else part.cost
+        if part.damage > max(ROUGH, cost) and cost <= budget:
+            budget -= cost
+            taken.add(i)
+    total, found = sum(part.damage for part in parts), dict[str, Rescued]()
+    for site in dict.fromkeys(site for i in sorted(taken) for site in parts[i].sites):
+        own = [parts[i] for i in taken if site in parts[i].sites]
+        is_float, is_gptq = (any(part.is_weight == kind for part in own) for kind in (False, True))
+        what = " and ".join(name for name, holds in (("activations", is_float), ("weights", is_gptq)) if holds)
+        lost = sum(part.damage for part in own)
+        reason = f"{what} of {WIDE} bits cost the outputs {-10 * np.log10(lost):.0f} dB alone"
+        gain = float(-10 * np.log10(max(1 - lost / total, TINY)))
+        found[site] = Rescued(is_float, is_gptq, Outcome({}, reason, gain))
+    return found
+
+
 def measure(
     graph: Graph, like: ModelProto, layers: Sequence[Site], asked: Mapping[str, Widths], feed: Mapping[str, Array],
-    open_to: frozenset[str] = frozenset(), *, mixed: bool = False,
+    open_to: frozenset[str] = frozenset(), *, mixed: bool = False, least: float = 0.0,
 ) -> list[Part]:  # fmt: skip
-    """Every part with its damage, stretch by stretch; arguments as those of `widen`."""
+    """Every part with its damage, stretch by stretch; arguments as those of `widen`. With `least` parts of 8 bits are looked at
+    too, and what Convs store, in the stretches that do as much damage in all.
+    """
     steps, nodes = schedule(graph, {site.name: site for site in layers}), {node.name: node for node in graph.nodes}
     sizes, macs, found, live = _sizes(graph, layers), dict[str, int](), list[tuple[tuple[str, ...], bool, float]](), dict(feed)
     length = max(-(-len(steps) // STRETCHES), SHORTEST)
@@ -119,18 +172,20 @@ def measure(
         here, live = [step.site for step in stretch if step.site is not None], {name: live[name] for name in stretch[0].live_in}
         passed, lost = _run(graph, like, here, asked, live, [name for step in behind for name in step.live_in])
         macs |= {s.name: sizes[s.name] * lost[s.name].size // nodes[s.name].inputs[1].shape[s.weight_axis] for s in here}
-        errors = [Error(s.raw, (s.name,), True, lost[s.name]) for s in here if asked[s.name][0] < WIDE]
+        errors = [Error(s.raw, (s.name,), True, lost[s.name], for_all=True) for s in here if least or asked[s.name][0] < WIDE]
         for x in dict.fromkeys(site.x for site in here):
             readers = tuple(site.name for site in layers if site.x == x)
             bits = min(asked[name][1] or WIDE for name in readers)
-            if bits < WIDE and readers[0] in lost:
+            if (least or bits < WIDE) and readers[0] in lost:
                 how = {"token": open_to.issuperset(readers), "mixed": mixed and all(can_mix(nodes[name]) for name in readers)}
-                errors.append(Error(x, readers, False, nearest(passed[x], Scheme(bits), **how) - passed[x]))
-        damages = _damages(graph, like, errors, live)
+                values = nearest(passed[x], Scheme(bits), **how) - passed[x]
+                errors.append(Error(x, readers, False, values, for_all=False))
+        errors += [stored for s in here if least and s.op == "Conv" for stored in _stored(graph, like, s, live)]
+        damages = _damages(graph, like, errors, live, least)
         found += [(error.sites, error.is_weight, damage) for error, damage in zip(errors, damages, strict=True)]
         live = passed
     stored, multiplied, parts = sum(sizes[name] * asked[name][0] for name in sizes), sum(macs.values()), list[Part]()
-    for names, is_weight, damage in found:
+    for names, is_weight, damage in _joined(found):
         added = sizes[names[0]] * (WIDE - asked[names[0]][0])
         cost = added / stored if is_weight else sum(macs[name] for name in names) / multiplied
         parts.append(Part(names, is_weight, cost, damage))
@@ -160,8 +215,37 @@ def _run(
     return {name: found[name] for name in read}, {name: found[twin] for name, twin in twins.items()}
 
 
-def _damages(graph: Graph, like: ModelProto, errors: Sequence[Error], live: Mapping[str, Array]) -> list[float]:
-    """What each error, put in alone, does to the outputs, over their energy; `live`: what the model goes on from."""
+def _stored(graph: Graph, like: ModelProto, site: Site, live: Mapping[str, Array]) -> list[Error]:
+    """What storing the result of a Conv in 8 bits does behind the activation that alone reads it; none where nothing does, or
+    where that is a ReLU, whose result layers read.
+    """
+    part = function_behind(graph, site.y)
+    if part is None or all(node.op in ("Relu", "Clip") for node in part.nodes):
+        return []
+    y, result = run_part(extract(graph, list(live), [site.y]), live, like)[site.y], part.outputs[0].name
+
+    def after(values: Array) -> Array:
+        return run_part(part, {site.y: values}, like)[result]
+
+    q = choose(Histogram.of(subsample(y, SEEN)).weighted(lambda x: after(x).ravel()), Scheme(WIDE))
+    return [Error(result, (site.name,), False, after(q.fake(y)) - after(y), for_all=True)]
+
+
+def _joined(found: Sequence[tuple[tuple[str, ...], bool, float]]) -> list[tuple[tuple[str, ...], bool, float]]:
+    """The parts, what a layer stores being one with what it reads."""
+    joined = dict[tuple[tuple[str, ...], bool], float]()
+    for names, is_weight, damage in found:
+        home = next((key for key in joined if key[1] == is_weight and set(names) <= set(key[0])), (names, is_weight))
+        joined[home] = joined.get(home, 0.0) + damage
+    return [(*key, damage) for key, damage in joined.items()]
+
+
+def _damages(
+    graph: Graph, like: ModelProto, errors: Sequence[Error], live: Mapping[str, Array], least: float = 0.0
+) -> list[float]:
+    """What each error, put in alone, does to the outputs, over their energy; `live`: what the model goes on from. Zero for
+    those that do less than `least` together: groups of errors that do more are halved.
+    """
     ends = [t.name for t in graph.outputs if t.dtype == np.float32 and t.name not in live]
     if not errors or not ends:
         return [0.0] * len(errors)
@@ -172,16 +256,25 @@ def _damages(graph: Graph, like: ModelProto, errors: Sequence[Error], live: Mapp
         feed[name] = np.zeros([1] * error.values.ndim, np.float32)
         rest.inputs.append(Variable(name, np.dtype(np.float32), [f"{name}-{d}" for d in range(error.values.ndim)]))
         if error.tensor in reached:  # else no output depends on it
-            consumers = None if error.is_weight else error.sites
+            consumers = None if error.for_all else error.sites
             apply(rest, "put", op, {error.tensor: op("Add", error.tensor, name)}, consumers)
     session = Session(to_model(rest, like), threads=1)
     exact = session.run(feed)
 
-    def damage(put: tuple[int, Error]) -> float:
-        found = session.run({**feed, f"error-{put[0]}": put[1].values})
+    def damage(group: Sequence[int]) -> float:
+        found = session.run(feed | {f"error-{number}": errors[number].values for number in group})
         return sum(noise / (signal + TINY) for signal, noise in (energies(exact[name], found[name]) for name in exact))
 
-    return [float(np.nan_to_num(found)) for found in each(damage, enumerate(errors))]
+    every = range(len(errors))
+    damages, groups = [0.0] * len(errors), [every] if least else [every[number : number + 1] for number in every]
+    while groups:
+        seen, groups = list(zip(groups, each(damage, groups), strict=True)), []
+        for group, found in seen:
+            if len(group) == 1:
+                damages[group[0]] = float(np.nan_to_num(found))
+            elif not found < least:
+                groups += [group[: len(group) // 2], group[len(group) // 2 :]]
+    return damages
 
 
 def _sizes(graph: Graph, layers: Sequence[Site]) -> dict[str, int]:

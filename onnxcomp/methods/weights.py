@@ -29,7 +29,9 @@ import numpy as np
 from onnxcomp.graph.edit import Node, Tape
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Batch, Fit, Samples, is_held_out
-from onnxcomp.numerics.affine import SMALLEST_SCALE, Scheme, along, weight_qparams
+from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, Scheme, along, weight_qparams
+from onnxcomp.numerics.saturation import may_saturate, reach
+from onnxcomp.numerics.statistics import Highest
 
 ROWS_PER_SAMPLE, ROWS, EACH = 256, 1 << 13, 32
 """Tokens that are looked at: of a sample at most, of all at least, and per input of a MatMul."""
@@ -94,6 +96,24 @@ def fit_gptq(
     codes, scale = np.where(better, found, codes) + zero, np.where(better, step, scale)[:, :: block or size]
     stored = np.moveaxis(codes, 2, 1).reshape(w.shape) if site.op == "Conv" else codes[0]
     return dict(nearest) | {"codes": stored.astype(np.int8), "scale": scale.reshape(nearest["scale"].shape).astype(np.float32)}
+
+
+def saturates(site: Site, codes: Array, groups: int, bits: int, q: QParams | None, samples: Samples | None) -> bool:
+    """Whether products of these 8-bit codes and the codes of the layer's input, of so many `bits`, may be added wrongly where
+    two of them must fit into 16 bits: on `samples`, which offer the input as `xh`, as q quantizes them; without q for any.
+    """
+    channels = groups * codes.shape[1] if site.op == "Conv" else codes.shape[0]
+    worst = np.full((1, channels), 2**bits - 1)
+    seen = Highest((worst[0], reach(worst)))
+    if samples is not None and q is not None:
+
+        def read(batch: Batch) -> Highest:
+            rows = [np.moveaxis(x, 1 if site.op == "Conv" else -1, -1).reshape(-1, channels) for x in batch.read("xh")]
+            return functools.reduce(Highest.__add__, (Highest((a.max(axis=0), reach(a))) for a in map(q.quantize, rows)))
+
+        seen = samples.reduce(read)
+    highest, pairs = seen.arrays
+    return may_saturate(codes, highest, pairs, groups)
 
 
 def build(op: Tape, site: Site, fitted: Fit, bits: int, block: int = 0) -> dict[str, str]:

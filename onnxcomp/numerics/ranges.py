@@ -42,6 +42,22 @@ def choose(h: Histogram, scheme: Scheme, method: str = "mse", percentile: float 
     return from_range(lo, hi, scheme)
 
 
+def whole_steps(h: Histogram, q: QParams, value: float) -> QParams:
+    """The parameters near q of least squared error by which `value` is a whole number of steps, with that many codes below zero
+    at least; q itself where its steps are wider than the value, or half of its codes too few for it.
+    """
+    steps, most = value / float(q.scale), 2 ** (q.scheme.bits - 1)
+    if not 1 <= steps <= most:
+        return q
+    counts = np.unique([np.floor(steps), np.ceil(steps)])
+    scale = (value / counts).astype(np.float32)
+    lowest = (int(q.zero_point) - q.scheme.qmin) * float(q.scale) / scale
+    zero = np.minimum(np.maximum(np.rint(lowest), counts) + q.scheme.qmin, q.scheme.qmax).astype(q.scheme.dtype)
+    zero = np.full_like(zero, q.zero_point) if q.scheme.symmetric else zero
+    best = int(np.argmin(Lookup(h).squared_error(q.scheme, scale, zero)))
+    return QParams(q.scheme, np.asarray(scale[best], np.float32), np.asarray(zero[best], q.scheme.dtype))
+
+
 class Lookup:
     """Prefix sums over a histogram, at the edges of its bins and in bins: counts, G, and the sums over everything."""
 

@@ -7,6 +7,7 @@ laid out so that the sum is exactly the histogram of all values at once.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,8 @@ from onnxcomp.numerics.affine import NOT_FINITE
 BINS = 1 << 15
 """The most bins of a histogram, at least 2, so that values on both sides of zero never share one."""
 _FINEST = -126  # 2^126 is the largest power of two whose inverse is a normal float32
+_UNSEEN = 1e-9
+"""Of the weight of the heaviest bin: what counts for less is rounding."""
 _WIDEST_INDEX = 24  # bits of a bin number: bins are not finer than the float32 spacing of the largest value
 
 
@@ -30,7 +33,7 @@ class Histogram:
     `BINS` bins and no bin number exceeds 2^24.
     """
 
-    counts: NDArray[np.int64]
+    counts: NDArray[np.int64] | NDArray[np.float64]
     first: int
     width: float
     """Of one bin, 2^exponent."""
@@ -69,6 +72,22 @@ class Histogram:
             else:
                 counts[h.first - first :][: h.counts.size] += h.counts
         return Histogram(counts, first, 2.0**exponent, low, high)
+
+    def weighted(self, function: Callable[[NDArray], NDArray]) -> Histogram:
+        """The same bins, each counting by the square of the function's slope there: what becomes of an error of a value. Ends
+        where nothing counts are left out; the histogram itself where nothing counts at all.
+        """
+        if not self.counts.size:
+            return self
+        edges = (self.first + np.arange(self.counts.size + 1)) * self.width
+        slope = np.diff(function(edges.astype(np.float32)).astype(np.float64)) / self.width
+        counts = self.counts * np.square(slope)
+        there = np.flatnonzero(counts > _UNSEEN * counts.max())
+        if not there.size:
+            return self
+        start, stop = int(there[0]), int(there[-1]) + 1
+        low, high = max(self.low, edges[start]), min(self.high, edges[stop])
+        return Histogram(counts[start:stop], self.first + start, self.width, float(low), float(high))
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,6 +44,8 @@ class Point:
     consumers: tuple[str, ...] | None = None
     highest: float = float("inf")
     """The upper bound of the Clip in front, which the codes must not exceed if they are to replace it."""
+    divides: float | None = None
+    """A value that is a whole number of steps, and that many lie below zero at least."""
     same_as: str | None = None
     """A tensor quantized earlier whose scale and zero point this one shares, because its values are the same."""
 

@@ -14,8 +14,8 @@ from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, tensors
 from onnxcomp.graph.sites import PASS_THROUGH_OPS, Site, join
 from onnxcomp.targets.base import Encoding, Plan, Point, Settings
 
-JOIN_OPS = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
-"""Operators without weights that have an integer kernel when inputs and output are quantized."""
+JOIN_OPS = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "HardSwish"})
+"""Operators without weights that have an integer kernel when inputs and output are quantized, or are written as such."""
 _Stored = dict[str, str | None]
 """Stored tensor -> the tensor whose parameters it shares, or None for its own."""
 
@@ -53,6 +53,8 @@ def _find_region(graph: Graph, static: Mapping[str, Site], results: set[str]) ->
         elif node.op in JOIN_OPS and _activations(node) and all(t.name in stored for t in _activations(node)):
             output, constants = tail(node.outputs[0], results), [t for t in node.inputs if not isinstance(t, Variable)]
             useful = all(is_operand(node, t) for t in constants) and (not constants or _feeds_integers(output, static))
+            # What a constant is added to behind a HardSwish would be rounded twice, and the first time for little.
+            useful &= node.op != "HardSwish" or not any(_is_affine(reader) for reader in output.outputs)
             if useful and output.name not in results:
                 joins.append(join(node))
                 stored[output.name] = None
@@ -102,6 +104,11 @@ def is_operand(node: Node, tensor: Tensor) -> bool:
     return node.op in ("Add", "Mul") and isinstance(tensor, Constant) and tensor.dtype == np.float32
 
 
+def _is_affine(node: Node) -> bool:
+    """Whether `node` adds a constant, or multiplies with one."""
+    return any(is_operand(node, tensor) for tensor in node.inputs)
+
+
 def tail(tensor: Tensor, results: set[str]) -> Tensor:
     """The tensor behind the ReLU or Clip that alone reads `tensor` and that a zero point can absorb; `results` are the
     graph's outputs.
@@ -147,6 +154,8 @@ def _storage_point(
     maker = tensor.inputs[0] if tensor.inputs else None
     highest = clip_bounds(maker)[1] if maker is not None else None
     point = Point(tensor.name, storage, "static", "mse", 99.99, None, float("inf") if highest is None else highest)
+    if encoding.where == "regions" and any(reader.op == "HardSwish" for reader in tensor.outputs):
+        point = replace(point, divides=3.0)
     first = next((reader for reader in readers if reader is not None), None)
     if first is None:
         return point

@@ -6,13 +6,17 @@ Every rule was read from the runtime's optimized models, and the tests probe it:
 
     DQ(a), DQ(w) -> MatMul -> Sum(b)   =   MatMulInteger(a, w) -> Cast -> Mul(s_a s_w) -> Add(b)
 
-The right side is the one that becomes a single kernel with its bias. The product of scales must not be folded into a constant
-before that, so one of them is multiplied with a 1 that the runtime does not see through.
+    DQ(q; 3/k, z) -> HardSwish   =   DQ(q; 3/k, z) * DQ(Clip(q, z - k, z + k); 1/2k, z - k)
+
+The first right side is the one that becomes a single kernel with its bias. The product of scales must not be folded into a
+constant before that, so one of them is multiplied with a 1 that the runtime does not see through. In the second the gate of
+HardSwish is read from the codes themselves, exactly, where -3 and 3 are codes: an integer Clip and an integer product take a
+third of the time of the float operator.
 """
 
 import numpy as np
 
-from onnxcomp.graph.edit import Constant, Graph, Node, Nodes, Tensor, Variable, insert_after, remove, tensors_of
+from onnxcomp.graph.edit import Constant, Graph, Node, Nodes, Tensor, Variable, insert_after, insert_before, remove, tensors_of
 from onnxcomp.graph.tidy import is_load_time
 from onnxcomp.targets.regions import clip_bounds
 
@@ -36,6 +40,8 @@ def settle(graph: Graph, *, biased: bool) -> None:
             _keep_integer(graph, node)
         if node.op in ("Conv", "Gemm") and _would_be_quantized(node):
             put_behind(graph, node, "Sum", "float")
+        if node.op == "HardSwish" and [n.op for n in node.inputs[0].inputs] == ["DequantizeLinear"]:
+            _gate(graph, node)
         if node.op == "LayerNormalization" and [n.op for n in node.inputs[0].inputs] == ["Add"]:
             node.inputs[0].inputs[0].op = "Sum"
     for scale in [n for n in graph.nodes if n.name.endswith(SCALES)]:
@@ -71,6 +77,23 @@ def _to_integer(graph: Graph, node: Node) -> bool:
     for dequantize in [n for n in makers if not n.outputs[0].outputs]:
         remove(graph, dequantize)
     return True
+
+
+def _gate(graph: Graph, node: Node) -> None:
+    """Write the HardSwish of static codes as their product with what a Clip makes of them."""
+    dequantize = node.inputs[0].inputs[0]
+    codes, scale, zero_point = dequantize.inputs
+    if not all(isinstance(t, Constant) and t.values.size == 1 for t in (scale, zero_point)):
+        return
+    steps, zero, ends = int(np.rint(3 / float(scale.values))), int(zero_point.values), np.iinfo(zero_point.dtype)
+    if steps < 1 or abs(float(scale.values) * steps - 3) > 1e-5 or zero - steps < ends.min:
+        return
+    bounds, new = (zero - steps, min(zero + steps, ends.max)), Nodes(f"{node.name}/gate")
+    low, high = (Constant(f"{new.name}.{k}", np.array(v, zero_point.dtype)) for k, v in zip("ab", bounds, strict=True))
+    part = Constant(f"{new.name}.scale", np.array(0.5 / steps, np.float32))
+    clipped = new("Clip", "codes", codes, low, high, dtype=zero_point.dtype)
+    node.op, node.inputs = "Mul", [node.inputs[0], new("DequantizeLinear", "value", clipped, part, low)]
+    insert_before(graph, node, new.made)
 
 
 def _unfolded(graph: Graph, scale: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""GELU and LayerNormalization: each spelling found, and nothing taken for one that is none."""
+"""GELU, HardSwish and LayerNormalization: each spelling found, and nothing taken for one that is none."""
 
 from __future__ import annotations
 
@@ -40,6 +40,15 @@ GELU_WEIGHTS = {
     "root2": np.float32(np.sqrt(2)), "half_root": np.float32(np.sqrt(0.5)), "root_2_pi": np.float32(np.sqrt(2 / np.pi)),
     "half": np.float32(0.5), "one": np.float32(1), "three": np.float32(3), "c": np.float32(0.044715),
 }  # fmt: skip
+HARD_SWISHES = {
+    "Div last": "a = Add(x0, three) c = Clip(a, zero, six) m = Mul(x0, c) g = Div(m, six)",
+    "Div first": "a = Add(three, x0) c = Clip(a, zero, six) m = Div(c, six) g = Mul(m, x0)",
+    "Mul by a sixth": "a = Add(x0, three) c = Clip(a, zero, six) m = Mul(sixth, c) g = Mul(x0, m)",
+    "HardSigmoid": "s = HardSigmoid<alpha = 0.16666667, beta = 0.5>(x0) g = Mul(s, x0)",
+}
+HARD_SWISH_WEIGHTS = {
+    "three": np.float32(3), "zero": np.float32(0), "six": np.float32(6), "sixth": np.float32(1 / 6),
+}  # fmt: skip
 LAYERNORM = """
     m = ReduceMean<axes = [{axis}]>(x0)
     c = Sub(x0, m)
@@ -75,7 +84,47 @@ def test_a_gelu_in_primitive_operators_becomes_one_node(name: str, opset: int):
     node = prepared.graph.nodes[2]
     assert (node.name, node.domain or "", node.attrs) == ("last", "", {"approximate": approximate})
     assert [t.name for t in (*node.inputs, *node.outputs)] == ["x0", "g"]
-    assert prepared.notes[-1] == "GELU and LayerNormalization in primitive operators became single nodes: 1."
+    assert prepared.notes[-1] == "GELU, HardSwish and LayerNormalization in primitive operators became single nodes: 1."
+
+
+@pytest.mark.parametrize("name", HARD_SWISHES)
+@pytest.mark.parametrize("opset", [11, 17, 21])
+def test_a_hard_swish_in_primitive_operators_becomes_one_node(name: str, opset: int):
+    prepared = prepare_and_compare(wrapped(HARD_SWISHES[name], HARD_SWISH_WEIGHTS, opset), X, tolerance=GELU_BOUND)
+
+    assert ops(prepared.model) == ["Neg", "Neg", "HardSwish", "Abs", "Add"]
+    node = prepared.graph.nodes[2]
+    assert (node.name, [t.name for t in (*node.inputs, *node.outputs)]) == ("last", ["x0", "g"])
+
+
+def test_what_scales_a_hard_swish_further_is_left_behind_it():
+    body = HARD_SWISHES["Div last"].replace(" g = Div(m, six)", " d = Div(m, six) k = Mul(d, three) g = Neg(k)")
+
+    prepared = prepare_and_compare(wrapped(body, HARD_SWISH_WEIGHTS), X, tolerance=4 * GELU_BOUND)
+
+    assert ops(prepared.model) == ["Neg", "Neg", "HardSwish", "Mul", "Neg", "Abs", "Add"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        HARD_SWISHES["Div last"].replace("Mul(x0, c)", "Mul(x1, c)"),
+        HARD_SWISHES["Div last"].replace("three", "four"),
+        HARD_SWISHES["Div last"].replace("Clip(a, zero, six)", "Clip(a, zero, four)"),
+        HARD_SWISHES["Div last"].replace("Add(x0, three)", "Add(x0, each)"),
+        HARD_SWISHES["Div last"].replace("Div(m, six)", "Div(m, each)"),
+        HARD_SWISHES["Div first"].replace("Mul(m, x0)", "Div(m, x0)"),
+        HARD_SWISHES["HardSigmoid"].replace("beta = 0.5", "beta = 0.6"),
+        HARD_SWISHES["HardSigmoid"].replace("Mul(s, x0)", "Mul(s, s)"),
+    ],
+)
+def test_a_function_that_only_resembles_hard_swish_stays(body: str):
+    weights = {**HARD_SWISH_WEIGHTS, "four": np.float32(4), "each": np.float32([3, 3, 3, 3])}
+    x = {"x": np.linspace(1, 6, 40, dtype=np.float32).reshape(2, 5, 4)}
+
+    prepared = prepare_and_compare(wrapped(body, {k: v for k, v in weights.items() if f"{k}" in body}), x)
+
+    assert "HardSwish" not in ops(prepared.model)
 
 
 @pytest.mark.parametrize("opset", [13, 17, 18])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
 import pytest
 from equality import Feeds, ops, parse, prepare_and_compare, stored
 
+from onnxcomp.graph.prepare import prepare
+from onnxcomp.runtime import infer_types
+
+Arithmetic = Callable[[np.ndarray], np.ndarray]
 EPS = float(np.finfo(np.float32).eps)
 W = np.float32([[1, -2, 3, 0.5], [4, 5, -6, 1], [7, 8, 10, -1]])
 B = np.float32([0.5, -1, 2, 4])
@@ -52,7 +57,7 @@ def test_batchnorm_is_merged_into_the_convolution_before_it(layer: str, shape: t
     offset = weights["bias"].astype(np.float64) if "bias" in layer else 0.0
     bias = ((offset - NORM["mean"]) * scale + NORM["beta"]).astype(np.float32)
     np.testing.assert_array_equal(node.inputs[2].values, bias)
-    assert "BatchNormalization and Add nodes merged into the layers before them: 1." in prepared.notes
+    assert "BatchNormalization and arithmetic with constants merged into the layers before them: 1." in prepared.notes
 
 
 def test_batchnorm_after_a_depthwise_1d_convolution_is_merged():
@@ -135,6 +140,102 @@ def test_adds_and_batchnorm_in_a_row_are_merged_into_one_convolution():
     prepared = prepare_and_compare(parse(text, weights), IMAGE, tolerance=conv_bound(gain))
 
     assert ops(prepared.model) == ["Conv"]
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 1), (1, 6, 1, 1), (1,), ()])
+@pytest.mark.parametrize("bias", ["", ", bias"])
+@pytest.mark.parametrize(
+    ("op", "scale", "shift"),
+    [
+        ("Mul(h, c)", lambda c: c, lambda c: 0 * c), ("Mul(c, h)", lambda c: c, lambda c: 0 * c),
+        ("Div(h, c)", lambda c: 1 / c, lambda c: 0 * c), ("Sub(h, c)", lambda c: 0 * c + 1, lambda c: -c),
+        ("Sub(c, h)", lambda c: 0 * c - 1, lambda c: c),
+    ],
+    ids=["Mul", "Mul, flipped", "Div", "Sub", "Sub, flipped"],
+)  # fmt: skip
+@pytest.mark.parametrize(("layer", "kernel"), [LAYERS[1], LAYERS[3]], ids=["Conv", "ConvTranspose"])
+def test_arithmetic_with_a_constant_becomes_part_of_the_layer_before_it(
+    shape: tuple[int, ...], bias: str, op: str, scale: Arithmetic, shift: Arithmetic, layer: str, kernel: tuple[int, ...]
+):
+    """Powers of two, so that the order of the products does not show."""
+    c = np.float32([1, 2, -4, 0.5, -0.25, 8])[: int(np.prod(shape))].reshape(shape)
+    weights = {"w": integers(kernel), "c": c, "bias": integers((6,))}
+    layer = layer if bias else layer.replace(", bias", "")
+    text = f"g (float[N,4,5,5] x) => (float[N,6,H,V] y) {{ [conv] {layer} y = {op} }}"
+
+    prepared = prepare_and_compare(parse(text, weights), IMAGE)
+
+    (node,) = prepared.graph.nodes
+    offset = np.broadcast_to(shift(c).ravel(), 6) + (weights["bias"] * np.broadcast_to(scale(c).ravel(), 6) if bias else 0)
+    found = node.inputs[2].values if len(node.inputs) > 2 else np.zeros(6)
+    np.testing.assert_array_equal(found, offset)
+    assert "BatchNormalization and arithmetic with constants merged into the layers before them: 1." in prepared.notes
+
+
+@pytest.mark.parametrize("op", ["Div(h, c)", "Div(c, h)", "Mul(h, h)"])
+def test_what_is_no_scale_stays(op: str):
+    weights = {"w": KERNEL, "c": np.float32(0)} if "c" in op else {"w": KERNEL}
+    text = f"g (float[N,4,5,5] x) => (float[N,6,3,3] y) {{ h = Conv<group = 2>(x, w) k = {op} y = Clip(k) }}"
+    model = parse(text, weights)
+
+    assert ops(prepare(model, infer_types).model) == ["Conv", op[:3], "Clip"]
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1, 1), (1,), ()])
+@pytest.mark.parametrize("layer", ["Conv<group = 2>(h, w)", "Conv<group = 2>(h, w, bias)"])
+@pytest.mark.parametrize("body", [
+    "h = Mul(r, c)", "h = Div(r, c)", "h = Add(c, r)", "h = Sub(r, c)", "k = Mul(r, c) h = Add(k, c)",
+    "k = Add(r, c) h = Mul(c, k)", "k = Mul(r, c) l = Sub(k, c) h = Div(l, c)",
+])  # fmt: skip
+def test_what_stands_in_front_of_a_convolution_without_padding_is_merged_into_it(shape: tuple[int, ...], layer: str, body: str):
+    c = np.float32([1, 2, -4, 0.5])[: int(np.prod(shape))].reshape(shape)
+    text = f"g (float[N,4,5,5] x) => (float[N,6,3,3] y) {{ r = Relu(x) {body} [conv] y = {layer} }}"
+
+    prepared = prepare_and_compare(parse(text, {"w": KERNEL, "c": c, "bias": integers((6,))}), IMAGE)
+
+    assert ops(prepared.model) == ["Relu", "Conv"]
+    assert [t.name for t in prepared.graph.nodes[1].inputs[:1]] == ["r"]
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        ("h = Mul(r, c)", []), ("h = Add(r, c)", ["Add"]), ("k = Mul(r, c) h = Add(k, one)", ["Add"]),
+        ("k = Add(r, c) h = Mul(k, c)", ["Add"]), ("k = Mul(r, c) l = Mul(k, two) h = Sub(l, one)", ["Sub"]),
+        ("k = Mul(r, none) h = Add(k, one)", ["Mul", "Add"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("padding", ["pads = [1, 1, 1, 1]", 'auto_pad = "SAME_UPPER"'])
+def test_in_front_of_a_padded_convolution_a_shift_stays_for_the_padding_is_zero(body: str, left: list[str], padding: str):
+    c = np.float32([1, 2, -4, 0.5]).reshape(4, 1, 1)
+    weights = {"w": KERNEL, "c": c, "one": np.float32(1), "two": np.float32(2), "none": np.float32(0)}
+    used = {name: values for name, values in weights.items() if f", {name})" in f"{body}, w)"}
+    text = f"g (float[N,4,5,5] x) => (float[N,6,5,5] y) {{ r = Relu(x) {body} y = Conv<group = 2, {padding}>(h, w) }}"
+
+    prepared = prepare_and_compare(parse(text, used), IMAGE)
+
+    assert ops(prepared.model) == ["Relu", *left, "Conv"]
+
+
+def test_a_shift_that_moves_in_front_of_a_scale_makes_a_tensor_of_another_name():
+    body = "k = Mul(x, two) h = Add(k, one) y = Conv<group = 2, pads = [1, 1, 1, 1]>(h, w)"
+    text = f"g (float[N,4,5,5] x) => (float[N,6,5,5] y) {{ {body} }}"
+
+    prepared = prepare_and_compare(parse(text, {"w": KERNEL, "two": np.float32(2), "one": np.float32(1)}), IMAGE)
+
+    add, conv = prepared.graph.nodes
+    assert [t.name for t in add.outputs] == ["h/unscaled"]
+    assert add.inputs[1].values == np.float32(0.5)
+    np.testing.assert_array_equal(conv.inputs[1].values, 2 * KERNEL)
+
+
+@pytest.mark.parametrize("more", ["z = Neg(h)", "z = Identity(h)"])
+def test_what_others_read_too_stays_in_front(more: str):
+    text = f"g (float[N,4,5,5] x) => (float[N,6,3,3] y, float[N,4,5,5] z) {{ h = Mul(x, c) y = Conv<group = 2>(h, w) {more} }}"
+
+    prepared = prepare_and_compare(parse(text, {"w": KERNEL, "c": np.float32(2)}), IMAGE)
+
+    assert "Mul" in ops(prepared.model)
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 1), (3,), (1, 1, 6, 3, 3), (2, 6, 1, 1)])

@@ -13,7 +13,7 @@ from onnx import ModelProto, checker
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.edit import Tape, apply
 from onnxcomp.graph.sites import Site, find_sites
-from onnxcomp.graph.tidy import Fold, fold_bias
+from onnxcomp.graph.tidy import Fold, fold_bias, is_load_time
 
 F = np.float32
 W = np.arange(12, dtype=F).reshape(4, 3) / 4
@@ -185,3 +185,11 @@ def test_a_table_is_computed_in_front_of_the_add_that_reads_it():
     fold_bias(graph, site, add, "bias")
 
     assert [n.name for n in graph.nodes] == ["fc", "site/bias/matmul", add, "add", graph.nodes[-1].name]
+
+
+def test_what_is_computed_from_constants_is_told_apart_in_a_graph_of_any_depth():
+    chain = " ".join(f"h{i + 1} = Neg(h{i})" for i in range(3000))
+    text = f"g (float[N] h0) => (float[N] y) {{ {chain} a = Neg(c) b = Abs(a) y = Add(h3000, b) }}"
+    tensors = to_graph(parse(text, {"c": np.float32(1)})).tensors()
+
+    assert [is_load_time(tensors[name]) for name in ("c", "b", "h0", "h3000", "y")] == [True, True, False, False, False]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tiny
-from onnx import ModelProto
+from onnx import ModelProto, numpy_helper
 
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph
@@ -31,7 +31,7 @@ def with_head(text: str = "embed") -> tiny.Tiny:
     rng = np.random.default_rng(5)
     outlier = tiny.weight(rng, 16, 16, fan_in=16)
     outlier[:, 3] *= 40
-    proto.graph.initializer.append(tiny.numpy_helper.from_array(outlier, text))
+    proto.graph.initializer.append(numpy_helper.from_array(outlier, text))
     node = proto.graph.node.add(op_type="MatMul", name="embedding", input=["x", text], output=["embedded"])
     proto.graph.node.remove(node)
     proto.graph.node.insert(0, node)
@@ -114,9 +114,9 @@ def mlp_with_outliers() -> tiny.Tiny:
     small = tiny.mlp()
     for tensor in small.model.graph.initializer:
         if tensor.name == "w1":
-            w = tiny.numpy_helper.to_array(tensor).copy()
+            w = numpy_helper.to_array(tensor).copy()
             w[:, 0] *= 16
-            tensor.CopyFrom(tiny.numpy_helper.from_array(w, "w1"))
+            tensor.CopyFrom(numpy_helper.from_array(w, "w1"))
     return small
 
 

@@ -14,7 +14,7 @@ from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.prepare import Prepared, prepare
 from onnxcomp.graph.sites import find_sites
 from onnxcomp.methods import sensitivity
-from onnxcomp.methods.sensitivity import Wide, measure, widen
+from onnxcomp.methods.sensitivity import Rescued, Wide, measure, rescue, widen
 from onnxcomp.numerics.affine import weight_qparams
 from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import Bits, Recipe, SiteRule
@@ -169,6 +169,60 @@ def test_where_no_output_is_a_number_of_type_float_nothing_can_be_measured():
     p = prepare(parse(text, {"w": w}), infer_types)
 
     assert found(p.graph, p, (4, 4)) == {}
+
+
+def lost(graph: Graph, like: Prepared, feed: dict[str, np.ndarray] = FEED) -> dict[str, Rescued]:
+    sites = find_sites(graph)
+    return rescue(graph, like.model, sites, {site.name: (8, 8) for site in sites}, feed)
+
+
+def test_layers_of_8_bits_that_lose_little_are_left_alone():
+    p = chain()
+
+    assert lost(p.graph, p) == {}
+
+
+def test_weights_that_8_bits_cannot_hold_are_rounded_by_gptq():
+    w = RNG.normal(size=(WIDTH, WIDTH))
+    w[0] = 3000
+    p = chain(w1=w)
+    feed = {"x": FEED["x"].copy()}
+    feed["x"][:, 0] = 0
+
+    rescued = lost(p.graph, p, feed)
+
+    assert {name: (layer.is_float, layer.is_gptq) for name, layer in rescued.items()} == {"a": (False, True)}
+    assert rescued["a"].outcome.reason.startswith("weights of 8 bits cost the outputs ")
+
+
+def test_an_input_that_8_bits_cannot_hold_stays_float_where_its_layer_is_cheap():
+    """The first layer reads values of which one is ten thousand times the others, and multiplies it by next to nothing."""
+    weight = RNG.normal(size=(4, WIDTH))
+    weight[0] = 0
+    x = RNG.normal(size=(32, 4)).astype(np.float32)
+    x[:, 0] *= 10_000
+
+    for width, expected in ((WIDTH, {"a": True}), (4, {})):
+        w = {"w1": weight[:, :width].astype(np.float32), "w2": RNG.normal(size=(width, width)).astype(np.float32)}
+        text = f"g (float[N,4] x) => (float[N,{width}] y) {{ [a] h = MatMul(x, w1) r = Relu(h) [b] y = MatMul(r, w2) }}"
+        p = prepare(parse(text, w), infer_types)
+        assert {name: layer.is_float for name, layer in lost(p.graph, p, {"x": x}).items()} == expected
+
+
+def test_what_a_conv_stores_counts_where_an_activation_reads_it():
+    """One channel is a thousand times as wide as the others, which are lost in 8 bits, and the next layer does not read it."""
+    w1 = np.concatenate([np.full((1, 1, 1, 1), 1000), RNG.normal(size=(7, 1, 1, 1))]).astype(np.float32)
+    w2 = RNG.normal(size=(64, 8, 3, 3)).astype(np.float32)
+    w2[:, 0] = 0
+    body = "[a] c = Conv(x, w1) h = HardSwish(c) [b] y = Conv(h, w2)"
+    p = prepare(parse(f"g (float[N,1,6,6] x) => (float[N,64,4,4] y) {{ {body} }}", {"w1": w1, "w2": w2}, opset=21), infer_types)
+    x = {"x": RNG.normal(size=(4, 1, 6, 6)).astype(np.float32)}
+    parts = measure(p.graph, p.model, find_sites(p.graph), dict.fromkeys("ab", (8, 8)), x, least=1e-9)
+
+    found = {part.sites: part.damage for part in parts if not part.is_weight}
+
+    assert found["a",] > 0.5
+    assert lost(p.graph, p, x)["a"].is_float
 
 
 def bits(**options: object) -> dict[str, str]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnxcomp.errors import DataError
 from onnxcomp.numerics import statistics
 from onnxcomp.numerics.affine import QParams, Scheme, from_range
-from onnxcomp.numerics.ranges import METHODS, Lookup, choose
+from onnxcomp.numerics.ranges import METHODS, Lookup, choose, whole_steps
 from onnxcomp.numerics.statistics import Histogram
 
 ASYMMETRIC = [Scheme(2), Scheme(4), Scheme(4, signed=True)]
@@ -206,3 +206,24 @@ def test_a_histogram_of_nothing_is_refused() -> None:
     text = "A tensor to be quantized had no value in any sample, so it has no range. Check the samples."
     with pytest.raises(DataError, match=f"^{re.escape(text)}$"):
         choose(Histogram.of(np.zeros(0)), Scheme())
+
+
+@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(8, signed=True), Scheme(8, False, True)])
+@pytest.mark.parametrize(("low", "high"), [(-3.0, 20.0), (-0.5, 1.0), (-40.0, 90.0), (0.0, 600.0)])
+def test_a_value_is_a_whole_number_of_steps_and_lies_among_the_codes(scheme: Scheme, low: float, high: float):
+    h = Histogram.of(np.random.default_rng(0).uniform(low, high, 10_000).astype(np.float32))
+
+    best = choose(h, scheme)
+    found = whole_steps(h, best, 3.0)
+
+    steps = 3.0 / float(found.scale)
+    if not 1 <= 3.0 / float(best.scale) <= 128:
+        assert found is best
+        return
+    assert steps == pytest.approx(round(steps), abs=1e-4)
+    assert 1 <= round(steps) <= int(found.zero_point) - scheme.qmin
+    if scheme.symmetric:
+        assert found.zero_point == scheme.midpoint
+    errors = Lookup(h).squared_error(scheme, *(np.array([a]) for a in (found.scale, found.zero_point)))
+    least = Lookup(h).squared_error(scheme, *(np.array([a]) for a in (best.scale, best.zero_point)))
+    assert errors[0] <= 8 * least[0]

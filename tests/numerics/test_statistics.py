@@ -125,3 +125,20 @@ def test_a_subsample_visits_every_channel_alike() -> None:
     x = np.broadcast_to(np.arange(192), (197, 192))  # 192 = 3 * 64: a stride of 9 would see a third of the channels
     counts = np.bincount(subsample(x, 197 * 192 // 9), minlength=192)
     assert counts.max() - counts.min() <= 1
+
+
+def test_weights_are_squares_of_slopes_and_where_nothing_counts_nothing_is_left() -> None:
+    x = np.linspace(-8, 8, 4001, dtype=np.float32)
+    h = Histogram.of(x)
+
+    found = h.weighted(lambda v: np.where(v > 0, 3 * v, np.where(v > -2, -v, 2)))
+
+    edges = (h.first + np.arange(h.counts.size)) * h.width
+    expected = h.counts * np.where(edges >= 0, 9, np.where(edges >= -2, 1, 0))
+    assert (found.first * found.width, found.low, found.high, found.width) == (-2, -2, 8, h.width)
+    np.testing.assert_allclose(found.counts, expected[edges >= -2], rtol=1e-3)
+
+
+def test_a_constant_function_changes_no_histogram() -> None:
+    for h in (Histogram.of(np.arange(5, dtype=np.float32)), Histogram.of(np.zeros(0, np.float32))):
+        assert h.weighted(np.zeros_like) is h

@@ -55,6 +55,29 @@ def test_the_bounds_of_clips_are_stored_once():
     assert sorted(stored(model)) == ["onnxcomp/max.u4", "onnxcomp/max.u6", "onnxcomp/zero.u8", "s", "z"]
 
 
+# --- HardSwish, read from codes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "zero"), [(1, 1), (6, 6), (40, 100), (127, 255), (60, 250)])
+def test_the_hard_swish_of_codes_is_a_product_of_codes_and_exact(steps: int, zero: int):
+    scale = np.float32(3 / steps)
+    codes = np.arange(256, dtype=np.int64)
+    x = ((codes - zero) * scale).astype(np.float32).reshape(64, 4)
+
+    model = matmul(static("x", "a") + "y = HardSwish(a)", s=scale, z=np.uint8(zero))
+
+    assert ops(model) == ["QuantizeLinear", "DequantizeLinear", "Clip", "DequantizeLinear", "Mul"]
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(both(model, x), wide * np.clip(wide / 6 + 0.5, 0, 1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("scale", "zero"), [(3 / 40.5, 100), (3 / 40, 39), (3.2, 10)])
+def test_a_hard_swish_whose_bend_is_no_code_stays(scale: float, zero: int):
+    model = matmul(static("x", "a") + "y = HardSwish(a)", s=np.float32(scale), z=np.uint8(zero))
+
+    assert ops(model) == ["QuantizeLinear", "DequantizeLinear", "HardSwish"]
+
+
 # --- activation functions that a quantizer repeats -------------------------------------------------------------------
 
 SIX = {"zero": np.float32(0), "six": np.float32(6)}
