@@ -313,3 +313,25 @@ def test_data_of_files_can_be_pickled(tmp_path: Path):
     data = open_data(tmp_path / "d.npz", [ROW])
 
     assert pickle.loads(pickle.dumps(data)).digest == data.digest
+
+
+def test_whole_feeds_may_be_stacked_where_every_array_has_one_axis_more():
+    """Inputs that share no batch axis: there are no rows to take, but feeds."""
+    specs = [spec(1, "samples", name="audio"), spec(name="rate")]
+    audio, rate = np.arange(12, dtype=np.float32).reshape(3, 1, 4), np.float32([8, 16, 22])
+
+    data = open_data({"audio": audio, "rate": rate, "y": np.arange(3)}, specs)
+
+    assert [feed["audio"].shape for feed in data] == [(1, 4)] * 3
+    assert [float(feed["rate"]) for feed in data] == [8, 16, 22]
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 1, 2]
+
+
+def test_feeds_of_a_fixed_batch_may_be_stacked_too():
+    x = np.arange(24, dtype=np.float32).reshape(3, 1, 2, 4)
+
+    data = open_data(x, [spec(1, 2, 4)])
+
+    assert len(data) == 3
+    np.testing.assert_array_equal(data[2]["x"], x[2])

@@ -133,6 +133,7 @@ def test_one_array_for_two_inputs(tmp_path: Path):
     ("array", "found"),
     [
         (np.ones((2, 3, 4), np.float32), "float32[2, 3, 4]: rank 3 is not 2."),
+        (np.ones((2, 1, 4), np.float32), "float32[2, 1, 4]: rank 3 is not 2."),
         (np.ones((), np.float32), "float32[]: rank 0 is not 2."),
         (np.ones((2, 4), np.float32), "float32[2, 4]: axis 1 is 4, not 3."),
         (np.ones(4, np.float32), "float32[1, 4]: axis 1 is 4, not 3."),

@@ -89,11 +89,15 @@ class Inputs:
             found = dict(zip(names, found.values(), strict=True))
         if found.keys() != set(names):
             raise DataError(f"{where}: expected arrays called {', '.join(names)}, found {', '.join(found) or 'none'}.")
-        feed = {spec.name: self._arrange(spec, found[spec.name], where) for spec in self.specs}
+        feed = found
+        if not self._is_stack(found):
+            feed = {spec.name: self._arrange(spec, found[spec.name], where) for spec in self.specs}
         return feed, None if label is None else np.array(stored[label])
 
     def rows(self, feed: Feed, where: str) -> Sequence[Row]:
         """Where the rows of arranged arrays lie; if they do not share their rows they are one as they are."""
+        if self._is_stack(feed):
+            return range(len(feed[self.specs[0].name]))
         lengths: dict[str, int] = {}
         for spec in self.specs:
             axis, array = spec.shape[0] if spec.shape else None, feed[spec.name]
@@ -129,6 +133,14 @@ class Inputs:
             array = array[None]
         spec.check(array, where, is_whole=False)
         return array
+
+    def _is_stack(self, feed: Feed) -> bool:
+        """Whether every array has one axis more than the model takes, all of one length: a stack of whole feeds."""
+        arrays = [(spec, feed[spec.name]) for spec in self.specs]
+        lengths = {array.shape[:1] for _, array in arrays}
+        if len(lengths) != 1 or lengths & {(), (0,)} or any(self._steps(*pair) for pair in arrays):
+            return False
+        return all(spec.shape is not None and spec.misfit(array[0]) is None for spec, array in arrays)
 
     def _steps(self, spec: InputSpec, array: np.ndarray) -> Preprocess | None:
         """The preprocess, if these are pixels and the input takes pictures."""

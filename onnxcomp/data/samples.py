@@ -38,7 +38,7 @@ def open_data(
     model = Inputs(tuple(inputs), preprocess)
     parts = [_look(part, model) for part in open_source(source)]
     rows = [(part, row) for part in parts for row in part.rows]
-    batch = 1 if any(row is ... for _, row in rows) else model.batch or 1
+    batch = model.batch or 1 if all(isinstance(row, slice) for _, row in rows) else 1
     total = len(rows) // batch
     if total == 0:
         where = source if isinstance(source, str | os.PathLike) else "data"

@@ -33,8 +33,8 @@ IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TYPES = (".npz", ".npy", *IMAGE_TYPES)
 MAPPED_BYTES = 1 << 24
 """From which an array of a .npz is not read into memory."""
-Row = slice | EllipsisType
-"""Where a row lies in arrays; `...` if all of them are one row as they are."""
+Row = slice | int | EllipsisType
+"""Where a row lies in arrays; `...` if all of them are one row as they are, a number where they are stacks of whole feeds."""
 
 
 @dataclass(frozen=True, eq=False)
