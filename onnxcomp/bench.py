@@ -27,9 +27,9 @@ FEEDS = 8
 
 def bench(
     models: Sequence[str | Path], data: object = None, *, shapes: Mapping[str, tuple[int, ...]] | None = None,
-    preprocess: Preprocess | None = None, threads: int = 1, rounds: int = 20, operators: bool = False,
+    preprocess: Preprocess | None = None, threads: int = 1, rounds: int = 20, operators: bool = False, count: int = FEEDS,
 ) -> Benchmark:  # fmt: skip
-    """Time `models` on the first samples of `data`, or on one made-up feed.
+    """Time `models` on the first `count` samples of `data`, or on one made-up feed.
 
     shapes     of made-up inputs, by name
     operators  measure the time by type of operator too
@@ -44,7 +44,7 @@ def bench(
             raise UsageError(f"{model} takes {found}, but {models[0]} takes {taken}.")
     notes: list[str] = []
     opened = [made_up(specs, shapes or {}, notes)] if data is None else open_data(data, specs, preprocess=preprocess)
-    feeds = list(islice(opened, FEEDS))
+    feeds = list(islice(opened, count))
     latencies = runtime.measure(models, feeds, threads=threads, rounds=rounds)
     timings = []
     for model, latency in zip(models, latencies, strict=True):

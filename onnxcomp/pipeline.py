@@ -24,7 +24,7 @@ from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.mapped import embed, outside
-from onnxcomp.graph.prepare import Prepared, prepare
+from onnxcomp.graph.prepare import Prepared, correct_ranks, prepare
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Forecast, Plan, Report
 from onnxcomp.transform import transform
@@ -153,6 +153,7 @@ def compress(
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
     feeds = feeds or [single]
+    corrected = correct_ranks(prepared, {name: array.ndim for name, array in reference.run(single).items()})
     equal = transform(prepared, recipe, target, single, samples, stackable=stackable)
     graph, recipe, choice = equal.graph, equal.recipe, equal.choice
     plan = target.plan(graph, choice.sites, choice.settings)
@@ -176,7 +177,9 @@ def compress(
         walk = Walk(*how, choice.blocks, matched=recipe.moments == "auto", seed=seed, decisions=equal.decisions)
         walk.run(progress)
         expected = None if store is None else walk.expected(len(feeds))
-    return Compressed(source, recipe, prepared, reference, samples, single, feeds, choice, walk, expected, equal.notes)
+    return Compressed(
+        source, recipe, prepared, reference, samples, single, feeds, choice, walk, expected, [*equal.notes, *corrected]
+    )
 
 
 def foresee(

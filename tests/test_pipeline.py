@@ -293,3 +293,21 @@ def test_a_file_that_fails_its_proof_does_not_replace_one_that_held(folder: Path
 
     assert output.read_bytes() == b"held"
     assert left_behind(folder) == ["out.onnx"]
+
+
+def test_an_output_of_another_rank_than_it_declares_is_no_reason_to_refuse(rng: np.random.Generator):
+    """The shape is computed, so that nothing contradicts the declaration before constants are folded."""
+    weights = {"w": rng.normal(size=(8, 6)).astype(np.float32), "two": np.array([2]), "rest": np.array([-1, 3])}
+    text = "g (float[N,8] x) => (float[N,6] y) { [fc] h = MatMul(x, w) s = Concat<axis = 0>(rest, two) y = Reshape(h, s) }"
+
+    found = quantize(parse(text, weights), rng.normal(size=(12, 8)).astype(np.float32), BASE)
+
+    assert "Output 'y' declares rank 2 and has 3: its shape is left open." in found.report.notes
+
+
+def test_inputs_may_be_numbers_without_axes(rng: np.random.Generator):
+    weights = {"w": rng.normal(size=(8, 6)).astype(np.float32)}
+    text = "g (float[N,8] x, float factor) => (float[N,6] y) { h = Mul(x, factor) [fc] y = MatMul(h, w) }"
+    feeds = [{"x": rng.normal(size=(1, 8)).astype(np.float32), "factor": np.float32(2)} for _ in range(8)]
+
+    assert quantize(parse(text, weights), feeds, "auto").report.samples == 8

@@ -242,5 +242,5 @@ def batches(feeds: Iterable[Feed], batchable: bool, size: int = BATCH) -> Iterat
     for _, alike in itertools.groupby(enumerate(feeds), lambda pair: [(name, a.shape) for name, a in pair[1].items()]):
         while some := list(itertools.islice(alike, size if batchable else 1)):
             parts = [feed for _, feed in some]
-            stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            yield LiveBatch(tuple(index for index, _ in some), stacked if len(parts) > 1 else dict(parts[0]))
+            live = dict(parts[0]) if len(parts) == 1 else {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+            yield LiveBatch(tuple(index for index, _ in some), live)

@@ -13,6 +13,8 @@ from onnxcomp.errors import UsageError
 
 LONG = 60
 """Seconds from which a run says in front what it will take."""
+LARGE, ROUNDS = 1 << 30, 5
+"""Bytes from which a file is not timed in the end, and rounds in which others are."""
 
 
 @main.command()
@@ -83,7 +85,7 @@ def quantize(
     widths = "auto" if is_auto else recipe.bits
     destination = Path(output) if output is not None else path.with_name(f"{path.stem}.{widths}.onnx")
 
-    from onnxcomp import automatic, pipeline
+    from onnxcomp import automatic, bench, pipeline, targets
     from onnxcomp.comparison import compare as compare_models, demand
     from onnxcomp.graph import files
     from onnxcomp.report import html, text
@@ -113,6 +115,9 @@ def quantize(
             found = compare_models(path, result.finished, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
             demand(found, max_drop)
             files.save(result.finished, destination, force=force, source=path)
+    if data is not None and result.report.target == targets.find("auto").name and files.size(destination) < LARGE:
+        how = {"preprocess": recipe.preprocess, "rounds": ROUNDS, "count": 1}
+        said["Speed"] = text.speed(bench.bench([path, destination], data, **how).models[1])
     if page is not None:
         files.save_text(html.page(result.report), page)
     if result.traffic:
@@ -124,4 +129,4 @@ def quantize(
         click.echo(shown.notes[0], err=True)
         shown, following = dataclasses.replace(shown, notes=shown.notes[1:]), ["bench", model, str(destination)]
     last = f"\n{destination}\nNext: onnxcomp {shlex.join(following)}"
-    return result.report, text.report(shown, all_sites=all_sites), said, last
+    return result.report, text.report(shown, said, all_sites=all_sites), last

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, TensorShapeProto, helper, numpy_helper
 
 from onnxcomp.graph import fold, merge
 from onnxcomp.graph.convert import to_graph, to_model
@@ -65,6 +65,20 @@ def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, 
     if _is_float16(graph):
         notes.append("The weights are float16 and stay so.")
     return Prepared(graph, to_model(graph, model), tuple(notes))
+
+
+def correct_ranks(prepared: Prepared, ranks: Mapping[str, int]) -> list[str]:
+    """Leave open, in place, the shapes of outputs that declare another rank than the one in `ranks`, which they have: tools
+    that infer shapes refuse them. What was done, one note per output.
+    """
+    wrong = {t.name: len(t.shape) for t in prepared.graph.outputs if t.shape is not None and len(t.shape) != ranks[t.name]}
+    for tensor in [t for t in prepared.graph.outputs if t.name in wrong]:
+        tensor.shape = [None] * ranks[tensor.name]
+    for value in [value for value in prepared.model.graph.output if value.name in wrong]:
+        value.type.tensor_type.shape.CopyFrom(TensorShapeProto(dim=[TensorShapeProto.Dimension()] * ranks[value.name]))
+    return [
+        f"Output '{name}' declares rank {was} and has {ranks[name]}: its shape is left open." for name, was in wrong.items()
+    ]
 
 
 _STEPS = (

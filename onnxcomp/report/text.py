@@ -17,9 +17,9 @@ Facts = Mapping[str, Iterable[str]]
 """Names, and what there is to say of each."""
 
 
-def report(value: model.Report, *, all_sites: bool = False) -> str:
-    """The whole report; the `LONGEST` worst sites only, unless `all_sites`."""
-    return f"{title(value)}\n\n{sites(value.sites, all_sites=all_sites)}\n\n{facts(report_facts(value))}"
+def report(value: model.Report, more: Facts | None = None, *, all_sites: bool = False) -> str:
+    """The whole report, and `more`; the `LONGEST` worst sites only, unless `all_sites`."""
+    return f"{title(value)}\n\n{sites(value.sites, all_sites=all_sites)}\n\n{facts(report_facts(value) | (more or {}))}"
 
 
 def comparison(value: model.Comparison) -> str:
@@ -34,6 +34,15 @@ def comparison(value: model.Comparison) -> str:
     outputs = table(["Output", "SQNR", "Cosine", "Agreement"], rows, right=("SQNR", "Cosine"))
     head = f"{value.reference} -> {value.other}, {plural(value.samples, 'sample')}"
     return f"{head}\n\n{outputs}\n\n{facts(lines)}{_methods(value) if value.methods else ''}"
+
+
+def speed(value: model.Timing) -> list[str]:
+    """What a quantized file takes beside the float one, and what to make of it where that is no less."""
+    taken = (
+        f"{value.ratio:.2f} of the float model's time ({value.ratio_low:.2f}-{value.ratio_high:.2f}), one sample, one thread"
+    )
+    slow = "So it is smaller, but no faster: `onnxcomp bench --profile` shows which operators take the time."
+    return [taken, slow] if value.ratio >= 1 else [taken]
 
 
 def _methods(value: model.Comparison) -> str:

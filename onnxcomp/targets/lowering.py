@@ -243,12 +243,18 @@ class _Lowering:
         stored = codes if width != 4 else packed_int4(codes.name, codes.values)
         if width not in (4, 8):
             stored = self._looked_up(new, codes, bits)
-        if (self.encoding.fused or self.encoding.tables) and any(
-            reader.op == "Sum" or maker(reader.inputs[0]) not in ("FakeQuantize", "DequantizeLinear") for reader in y.outputs
-        ):
-            factor = Constant(scale.name, along(scale.values, axis, len(codes.shape)))
-            new("Mul", y, new("Cast", "codes.f32", stored, to=FLOAT), factor)
-            return new.made
+        floats = [r for r in y.outputs if r.op == "Sum" or maker(r.inputs[0]) not in ("FakeQuantize", "DequantizeLinear")]
+        if floats and (self.encoding.fused or self.encoding.tables):
+            is_all = len(floats) == len(y.outputs)
+            value = y if is_all else Variable(f"{y.name}/float", dtype=np.dtype(np.float32))
+            for reader in floats:
+                reader.inputs[next(i for i, t in enumerate(reader.inputs) if t is y)] = value
+            factor = Constant(scale.name if is_all else f"{scale.name}.float", along(scale.values, axis, len(codes.shape)))
+            new.name = value.name
+            new("Mul", value, new("Cast", "codes.f32", stored, to=FLOAT), factor)
+            new.name = y.name
+            if is_all:
+                return new.made
         if width == 4 and not is_native:
             stored = new("Cast", "codes.i8", stored, dtype=np.int8, to=INT8)
         zero_point = packed_int4(f"{y.name}/zero_point", zero) if is_native else Constant(f"{y.name}/zero_point", zero)

@@ -60,6 +60,8 @@ def _find_region(graph: Graph, static: Mapping[str, Site], results: set[str]) ->
                 stored[output.name] = None
         elif node.op in PASS_THROUGH_OPS and node.inputs and node.inputs[0].name in stored:
             stored |= {output.name: node.inputs[0].name for output in node.outputs if _feeds_integers(output, static)}
+        elif node.op == "HardSigmoid" and node.inputs[0].name in stored:  # a gate: small, and what it multiplies is not
+            stored |= {t.name: None for t in node.outputs if t.name not in results and [r.op for r in t.outputs] == ["Mul"]}
     return stored, joins
 
 

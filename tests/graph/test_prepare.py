@@ -10,11 +10,11 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 from equality import Feeds, ops, parse, prepare_and_compare, run, stored
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, checker, helper
 
 from onnxcomp import runtime
 from onnxcomp.graph import files
-from onnxcomp.graph.prepare import Prepared, prepare
+from onnxcomp.graph.prepare import Prepared, correct_ranks, prepare
 
 X = {"x": np.float32([[1, -2, 3], [-4, 5, 0.5]])}
 W = np.float32([[1, 2, 3], [4, 5, 6], [7, 8, 10]])
@@ -368,3 +368,15 @@ def test_a_tensor_of_unknown_rank_is_not_taken_for_a_scalar(rng: np.random.Gener
     feeds = {"x": rng.normal(size=(2, 4)).astype(np.float32), "s": np.array([1, 2, 4])}
     assert prepared.graph.tensors()["r"].shape is None
     np.testing.assert_array_equal(run(prepared.model, feeds)["y"], run(model, feeds)["y"])
+
+
+def test_the_shape_of_an_output_that_has_another_rank_is_left_open():
+    text = "g (float[2,6] x) => (float[2,6] y, float[2,6] z) { y = Reshape(x, shape) z = Neg(x) }"
+    prepared = prepare(parse(text, {"shape": np.array([2, 3, 2])}), lambda model: {})
+
+    notes = correct_ranks(prepared, {"y": 3, "z": 2})
+
+    assert notes == ["Output 'y' declares rank 2 and has 3: its shape is left open."]
+    assert [t.shape for t in prepared.graph.outputs] == [[None] * 3, [2, 6]]
+    assert [len(value.type.tensor_type.shape.dim) for value in prepared.model.graph.output] == [3, 2]
+    checker.check_model(prepared.model, full_check=True)

@@ -47,6 +47,21 @@ def test_a_weight_has_a_zero_point_per_channel_and_its_own_axis():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_a_weight_of_integer_and_float_readers_is_stored_once_and_read_in_both_ways(rng: np.random.Generator, bits: int):
+    codes = rng.integers(-8, 8, size=(4, 4)).astype(np.int8)
+    scale = np.array([0.5, 1, 2, 4], np.float32)
+    x = rng.integers(-8, 8, size=(5, 4)).astype(np.float32) / 4
+    body = static("x", "a") + dequantize("W", "ws", "w", bits) + "b = MatMul(a, w) c = MatMul(x, w) y = Add(b, c)"
+
+    model = matmul(body, W=codes, ws=scale)
+
+    assert sum(i.name.startswith("W") for i in model.graph.initializer) == 1
+    makers = {n.output[0]: n.op_type for n in model.graph.node}
+    assert sorted(makers[n.input[1]] for n in model.graph.node if n.op_type == "MatMul") == ["DequantizeLinear", "Mul"]
+    np.testing.assert_array_equal(both(model, x), (np.clip(np.rint(x * 2) / 2, -4, 123.5) + x) @ (codes * scale))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_a_weight_in_front_of_float_activations_is_cast_and_multiplied(rng: np.random.Generator, bits: int):
     codes = rng.integers(-8, 8, size=(4, 4)).astype(np.int8)
     scale = np.array([0.5, 1, 2, 4], np.float32)

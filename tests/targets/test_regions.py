@@ -42,6 +42,7 @@ def convs(text: str, opset: int = 21) -> ModelProto:
         "six": np.float32(6),
         "flat": np.array([0, -1]),
         "half": np.ones((4, 1, 1), np.float32) / 2,
+        "plane": np.ones((6, 6), np.float32) / 2,
         "wide": np.ones((144, 3), np.float32),
     }
     used = {key: value for key, value in constants.items() if f"{key})" in text or f" {key}," in text}
@@ -132,7 +133,7 @@ def test_what_joins_stored_tensors_is_stored_and_a_site(op: str):
     [
         ("[a] h = Conv(x, w) [j] k = Add(h, x) y = Tanh(k)", "one operand is float"),
         (
-            "[a] h = Conv(x, w) [j] k = Mul(h, half) y = Tanh(k)",
+            "[a] h = Conv(x, w) [j] k = Mul(h, plane) y = Tanh(k)",
             "its constant operand would serve no integer reader",
         ),
         ("[a] h = Conv(x, w) [b] g = Conv(x, w) [j] y = Add(h, g)", "it is an output"),
@@ -262,7 +263,7 @@ def test_points_are_in_the_order_in_which_they_are_fitted():
 
 def test_a_constant_that_is_added_or_multiplied_is_stored_in_8_bits(rng: np.random.Generator):
     text = """g (float[N,3,8,8] x) => (float[N,4,6,6] y) {
-        [one] c = Conv(x, w1) [scale] s = Mul(c, k) [shift] a = Add(s, o) r = Relu(a) [two] d = Conv(r, w2) y = Relu(d)
+        [one] c = Conv(x, w1) [shift] a = Add(c, o) [scale] s = Mul(a, k) r = Relu(s) [two] d = Conv(r, w2) y = Relu(d)
     }"""
     shapes = {"w1": (4, 3, 3, 3), "k": (4, 1, 1), "o": (1, 4, 6, 6), "w2": (4, 4, 1, 1)}
     model = parse(text, {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()})
@@ -270,4 +271,35 @@ def test_a_constant_that_is_added_or_multiplied_is_stored_in_8_bits(rng: np.rand
     result = quantize(model, rng.normal(size=(8, 3, 8, 8)).astype(np.float32))
 
     kernels = {site.name: site.kernel for site in result.report.sites}
-    assert kernels == {"one": "QLinearConv", "scale": "QLinearMul", "shift": "QLinearAdd", "two": "QLinearConv"}
+    assert kernels == {"one": "QLinearConv", "shift": "QLinearAdd", "scale": "QLinearMul", "two": "QLinearConv"}
+
+
+# --- hard activations ------------------------------------------------------------------------------------------------
+
+
+def test_a_hard_swish_between_convs_is_stored_and_its_scale_divides_three():
+    found = plan(convs("[a] c = Conv(x, w) h = HardSwish(c) [b] y = Conv(h, w)"))
+
+    assert stored(found) == {"c": None, "h": None, "y": None}
+    assert [(s.op, s.kind) for s in found.sites] == [("Conv", "layer"), ("HardSwish", "join"), ("Conv", "layer")]
+    assert {p.tensor: p.divides for p in found.points if p.consumers is None} == {"c": 3.0, "h": None, "y": None}
+
+
+def test_a_hard_swish_that_a_constant_is_added_to_stays_float():
+    text = "[a] c = Conv(x, w) h = HardSwish(c) k = Add(h, half) [b] y = Conv<pads = [1, 1, 1, 1]>(k, w)"
+
+    found = plan(convs(text))
+
+    assert stored(found) == {"c": None, "y": None}
+    assert inputs(found) == {"x": ("a",), "k": ("b",)}
+
+
+def test_the_gate_of_squeeze_and_excitation_is_stored_and_is_no_site():
+    text = (
+        """[a] c = Conv(x, w) p = GlobalAveragePool(c) [b] s = Conv(p, w) g = HardSigmoid(s) m = Mul(c, g) [d] y = Conv(m, w)"""
+    )
+
+    found = plan(convs(text))
+
+    assert stored(found) == dict.fromkeys(("c", "p", "s", "g", "m", "y"))
+    assert [s.op for s in found.sites] == ["Conv", "GlobalAveragePool", "Conv", "Mul", "Conv"]
