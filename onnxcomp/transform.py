@@ -92,11 +92,12 @@ def _rescue(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> Non
     """Let layers of 8-bit activations with a fixed range that lose too much stay float there, or have their weights rounded by
     GPTQ.
     """
-    if target.encoding.where == "units":  # where nothing is float
+    is_open = {"floats": found.recipe.activations == "auto", "gptq": found.recipe.rounding == "auto"}
+    if target.encoding.where == "units" or not any(is_open.values()):  # where nothing is float, or all is said
         return
     asked = {name: w for name, w in open_widths(found.recipe, found.choice).items() if w[1] == sensitivity.WIDE}
     asked = {name: w for name, w in asked.items() if found.choice.settings[name].activations == "static"}
-    rescued = sensitivity.rescue(found.graph, prepared.model, found.choice.sites, asked, rows)
+    rescued = sensitivity.rescue(found.graph, prepared.model, found.choice.sites, asked, rows, **is_open)
     floats = {name: (asked[name][0], None) for name, layer in rescued.items() if layer.is_float}
     gptq = [SiteRule(glob.escape(name), rounding="gptq") for name, layer in rescued.items() if layer.is_gptq]
     found.recipe = widened(found.recipe, floats)

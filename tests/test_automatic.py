@@ -67,9 +67,9 @@ def test_the_smallest_file_within_the_drop_lies_beside_a_recipe_that_gives_it_ag
     assert found.exit_code == 0, found.stderr
     chosen = recipe.find(tmp_path / "out.recipe.toml")
     assert (chosen.samples, chosen.sensitive) == (9, "asked")  # every width is chosen, those of sensitive layers as well
-    assert "Bounds  --max-drop 40: loses " in found.stdout
+    assert "Bounds        --max-drop 40: loses " in found.stdout
     assert " points of top-1 agreement on 3 held-out samples\n" in found.stdout
-    assert f"Recipe  {tmp_path / 'out.recipe.toml'}\n" in found.stdout
+    assert f"Recipe        {tmp_path / 'out.recipe.toml'}\n" in found.stdout
     assert run("quantize", net, "--data", data, "--recipe", tmp_path / "out.recipe.toml", "-o", again).exit_code == 0
     assert again.read_bytes() == output.read_bytes()
 

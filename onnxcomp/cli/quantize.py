@@ -14,7 +14,7 @@ from onnxcomp.errors import UsageError
 LONG = 60
 """Seconds from which a run says in front what it will take."""
 LARGE, ROUNDS = 1 << 30, 5
-"""Bytes from which a file is not timed in the end, and rounds in which others are."""
+"""Bytes of a model from which it is not timed in the end, and rounds in which others are."""
 
 
 @main.command()
@@ -115,7 +115,7 @@ def quantize(
             found = compare_models(path, result.finished, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
             demand(found, max_drop)
             files.save(result.finished, destination, force=force, source=path)
-    if data is not None and result.report.target == targets.find("auto").name and files.size(destination) < LARGE:
+    if data is not None and result.report.target == targets.find("auto").name and files.size(path) < LARGE:
         how = {"preprocess": recipe.preprocess, "rounds": ROUNDS, "count": 1}
         said["Speed"] = text.speed(bench.bench([path, destination], data, **how).models[1])
     if page is not None:

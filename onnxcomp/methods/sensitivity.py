@@ -129,10 +129,11 @@ def widen(
 
 
 def rescue(
-    graph: Graph, like: ModelProto, sites: Sequence[Site], asked: Mapping[str, Widths], feed: Mapping[str, Array]
-) -> dict[str, Rescued]:
+    graph: Graph, like: ModelProto, sites: Sequence[Site], asked: Mapping[str, Widths], feed: Mapping[str, Array],
+    *, floats: bool = True, gptq: bool = True,
+) -> dict[str, Rescued]:  # fmt: skip
     """The layers among those `asked` for, of 8-bit activations with a fixed range, that lose too much; arguments as those of
-    `widen`.
+    `widen`, and what is open: `floats` for activations, `gptq` for weights.
     """
     layers = [site for site in sites if site.name in asked]
     if not layers or all(t.dtype != np.float32 for t in graph.outputs):
@@ -140,9 +141,8 @@ def rescue(
     parts = measure(graph, like, layers, asked, feed, least=ROUGH)
     budget, taken = FLOAT, set[int]()
     for i in sorted(range(len(parts)), key=lambda i: -parts[i].damage / max(parts[i].cost, TINY)):
-        part = parts[i]
-        cost = 0.0 if part.is_weight else part.cost
-        if part.damage > max(ROUGH, cost) and cost <= budget:
+        cost, is_open = (0.0, gptq) if parts[i].is_weight else (parts[i].cost, floats)
+        if is_open and parts[i].damage > max(ROUGH, cost) and cost <= budget:
             budget -= cost
             taken.add(i)
     total, found = sum(part.damage for part in parts), dict[str, Rescued]()

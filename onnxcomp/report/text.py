@@ -19,7 +19,7 @@ Facts = Mapping[str, Iterable[str]]
 
 def report(value: model.Report, more: Facts | None = None, *, all_sites: bool = False) -> str:
     """The whole report, and `more`; the `LONGEST` worst sites only, unless `all_sites`."""
-    return f"{title(value)}\n\n{sites(value.sites, all_sites=all_sites)}\n\n{facts(report_facts(value) | (more or {}))}"
+    return f"{title(value)}\n\n{sites(value.sites, all_sites=all_sites)}\n\n{facts({**report_facts(value), **(more or {})})}"
 
 
 def comparison(value: model.Comparison) -> str:

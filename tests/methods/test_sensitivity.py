@@ -209,6 +209,23 @@ def test_an_input_that_8_bits_cannot_hold_stays_float_where_its_layer_is_cheap()
         assert {name: layer.is_float for name, layer in lost(p.graph, p, {"x": x}).items()} == expected
 
 
+@pytest.mark.parametrize("options", [{"activations": "static"}, {"sensitive": "asked"}, {"target": "qnn"}, {}])
+def test_what_the_recipe_or_the_target_leaves_no_choice_of_is_not_rescued(options: dict[str, str]):
+    """The first Conv reads what 8 bits cannot hold, and is a hundredth of the model."""
+    w1, w2 = RNG.normal(size=(8, 2, 1, 1)).astype(np.float32), RNG.normal(size=(96, 8, 3, 3)).astype(np.float32)
+    w1[:, 0] = 0
+    body = "[a] c = Conv(x, w1) h = Relu(c) [b] y = Conv(h, w2)"
+    model = parse(f"g (float[N,2,8,8] x) => (float[N,96,6,6] y) {{ {body} }}", {"w1": w1, "w2": w2}, opset=21)
+    x = RNG.normal(size=(8, 2, 8, 8)).astype(np.float32)
+    x[:, 0] *= 100_000
+
+    report = quantize(model, x, Recipe(**options)).report  # type: ignore[arg-type]
+
+    rescued = [d.site for d in report.decisions if d.method == "rescue" and d.adopted]
+    assert rescued == ([] if options else ["a"])
+    assert report.sites[0].bits == ("w8a8" if options else "w8")
+
+
 def test_what_a_conv_stores_counts_where_an_activation_reads_it():
     """One channel is a thousand times as wide as the others, which are lost in 8 bits, and the next layer does not read it."""
     w1 = np.concatenate([np.full((1, 1, 1, 1), 1000), RNG.normal(size=(7, 1, 1, 1))]).astype(np.float32)
