@@ -161,9 +161,13 @@ def measure(
     graph: Graph, like: ModelProto, layers: Sequence[Site], asked: Mapping[str, Widths], feed: Mapping[str, Array],
     open_to: frozenset[str] = frozenset(), *, mixed: bool = False, least: float = 0.0,
 ) -> list[Part]:  # fmt: skip
-    """Every part with its damage, stretch by stretch; arguments as those of `widen`. With `least` parts of 8 bits are looked at
-    too, and what Convs store, in the stretches that do as much damage in all.
+    """Every part with its damage, stretch by stretch; arguments as those of `widen`. With `least` it is the parts of 8 bits,
+    and what Convs store, that are looked at, where they do as much damage together.
     """
+
+    def is_asked(bits: int) -> bool:
+        return bits == WIDE if least else bits < WIDE
+
     steps, nodes = schedule(graph, {site.name: site for site in layers}), {node.name: node for node in graph.nodes}
     sizes, macs, found, live = _sizes(graph, layers), dict[str, int](), list[tuple[tuple[str, ...], bool, float]](), dict(feed)
     length = max(-(-len(steps) // STRETCHES), SHORTEST)
@@ -172,11 +176,11 @@ def measure(
         here, live = [step.site for step in stretch if step.site is not None], {name: live[name] for name in stretch[0].live_in}
         passed, lost = _run(graph, like, here, asked, live, [name for step in behind for name in step.live_in])
         macs |= {s.name: sizes[s.name] * lost[s.name].size // nodes[s.name].inputs[1].shape[s.weight_axis] for s in here}
-        errors = [Error(s.raw, (s.name,), True, lost[s.name], for_all=True) for s in here if least or asked[s.name][0] < WIDE]
+        errors = [Error(s.raw, (s.name,), True, lost[s.name], for_all=True) for s in here if is_asked(asked[s.name][0])]
         for x in dict.fromkeys(site.x for site in here):
             readers = tuple(site.name for site in layers if site.x == x)
             bits = min(asked[name][1] or WIDE for name in readers)
-            if (least or bits < WIDE) and readers[0] in lost:
+            if is_asked(bits) and readers[0] in lost:
                 how = {"token": open_to.issuperset(readers), "mixed": mixed and all(can_mix(nodes[name]) for name in readers)}
                 values = nearest(passed[x], Scheme(bits), **how) - passed[x]
                 errors.append(Error(x, readers, False, values, for_all=False))

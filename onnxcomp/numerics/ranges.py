@@ -49,7 +49,9 @@ def whole_steps(h: Histogram, q: QParams, value: float) -> QParams:
     steps, most = value / float(q.scale), 2 ** (q.scheme.bits - 1)
     if not 1 <= steps <= most:
         return q
-    counts = np.unique([np.floor(steps), np.ceil(steps)])
+    top = (q.scheme.qmax - int(q.zero_point)) * float(q.scale)
+    reaching = value * (q.scheme.qmax - q.scheme.qmin) / (top + value)  # to the same top from so many codes below zero
+    counts = np.unique(np.maximum(np.floor([steps, steps + 1, min(reaching, steps)]), 1))
     scale = (value / counts).astype(np.float32)
     lowest = (int(q.zero_point) - q.scheme.qmin) * float(q.scale) / scale
     zero = np.minimum(np.maximum(np.rint(lowest), counts) + q.scheme.qmin, q.scheme.qmax).astype(q.scheme.dtype)
