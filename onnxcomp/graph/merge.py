@@ -179,14 +179,13 @@ def _merge_input(layer: gs.Node, constants: _Constants) -> int:
         elif not padded:
             constants.put(layer, 2, _bias(layer) + by_input(shift).sum(axis=(2, 3)).ravel(), node.inputs[1 - i])
         elif before is not None and before[2].all() and not before[3].any():  # the shift moves in front of the scale
-            node, at, scale, _ = before
-            add = layer.inputs[0].inputs[0]
-            shift = (shift / scale).reshape(-1, *(1 for _ in weight.shape[2:]))
+            scaler, at, scale, _ = before
+            moved = ((shift if node.op == "Add" else -shift) / scale).reshape(-1, *(1 for _ in weight.shape[2:]))
             constants.put(layer, 1, by_input(scale).reshape(weight.shape))
-            constants.put(add, 1 - i, shift if np.ptp(shift) else shift.ravel()[0])
-            add.inputs[i] = node.inputs[at]
-            add.outputs[0].name = fresh_name(f"{add.outputs[0].name}/unscaled", constants.taken)
-            detach(node)
+            constants.put(node, 1 - i, moved if np.ptp(moved) else moved.ravel()[0])
+            node.inputs[i] = scaler.inputs[at]
+            node.outputs[0].name = fresh_name(f"{node.outputs[0].name}/unscaled", constants.taken)
+            detach(scaler)
             count += 1
             continue
         else:

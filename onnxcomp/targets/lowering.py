@@ -250,9 +250,8 @@ class _Lowering:
             for reader in floats:
                 reader.inputs[next(i for i, t in enumerate(reader.inputs) if t is y)] = value
             factor = Constant(scale.name if is_all else f"{scale.name}.float", along(scale.values, axis, len(codes.shape)))
-            new.name = value.name
-            new("Mul", value, new("Cast", "codes.f32", stored, to=FLOAT), factor)
-            new.name = y.name
+            scaled = Nodes(value.name, new.made)
+            scaled("Mul", value, scaled("Cast", "codes.f32", stored, to=FLOAT), factor)
             if is_all:
                 return new.made
         if width == 4 and not is_native:

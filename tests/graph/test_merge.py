@@ -202,7 +202,7 @@ def test_what_stands_in_front_of_a_convolution_without_padding_is_merged_into_it
     [
         ("h = Mul(r, c)", []), ("h = Add(r, c)", ["Add"]), ("k = Mul(r, c) h = Add(k, one)", ["Add"]),
         ("k = Add(r, c) h = Mul(k, c)", ["Add"]), ("k = Mul(r, c) l = Mul(k, two) h = Sub(l, one)", ["Sub"]),
-        ("k = Mul(r, none) h = Add(k, one)", ["Mul", "Add"]),
+        ("k = Mul(r, none) h = Add(k, one)", ["Mul", "Add"]), ("k = Mul(r, c) h = Sub(k, one)", ["Sub"]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("padding", ["pads = [1, 1, 1, 1]", 'auto_pad = "SAME_UPPER"'])
