@@ -221,24 +221,26 @@ def _affine_before(
     """The operator that alone makes this input for `node` and scales, or shifts, what it reads for the layer: the operator, the
     input that it reads, and [channels] scale and shift.
     """
-    tensor = node.inputs[index]
-    if len(tensor.inputs) != 1 or len(tensor.outputs) != 1 or tensor.name in leaving:
+    maker = _only_maker(node, index, leaving)
+    if maker is None or not is_op(maker, "Add", "Sub", "Mul", "Div"):
         return None
-    maker = tensor.inputs[0]
-    for i in (0, 1) if is_op(maker, "Add", "Sub", "Mul", "Div") else ():
+    for i in (0, 1):
         affine = _affine(maker, i, layer, reads=True)
         if affine is not None and ((affine[0] == 1).all() or not affine[1].any()):
             return maker, i, *affine
     return None
 
 
+def _only_maker(node: gs.Node, index: int, leaving: set[str]) -> gs.Node | None:
+    """What makes this input, if `node` alone reads it."""
+    tensor = node.inputs[index]
+    return tensor.inputs[0] if len(tensor.inputs) == len(tensor.outputs) == 1 and tensor.name not in leaving else None
+
+
 def _layer_before(node: gs.Node, index: int, leaving: set[str], *ops: str) -> gs.Node | None:
     """The layer with constant weights that makes this input, if this node alone reads it."""
-    tensor = node.inputs[index]
-    if len(tensor.inputs) != 1 or len(tensor.outputs) != 1 or tensor.name in leaving:
-        return None
-    layer = tensor.inputs[0]
-    return layer if is_op(layer, *ops) and _is_constant(layer) else None
+    layer = _only_maker(node, index, leaving)
+    return layer if layer is not None and is_op(layer, *ops) and _is_constant(layer) else None
 
 
 def _is_constant(layer: gs.Node) -> bool:

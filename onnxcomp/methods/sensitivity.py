@@ -174,7 +174,9 @@ def measure(
     for start in range(0, len(steps), length):
         stretch, behind = steps[start : start + length], steps[start + length : start + length + 1]
         here, live = [step.site for step in stretch if step.site is not None], {name: live[name] for name in stretch[0].live_in}
-        passed, lost = _run(graph, like, here, asked, live, [name for step in behind for name in step.live_in])
+        functions = {s: part for s in here if least and s.op == "Conv" and (part := _activation(graph, s)) is not None}
+        needed = [*(name for step in behind for name in step.live_in), *(site.y for site in functions)]
+        passed, lost = _run(graph, like, here, asked, live, needed)
         macs |= {s.name: sizes[s.name] * lost[s.name].size // nodes[s.name].inputs[1].shape[s.weight_axis] for s in here}
         errors = [Error(s.raw, (s.name,), True, lost[s.name], for_all=True) for s in here if is_asked(asked[s.name][0])]
         for x in dict.fromkeys(site.x for site in here):
@@ -184,7 +186,7 @@ def measure(
                 how = {"token": open_to.issuperset(readers), "mixed": mixed and all(can_mix(nodes[name]) for name in readers)}
                 values = nearest(passed[x], Scheme(bits), **how) - passed[x]
                 errors.append(Error(x, readers, False, values, for_all=False))
-        errors += [stored for s in here if least and s.op == "Conv" for stored in _stored(graph, like, s, live)]
+        errors += [_stored(like, site, passed[site.y], part) for site, part in functions.items()]
         damages = _damages(graph, like, errors, live, least)
         found += [(error.sites, error.is_weight, damage) for error, damage in zip(errors, damages, strict=True)]
         live = passed
@@ -219,20 +221,21 @@ def _run(
     return {name: found[name] for name in read}, {name: found[twin] for name, twin in twins.items()}
 
 
-def _stored(graph: Graph, like: ModelProto, site: Site, live: Mapping[str, Array]) -> list[Error]:
-    """What storing the result of a Conv in 8 bits does behind the activation that alone reads it; none where nothing does, or
-    where that is a ReLU, whose result layers read.
-    """
+def _activation(graph: Graph, site: Site) -> Graph | None:
+    """The activation that alone reads what the site makes; None for a ReLU, whose result layers read."""
     part = function_behind(graph, site.y)
-    if part is None or all(node.op in ("Relu", "Clip") for node in part.nodes):
-        return []
-    y, result = run_part(extract(graph, list(live), [site.y]), live, like)[site.y], part.outputs[0].name
+    return None if part is None or all(node.op in ("Relu", "Clip") for node in part.nodes) else part
+
+
+def _stored(like: ModelProto, site: Site, y: Array, part: Graph) -> Error:
+    """What storing y, the result of a Conv, in 8 bits does behind the activation `part`."""
+    result = part.outputs[0].name
 
     def after(values: Array) -> Array:
         return run_part(part, {site.y: values}, like)[result]
 
     q = choose(Histogram.of(subsample(y, SEEN)).weighted(lambda x: after(x).ravel()), Scheme(WIDE))
-    return [Error(result, (site.name,), False, after(q.fake(y)) - after(y), for_all=True)]
+    return Error(result, (site.name,), False, after(q.fake(y)) - after(y), for_all=True)
 
 
 def _joined(found: Sequence[tuple[tuple[str, ...], bool, float]]) -> list[tuple[tuple[str, ...], bool, float]]:
