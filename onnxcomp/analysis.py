@@ -39,6 +39,7 @@ from onnxcomp.compress.walk import Walk
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node, Tape, Variable, apply, extract, tensors_of
+from onnxcomp.graph.selection import compared
 from onnxcomp.methods.weights import stored
 from onnxcomp.numerics.affine import Scheme
 from onnxcomp.recipe import Bits, Recipe
@@ -77,7 +78,7 @@ def analyze(
     assert made.samples is not None
     walk, samples = made.walk, made.samples
     graph, parts = blend(walk)
-    outputs = [t.name for t in walk.reference.outputs if t.dtype == np.float32]
+    outputs = [t.name for t in compared(walk.reference) if t.dtype == np.float32]
     if not outputs:
         raise ModelError("The model has no output of type float32, so damage cannot be measured there.")
     passes = min(PASSES, 1 << max(len(parts) - 1, 0).bit_length())

@@ -7,24 +7,28 @@ r and o are an output of the reference and of the other model. With labels, an a
 label, and the drop is the difference of the two accuracies in points, with its standard error: both models answer the
 same questions, so only the g gained and l lost answers of n count:  100 sqrt(g + l - (g - l)^2 / n) / n.
 
-One pass, one sample at a time, so a range that a model measures at run time is that of the sample. Limits: the models must
-have the same inputs and outputs by name; outputs that are no tensors of numbers are not compared.
+Outputs that are picked (`graph.selection`) are compared where they are of one shape in both models, and what they are picked
+from beside them. One pass, one sample at a time, so a range that a model measures at run time is that of the sample. Limits:
+the models must have the same inputs and outputs by name; outputs that are no tensors of numbers are not compared.
 """
 
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from onnxcomp.data import InputSpec, open_data
 from onnxcomp.errors import BoundError, DataError, ModelError, UsageError
 from onnxcomp.graph import files
+from onnxcomp.graph.selection import picked
+from onnxcomp.graph.weights import expose
 from onnxcomp.numerics.arrays import energies, sqnr_db
 from onnxcomp.preprocess import Preprocess
 from onnxcomp.report.model import Accuracy, Comparison, OutputComparison
-from onnxcomp.runtime import Model, Progress, Session, ignore
+from onnxcomp.runtime import Model, Progress, Session, ignore, infer_types
 
 Array = np.ndarray
 
@@ -46,11 +50,16 @@ def compare(
     models = [files.load(m) if isinstance(m, bytes) else m for m in (reference, other)]
     titles = ["model" if isinstance(m, files.ModelProto) else str(m) for m in models]
     sizes = [files.bytes_of(m) if isinstance(m, files.ModelProto) else files.size(m) for m in models]
-    left, right = (Session(model) for model in models)
+    left, right = map(Session, models)
     _check_ports(left, right)
+    exposed, chosen = _exposed(models, [name for name, _ in left.outputs])
+    if chosen:
+        left, right = map(Session, exposed)
     specs = [InputSpec(name, kind.dtype, kind.shape) for name, kind in left.inputs if kind.dtype is not None]
     opened = open_data(data, specs, preprocess=preprocess, labels=labels, limit=limit, seed=seed, skip=skip)
-    outputs = [_Output(name) for name, kind in left.outputs if kind.dtype is not None and kind.dtype.kind != "O"]
+    outputs = [
+        _Output(name, name in chosen) for name, kind in left.outputs if kind.dtype is not None and kind.dtype.kind != "O"
+    ]
     for number, feed in enumerate(opened, 1):
         r, o = left.run(feed), right.run(feed)
         for output in outputs:
@@ -60,11 +69,29 @@ def compare(
     return Comparison(titles[0], titles[1], sizes[0], sizes[1], len(opened), tuple(results), accuracy)
 
 
+def _exposed(models: Sequence[Model], outputs: Sequence[str]) -> tuple[list[Model], frozenset[str]]:
+    """The two models with what `outputs` are picked from as outputs too, where both have it; and which ones are picked."""
+    reference = models[0]
+    nodes = files.read_nodes(Path(reference)) if isinstance(reference, str | Path) else files.load(reference).graph.node
+    ops = [(node.op_type, node.input, node.output) for node in nodes]
+    if not picked(ops, outputs, lambda _: True)[0]:
+        return [*models], frozenset()
+    types = [infer_types(model) for model in models]
+    floating = {name for name, kind in types[0].items() if kind.dtype is not None and kind.dtype.kind == "f"}
+    found, sources = picked(ops, outputs, floating.__contains__)
+    shared = [name for name in sources if name not in outputs and all(name in known for known in types)]
+    return [expose(files.load(model), shared) for model in models], found
+
+
 @dataclass
 class _Output:
     """Sums over the samples of one output, and the answers that were given."""
 
     name: str
+    is_picked: bool = False
+    """So that its shape follows from values."""
+    other_shapes: int = 0
+    """Samples for which the two have not the same shape."""
     signal: float = 0.0
     noise: float = 0.0
     cosines: list[float] = field(default_factory=list)
@@ -75,6 +102,9 @@ class _Output:
 
     def add(self, r: Array, o: Array) -> None:
         """Add one sample."""
+        if r.shape != o.shape and self.is_picked:
+            self.other_shapes += 1
+            return
         if r.shape != o.shape:
             shapes = f"{list(r.shape)} and {list(o.shape)}"
             raise ModelError(f"Output '{self.name}' has shapes {shapes} in the two models, so they cannot be compared.")
@@ -95,6 +125,8 @@ class _Output:
         self.cosines.append(float(r @ o) / norms if norms > 0 else float(not r.any() and not o.any()))
 
     def result(self) -> OutputComparison:
+        if self.other_shapes:
+            return OutputComparison(self.name, None, None, None, 0, self.not_finite, self.other_shapes)
         count = sum(len(r) for r, _ in self.answers)
         same = sum(int(np.count_nonzero(r == o)) for r, o in self.answers)
         sqnr, cosine = (sqnr_db(self.signal, self.noise), float(np.mean(self.cosines))) if self.cosines else (None, None)

@@ -19,7 +19,7 @@ from onnxcomp.choose import Choice
 from onnxcomp.compress.forecast import forecast
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data, Feed, InputSpec, open_data
-from onnxcomp.finish import find_kernels, finish, fix
+from onnxcomp.finish import drop_outputs, find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph
@@ -28,7 +28,7 @@ from onnxcomp.graph.prepare import Prepared, correct_ranks, prepare
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Forecast, Plan, Report
 from onnxcomp.transform import transform
-from onnxcomp.verify import made_up_feed, verify
+from onnxcomp.verify import demand_equal, made_up_feed, verify
 
 PROOF_SAMPLES = 2
 """Calibration samples that the finished file is run on, at least; where they are run together, `BATCH`."""
@@ -89,9 +89,11 @@ def quantize(
         folder = proving.enter_context(scratch.folder())
         proof = proving.enter_context(files.PendingFile(finished, folder / "model.onnx"))
         proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
-        verification = verify(proof.path, made.reference, feeds, made.expected)
+        verification = verify(proof.path, made.reference, feeds, made.expected, prepared.picked)
         sites = account.audit_sites(lowered, walk.plan)
-        kernels, by, said = find_kernels(proof.path, target, lowered, sites, feeds, made.reference)
+        kernels, by, said = find_kernels(proof.path, target, lowered, sites, feeds, made.reference, prepared.picked)
+    for made_model in (finished, *terms):
+        drop_outputs(made_model, prepared.watched)
     if target.fixed:
         fix(finished, made.single)
     notes = [*made.notes, *said]
@@ -153,7 +155,9 @@ def compress(
     # enough to run the file on, never to fit it
     single = made_up_feed(reference) if samples is None else samples[0]
     feeds = feeds or [single]
-    corrected = correct_ranks(prepared, {name: array.ndim for name, array in reference.run(single).items()})
+    outputs = reference.run(single)
+    demand_equal(source, outputs, single, prepared.picked)
+    corrected = correct_ranks(prepared, {name: array.ndim for name, array in outputs.items()})
     equal = transform(prepared, recipe, target, single, samples, stackable=stackable)
     graph, recipe, choice = equal.graph, equal.recipe, equal.choice
     plan = target.plan(graph, choice.sites, choice.settings)

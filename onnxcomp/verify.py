@@ -6,26 +6,37 @@ lies at a rounding threshold, and in a deep network one such code changes all th
 that are each as far from the float model as the quantization error:
 
     |y_on - z|^2 <= max(4 |z - y_float|^2, 1e-4 |y_float|^2)     z: the plain run, and what calibration arrived at
+
+The float model is the one given, rewritten. The two may differ by roundings, of which the given model's own, with
+optimizations and without, are the measure:
+
+    |y_float - y_given|^2 <= max(100 |y_given,off - y_given|^2, 1e-6 |y_given|^2)
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from onnxcomp.errors import ModelError, VerificationError
 from onnxcomp.graph.files import check
-from onnxcomp.numerics.arrays import energies, made_up, sqnr_db
+from onnxcomp.numerics.arrays import EQUAL_DB, energies, made_up, sqnr_db
 from onnxcomp.report.model import Verification
-from onnxcomp.runtime import Feed, Session, version
+from onnxcomp.runtime import Feed, Model, Session, version
 
 FLOOR = 1e-4
 APART = 4.0
 """Energy of the difference of two errors, at most, over that of either: they may point in opposite directions."""
+ROUNDINGS, ROUNDED = 100.0, 1e-6
+"""Energy of what rewriting does, at most, over that of what optimizing does, and over that of the output."""
 
 
-def verify(path: Path, reference: Session, feeds: Sequence[Feed], expected: Sequence[Feed] | None) -> Verification:
-    """Prove the model at `path` on `feeds`, against the float session `reference` and the outputs of the walk.
+def verify(
+    path: Path, reference: Session, feeds: Sequence[Feed], expected: Sequence[Feed] | None,
+    picked: Collection[str] = (),
+) -> Verification:  # fmt: skip
+    """Prove the model at `path` on `feeds`, against the float session `reference` and the outputs of the walk. Outputs that are
+    `picked` must be there, and that is all.
 
     Raises VerificationError with the first law that does not hold.
     """
@@ -34,7 +45,7 @@ def verify(path: Path, reference: Session, feeds: Sequence[Feed], expected: Sequ
         on, off = (_outputs(path, feeds, optimize=optimize) for optimize in (True, False))
     except ModelError as error:
         raise VerificationError(f"The quantized model does not run: {error} Nothing was written.") from None
-    want = [reference.run(feed) for feed in feeds]
+    want = [without(reference.run(feed), picked) for feed in feeds]
     for outputs, target in zip([*on, *off], [*want, *want], strict=True):
         for name, array in target.items():
             if not np.all(np.isfinite(outputs[name][np.isfinite(array)])):
@@ -45,6 +56,27 @@ def verify(path: Path, reference: Session, feeds: Sequence[Feed], expected: Sequ
         demand(on, expected, want, "and calibration differ by more than twice the quantization error")
     samples, calibrated = sum(_length(feed) for feed in feeds), None if expected is None else sqnr(on, expected)
     return Verification(checker, f"onnxruntime {version()}", samples, sqnr(on, off), sqnr(on, want), calibrated)
+
+
+def without(outputs: Feed, left_out: Collection[str]) -> Feed:
+    """The outputs but for some."""
+    return {name: array for name, array in outputs.items() if name not in left_out}
+
+
+def demand_equal(given: Model, rewritten: Feed, feed: Feed, picked: Collection[str] = ()) -> None:
+    """Raise VerificationError where the outputs `rewritten`, of the float model in standard form, are not those of `given`, but
+    for those that are `picked`.
+    """
+    want, plain = without(Session(given).run(feed), picked), None
+    for name in (name for name, array in want.items() if np.issubdtype(array.dtype, np.floating)):
+        energy, difference = energies(want[name], rewritten[name])
+        if difference <= ROUNDED * energy:
+            continue
+        plain = plain or Session(given, optimize=False).run(feed)
+        if not difference <= ROUNDINGS * energies(want[name], plain[name])[1]:
+            text = f"Output '{name}': the model as it is rewritten before it is quantized is only within"
+            tail = "of the one given. This is a fault of onnxcomp, please report it. Nothing was written."
+            raise VerificationError(f"{text} {sqnr_db(energy, difference):.0f} dB {tail}")
 
 
 def _outputs(path: Path, feeds: Sequence[Feed], *, optimize: bool) -> list[dict[str, np.ndarray]]:
@@ -66,7 +98,7 @@ def made_up_feed(session: Session) -> dict[str, np.ndarray]:
 
 def sqnr(found: Sequence[Feed], want: Sequence[Feed]) -> float:
     """The lowest SQNR over the outputs, all feeds together, dB; 200 where all are equal."""
-    return min(sqnr_db(*_energies(found, want, name)) for name in want[0])
+    return min((sqnr_db(*_energies(found, want, name)) for name in want[0]), default=EQUAL_DB)
 
 
 def _energies(found: Sequence[Feed], want: Sequence[Feed], name: str) -> np.ndarray:

@@ -38,7 +38,7 @@ EYE = np.eye(4, dtype=np.float32)
 
 
 def only(found: Comparison) -> tuple[float | None, float | None, float | None]:
-    (output,) = found.outputs
+    output, *_ = found.outputs
     return output.sqnr_db, output.cosine, output.agreement
 
 

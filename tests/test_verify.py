@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from onnx import ModelProto
 from onnxcomp import runtime
 from onnxcomp.errors import VerificationError
 from onnxcomp.report.model import Verification
-from onnxcomp.verify import made_up_feed, sqnr, verify
+from onnxcomp.verify import demand_equal, made_up_feed, sqnr, verify
 
 Array = np.ndarray
 X = np.array([[1, 2, -2, 4]], np.float32)
@@ -243,3 +244,41 @@ def test_a_made_up_feed_is_the_same_every_time():
     session = runtime.Session(scale(1).SerializeToString())
 
     assert made_up_feed(session)["x"].tolist() == made_up_feed(session)["x"].tolist()
+
+
+@pytest.mark.parametrize(("factor", "holds"), [(1.0, True), (1.0005, True), (1.01, False)])
+def test_the_rewritten_model_may_differ_from_the_one_given_by_roundings_alone(factor: float, holds: bool):
+    if holds:
+        demand_equal(scale(2), {"y": 2 * factor * X}, {"x": X})
+        return
+    with pytest.raises(VerificationError) as caught:
+        demand_equal(scale(2), {"y": 2 * factor * X}, {"x": X})
+    text = (
+        "Output 'y': the model as it is rewritten before it is quantized is only within 40 dB of the one given. This is a fault"
+    )
+    assert str(caught.value) == f"{text} of onnxcomp, please report it. Nothing was written."
+
+
+@pytest.mark.parametrize(("own", "holds"), [(0.0, False), (0.01, True), (0.001, False)])
+def test_the_rewritten_model_may_round_as_the_given_one_does(monkeypatch: pytest.MonkeyPatch, own: float, holds: bool):
+    class Rounding:
+        def __init__(self, _: ModelProto, *, optimize: bool = True) -> None:
+            self.y = X + (0 if optimize else own)
+
+        def run(self, _: object) -> dict[str, Array]:
+            return {"y": self.y}
+
+    monkeypatch.setattr("onnxcomp.verify.Session", Rounding)
+    with nullcontext() if holds else pytest.raises(VerificationError):
+        demand_equal(scale(1), {"y": X + 0.05}, {"x": X})
+
+
+def test_outputs_that_are_picked_are_not_compared(path: Path):
+    text = "g (float[N,4] x) => (float[N,4] h, float[N,1] y) { h = Mul(x, w) y, i = TopK(h, one) }"
+    whole = model(text, w=np.float32(1), one=np.array([1]))
+    onnx.save(whole, path)
+    expected = [{"h": X, "y": np.array([[np.nan]], np.float32)}]
+
+    assert "Output 'y'" in refusal(path, whole, whole, [{"x": X}], expected)
+    assert verify(path, runtime.Session(path), [{"x": X}], expected, picked={"y"}).expected_db == 200
+    demand_equal(whole, expected[0], {"x": X}, picked={"y"})

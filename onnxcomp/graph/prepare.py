@@ -16,9 +16,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import ModelProto, NodeProto, TensorProto, TensorShapeProto, helper, numpy_helper
 
-from onnxcomp.graph import fold, merge
+from onnxcomp.graph import fold, merge, selection
 from onnxcomp.graph.convert import to_graph, to_model
-from onnxcomp.graph.edit import fresh_name
+from onnxcomp.graph.edit import fresh_name, tensors_of
 from onnxcomp.graph.fuse import fuse_primitives
 from onnxcomp.graph.opset import TARGET, raise_opset, standard_opset
 from onnxcomp.graph.types import TensorType
@@ -33,8 +33,13 @@ class Prepared:
     """
 
     graph: gs.Graph
+    """Its outputs are those of the model, and what some of them are picked from."""
     model: ModelProto
     notes: tuple[str, ...]
+    picked: frozenset[str] = frozenset()
+    """Outputs that cannot be compared place by place (`graph.selection`)."""
+    watched: tuple[str, ...] = ()
+    """The outputs that were added for that."""
 
 
 def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, TensorType]]) -> Prepared:
@@ -64,7 +69,11 @@ def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, 
         notes.append(f"Bodies of If, Loop and Scan left as they are: {bodies}.")
     if _is_float16(graph):
         notes.append("The weights are float16 and stay so.")
-    return Prepared(graph, to_model(graph, model), tuple(notes))
+    picked, sources = selection.find_picked(graph)
+    watched = tuple(name for name in sources if all(name != t.name for t in graph.outputs))
+    tensors = tensors_of(graph)
+    graph.outputs += [tensors[name] for name in watched]
+    return Prepared(graph, to_model(graph, model), tuple(notes), picked, watched)
 
 
 def correct_ranks(prepared: Prepared, ranks: Mapping[str, int]) -> list[str]:

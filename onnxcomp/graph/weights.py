@@ -1,7 +1,7 @@
 """The tensors stored in a model: walking over them, telling their sizes, and reading those kept in files beside it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -79,6 +79,14 @@ def expose_all(model: ModelProto) -> ModelProto:
     declared = {value.name for value in exposed.graph.output}
     produced = dict.fromkeys(name for node in exposed.graph.node for name in node.output if name)
     exposed.graph.output.extend(ValueInfoProto(name=name) for name in produced if name not in declared)
+    return exposed
+
+
+def expose(model: ModelProto, names: Iterable[str]) -> ModelProto:
+    """A copy of the model with these tensors as outputs too, without a type."""
+    exposed = ModelProto()
+    exposed.CopyFrom(model)
+    exposed.graph.output.extend(ValueInfoProto(name=name) for name in names)
     return exposed
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Constant, Graph, Node, Tape, apply, detach, extract, replace_uses
 from onnxcomp.graph.files import ModelProto
+from onnxcomp.graph.selection import compared
 from onnxcomp.graph.sites import Site, find_sites
 from onnxcomp.graph.streams import Heads, Stream, find_heads, find_streams, set_constant
 from onnxcomp.graph.tidy import add_to_output
@@ -69,7 +70,7 @@ def rotate_folded(graph: Graph, like: ModelProto, feed: Mapping[str, Array]) -> 
 def agreement(graph: Graph, other: Graph, like: ModelProto, feed: Mapping[str, Array]) -> float:
     """The SQNR of the worst output of `other` against `graph` on one feed, dB."""
     want, found = (run_part(part, feed, like) for part in (graph, other))
-    return min(sqnr_db(*energies(want[name], found[name])) for name in want)
+    return min(sqnr_db(*energies(want[t.name], found[t.name])) for t in compared(graph))
 
 
 def run_part(part: Graph, feed: Mapping[str, Array], like: ModelProto) -> Mapping[str, Array]:

@@ -29,6 +29,7 @@ from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph, Tape, Variable, apply, extract, tensors_of
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.schedule import schedule
+from onnxcomp.graph.selection import compared
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Outcome
 from onnxcomp.methods.rotation import can_mix, nearest, run_part
@@ -103,7 +104,7 @@ def widen(
     mixed     whether inputs may be rotated
     """
     layers = [site for site in sites if site.name in asked and min(asked[site.name][0], asked[site.name][1] or WIDE) < WIDE]
-    if not layers or all(t.dtype != np.float32 for t in graph.outputs):
+    if not layers or all(t.dtype != np.float32 for t in compared(graph)):
         return {}
     parts = measure(graph, like, layers, asked, feed, open_to, mixed=mixed)
     damages = np.array([part.damage for part in parts])
@@ -136,7 +137,7 @@ def rescue(
     `widen`, and what is open: `floats` for activations, `gptq` for weights.
     """
     layers = [site for site in sites if site.name in asked]
-    if not layers or all(t.dtype != np.float32 for t in graph.outputs):
+    if not layers or all(t.dtype != np.float32 for t in compared(graph)):
         return {}
     parts = measure(graph, like, layers, asked, feed, least=ROUGH)
     budget, taken = FLOAT, set[int]()
@@ -253,7 +254,7 @@ def _damages(
     """What each error, put in alone, does to the outputs, over their energy; `live`: what the model goes on from. Zero for
     those that do less than `least` together: groups of errors that do more are halved.
     """
-    ends = [t.name for t in graph.outputs if t.dtype == np.float32 and t.name not in live]
+    ends = [t.name for t in compared(graph) if t.dtype == np.float32 and t.name not in live]
     if not errors or not ends:
         return [0.0] * len(errors)
     rest = extract(graph, list(live), ends)

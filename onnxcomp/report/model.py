@@ -152,6 +152,8 @@ class OutputComparison:
     answers: int
     not_finite: int
     """Values that are finite in the reference and NaN or infinite in the other model."""
+    other_shapes: int = 0
+    """Samples for which the two models pick another number of values, so that nothing is compared."""
 
 
 @dataclass(frozen=True)

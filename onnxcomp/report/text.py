@@ -312,6 +312,8 @@ def _output_row(output: model.OutputComparison) -> list[str]:
     sqnr = "-" if output.sqnr_db is None else decibels(output.sqnr_db)
     cosine = "-" if output.cosine is None else f"{output.cosine:.5f}"
     share = output.agreement
+    if output.other_shapes:
+        return [output.name, sqnr, cosine, f"other shapes for {plural(output.other_shapes, 'sample')}"]
     agreement = "-" if share is None else f"{share:.2%} ({round(share * output.answers)} of {output.answers})"
     return [output.name, sqnr, cosine, agreement]
 

@@ -155,12 +155,22 @@ def test_float_activations_stay_float_and_wide_layers_are_not_looked_at():
 
 def test_what_no_float_output_depends_on_does_no_damage():
     w = {name: RNG.normal(size=(WIDTH, 4)).astype(np.float32) for name in "vw"}
-    body = "[a] h = MatMul(x, v) k = ArgMax <axis = 1, keepdims = 0> (h) [b] y = MatMul(x, w)"
-    p = prepare(parse(f"g (float[N,{WIDTH}] x) => (int64[N] k, float[N,4] y) {{ {body} }}", w), infer_types)
+    body = "[a] h = MatMul(x, v) k = Cast <to = 7> (h) [b] y = MatMul(x, w)"
+    p = prepare(parse(f"g (float[N,{WIDTH}] x) => (int64[N,4] k, float[N,4] y) {{ {body} }}", w), infer_types)
 
     parts = measure(p.graph, p.model, find_sites(p.graph), dict.fromkeys("ab", (4, None)), FEED)
 
     assert [part.damage > 0 for part in parts] == [False, True]
+
+
+def test_a_class_counts_by_the_numbers_that_it_is_picked_from():
+    w = {"w": RNG.normal(size=(WIDTH, 4)).astype(np.float32)}
+    text = f"g (float[N,{WIDTH}] x) => (int64[N,1] k) {{ [a] h = MatMul(x, w) k = ArgMax <axis = 1> (h) }}"
+    p = prepare(parse(text, w), infer_types)
+
+    (part,) = measure(p.graph, p.model, find_sites(p.graph), {"a": (4, None)}, FEED)
+
+    assert part.damage > 0
 
 
 def test_where_no_output_is_a_number_of_type_float_nothing_can_be_measured():
