@@ -64,9 +64,8 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     if any(node.op in ("QuantizeLinear", "DynamicQuantizeLinear") for node in graph.nodes):
         raise ModelError("The model is quantized already. Give the float model that it was made from.")
     if not chosen:
-        raise UnsupportedSite(
-            "No Conv, Gemm or MatMul with a constant float32 weight is left to quantize. Check include and exclude."
-        )
+        text = "No Conv, Gemm or MatMul with a constant float32 weight is left to quantize."
+        raise UnsupportedSite(f"{text} {_why_none(graph, _skipped(graph, every, chosen))}")
     settings = {site.name: _settings(tensors, site, recipe, target, with_data=with_data) for site in chosen}
     chosen = tuple(s for s in chosen if s.kind != "product" or settings[s.name].activations != "float")
     # A table per token is read at every run; beside codes of 8 bits it repairs too little for that.
@@ -176,6 +175,14 @@ def _skipped(graph: Graph, every: tuple[Site, ...], chosen: tuple[Site, ...]) ->
     sites, kept = {site.name: site for site in every}, {site.name for site in chosen}
     left = [node for node in graph.nodes if node.op in LAYER_OPS and node.name not in kept]
     return tuple(Skipped(node.name, node.op, _reason(node, sites.get(node.name))) for node in left)
+
+
+def _why_none(graph: Graph, skipped: Sequence[Skipped]) -> str:
+    """Why there is nothing to quantize, or what to do about it."""
+    inside = sum(node.op in LAYER_OPS for body in graph.subgraphs(recursive=True) for node in body.nodes)
+    if skipped:
+        return f"The first of {len(skipped)}, {skipped[0].name}: {skipped[0].reason}."
+    return f"There are {inside} inside bodies of If, Loop and Scan, which are left as they are." if inside else "It has none."
 
 
 def _reason(node: Node, site: Site | None) -> str:

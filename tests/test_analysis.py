@@ -141,9 +141,8 @@ def test_damage_needs_samples() -> None:
 
 
 def test_damage_needs_an_output_of_floats() -> None:
-    text = (
-        '<ir_version: 10, opset_import: ["" : 21]> n (float[N,16] x) => (int64[N,16] y) { [fc] h = MatMul(x, w) y = Cast<to = 7>(h) }'
-    )
+    body = "[fc] h = MatMul(x, w) y = Cast<to = 7>(h)"
+    text = f'<ir_version: 10, opset_import: ["" : 21]> n (float[N,16] x) => (int64[N,16] y) {{ {body} }}'
     net = tiny.build("most", text, {"w": np.eye(16, dtype=np.float32)}, tiny.feeds(np.random.default_rng(0), 16))
     expected = r"^The model has no output of type float32, so damage cannot be measured there\.$"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,9 +145,25 @@ def test_a_model_without_sites_is_refused():
     with pytest.raises(UnsupportedSite) as caught:
         quantize(model, None, BASE)
 
-    assert str(caught.value) == (
-        "No Conv, Gemm or MatMul with a constant float32 weight is left to quantize. Check include and exclude."
-    )
+    assert str(caught.value) == ("No Conv, Gemm or MatMul with a constant float32 weight is left to quantize. It has none.")
+
+
+def test_a_refusal_says_where_the_layers_are(rng: np.random.Generator):
+    w = rng.normal(size=(4, 4)).astype(np.float32)
+    branches = "then_branch = g () => (float[N,4] p) { p = MatMul(x, w) }, else_branch = h () => (float[N,4] q) { q = Neg(x) }"
+    inside = parse(f"g (float[N,4] x, bool b) => (float[N,4] y) {{ y = If (b) <{branches}> }}", {"w": w})
+    computed = parse("g (float[N,4] x, float[4,4] v) => (float[N,4] y) { u = Neg(v) [fc] y = Gemm(x, u) }")
+    plain = parse("g (float[N,4] x) => (float[N,4] y) { [fc] y = MatMul(x, w) }", {"w": w})
+    left = "No Conv, Gemm or MatMul with a constant float32 weight is left to quantize."
+
+    for model, recipe, why in (
+        (inside, BASE, "There are 1 inside bodies of If, Loop and Scan, which are left as they are."),
+        (computed, BASE, "The first of 1, fc: weight 'u' is not a constant of type float32."),
+        (plain, replace(BASE, exclude=("fc",)), "The first of 1, fc: not included by the recipe."),
+    ):
+        with pytest.raises(UnsupportedSite) as caught:
+            quantize(model, None, recipe)
+        assert str(caught.value) == f"{left} {why}"
 
 
 def test_a_quantized_model_is_refused(rng: np.random.Generator):

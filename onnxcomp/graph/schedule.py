@@ -23,7 +23,7 @@ class Step:
     site: Site | None
     """The site at the head of the stretch, if the cut was made for one."""
     reads: tuple[str, ...]
-    """What the node at the head reads; all of it is alive."""
+    """What the node at the head reads, inside its bodies too; all of it is alive."""
     live_in: tuple[str, ...]
     computed: tuple[str, ...]
     """What the stretch computes and a later stretch, or the caller, reads."""
@@ -49,7 +49,8 @@ def schedule(graph: gs.Graph, heads: Mapping[str, Site | None]) -> tuple[Step, .
     for index, (head, nodes) in enumerate(stretches):
         alive = [name for name in alive if last_read.get(name, -1) >= index]
         computed = [t.name for n in nodes for t in n.outputs if last_read.get(t.name, -1) > index]
-        reads = () if head is None else tuple(t.name for t in head.inputs if isinstance(t, gs.Variable))
+        seen = [] if head is None else [*head.inputs, *outer_reads(head, tensors)]
+        reads = tuple(t.name for t in seen if isinstance(t, gs.Variable))
         site = None if head is None else heads[head.name]
         steps.append(Step(index, site, reads, tuple(alive), tuple(computed)))
         alive += computed

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, tensors_of
+from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, outer_reads, tensors_of
 from onnxcomp.graph.sites import PASS_THROUGH_OPS, Site, join
 from onnxcomp.targets.base import Encoding, Plan, Point, Settings
 
@@ -36,10 +36,12 @@ def plan(graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], 
             points[tensor] = replace(points[same_as], tensor=tensor, highest=float("inf"), same_as=same_as)
     order = {node.name: index for index, node in enumerate(graph.nodes)}
     every = sorted([*sites, *joins], key=lambda site: order[site.name])
-    heads: dict[str, Site | None] = {site.name: site for site in every}
-    for tensor in stored:
-        if tensors[tensor].outputs:
-            heads.setdefault(min(tensors[tensor].outputs, key=lambda node: order[node.name]).name, None)
+    heads, unread = dict[str, Site | None]({site.name: site for site in every}), set(stored)
+    for node in graph.nodes:  # in order, so that the first reader of a tensor comes first; it may read inside its bodies
+        read = [t.name for t in (*node.inputs, *outer_reads(node, tensors)) if t.name in unread]
+        if read:
+            heads.setdefault(node.name, None)
+            unread.difference_update(read)
     return Plan(tuple(every), dict(settings), (*points.values(), *_input_points(every, settings, points, encoding)), heads)
 
 

@@ -303,3 +303,21 @@ def test_the_gate_of_squeeze_and_excitation_is_stored_and_is_no_site():
 
     assert stored(found) == dict.fromkeys(("c", "p", "s", "g", "m", "y"))
     assert [s.op for s in found.sites] == ["Conv", "GlobalAveragePool", "Conv", "Mul", "Conv"]
+
+
+def test_what_is_stored_may_be_read_inside_a_body_alone(rng: np.random.Generator):
+    """The walk stops in front of the node that has the body."""
+    text = """g (float[N,4] x, bool b) => (float[N,3] y) {
+        r = Reshape(x, image) [conv] c = Conv(r, w) [fc] h = MatMul(x, v)
+        [if] y = If (b) <
+            then_branch = one () => (float[N,3] p) { i = Reshape(c, flat) s = Slice(i, zero, three, last) p = Add(h, s) },
+            else_branch = two () => (float[N,3] q) { q = Identity(h) }
+        > }"""
+    numbers = {"image": [-1, 4, 1, 1], "flat": [0, -1], "zero": [0], "three": [3], "last": [1]}
+    weights = {key: np.array(value) for key, value in numbers.items()}
+    weights |= {"w": rng.normal(size=(4, 4, 1, 1)).astype(np.float32), "v": rng.normal(size=(4, 3)).astype(np.float32)}
+    model = parse(text, weights, opset=21)
+    feeds = [{"x": rng.normal(size=(2, 4)).astype(np.float32), "b": np.array(True)} for _ in range(8)]
+
+    assert "if" in plan(model).heads
+    assert quantize(model, feeds).report.verification.sqnr_db > 25
