@@ -16,6 +16,7 @@ from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, fin
 from onnxcomp.methods import reconstruction
 from onnxcomp.recipe import Bits, Recipe, SiteRule
 from onnxcomp.report.model import Skipped
+from onnxcomp.targets import regions
 from onnxcomp.targets.base import Settings
 from onnxcomp.targets.target import Target
 
@@ -45,6 +46,8 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     if recipe.half and not target.half:
         raise RecipeError(f"{target.name} takes no float16 beside codes. Leave --half out, or use --target tensorrt.")
     sites, tensors = find_sites(graph), tensors_of(graph)
+    results = {t.name for t in graph.outputs}
+    results |= {s.y for s in sites if regions.tail(tensors[s.y], results).name in results}
     every = (*sites, *find_tables(graph))
     names = [node.name for node in graph.nodes]
     for rule in recipe.site:
@@ -66,7 +69,7 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     if not chosen:
         text = "No Conv, Gemm or MatMul with a constant float32 weight is left to quantize."
         raise UnsupportedSite(f"{text} {_why_none(graph, _skipped(graph, every, chosen))}")
-    settings = {site.name: _settings(tensors, site, recipe, target, with_data=with_data) for site in chosen}
+    settings = {site.name: _settings(tensors, site, recipe, target, results, with_data=with_data) for site in chosen}
     chosen = tuple(s for s in chosen if s.kind != "product" or settings[s.name].activations != "float")
     # A table per token is read at every run; beside codes of 8 bits it repairs too little for that.
     narrow = {s.name for s in chosen if target.encoding.tables and settings[s.name].activation_bits < 8}
@@ -113,7 +116,9 @@ def _is_included(site: Site, recipe: Recipe) -> bool:
     return any(pattern != "*" and matches(pattern, site) for pattern in recipe.include)
 
 
-def _settings(tensors: Mapping[str, Tensor], site: Site, recipe: Recipe, target: Target, *, with_data: bool) -> Settings:
+def _settings(
+    tensors: Mapping[str, Tensor], site: Site, recipe: Recipe, target: Target, results: set[str], *, with_data: bool
+) -> Settings:
     own: dict[str, Any] = {}
     for rule in recipe.site:
         if matches(rule.where, site):
@@ -121,6 +126,8 @@ def _settings(tensors: Mapping[str, Tensor], site: Site, recipe: Recipe, target:
     decided = {key: own.pop(key) for key in ("mixed", "methods") if key in own}
     recipe = replace(recipe, **{key: value for key, value in own.items() if key != "where"})
     activations, rounding = "float" if recipe.bits.activations is None else recipe.activations, recipe.rounding
+    if site.op == "Conv" and activations == "auto" and target.encoding.where == "regions" and site.y in results:
+        activations = "float"  # else what the model returns would be codes
     if site.op == "Conv" and activations in ("dynamic", "token", "auto"):
         activations = "static"  # no runtime has an integer Conv with a range measured at run time
     if site.kind == "product" and activations in ("token", "auto"):

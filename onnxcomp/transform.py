@@ -9,17 +9,22 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from onnxcomp import account
 from onnxcomp.calibrate.samples import batches, confirm_tokens
 from onnxcomp.choose import Choice, choose, open_widths, widened
 from onnxcomp.data import Feed
-from onnxcomp.graph.edit import Graph
+from onnxcomp.graph.edit import Graph, Tape, apply, extract, tensors_of
 from onnxcomp.graph.mapped import outside
 from onnxcomp.graph.prepare import Prepared
+from onnxcomp.graph.sites import matches
 from onnxcomp.methods import equalization, rotation, sensitivity
+from onnxcomp.methods.base import Outcome
 from onnxcomp.recipe import Recipe, SiteRule
 from onnxcomp.report.model import Decision
 from onnxcomp.targets.target import Target
+from onnxcomp.targets.timing import faster_in_float
 
 BATCHES = 8
 """That channels are equalized on."""
@@ -57,6 +62,7 @@ def transform(
     few = next(more)
     if recipe.sensitive == "auto" and not outside(like):
         rows = {name: array[: sensitivity.ROWS] if stackable else array for name, array in few.items()}
+        _keep_fast(found, prepared, target, {name: array[:1] if stackable else array for name, array in few.items()})
         _widen(found, prepared, target, rows)
         _rescue(found, prepared, target, rows)
     ranged = {k: s for k, s in found.choice.settings.items() if s.activations in ("static", "token", "auto")}
@@ -76,6 +82,33 @@ def transform(
         found.decisions += [account.decision(name, "rotation", outcome) for name, outcome in mixed.items()]
     found.choice = replace(choice, sites=sites, blocks=blocks)
     return found
+
+
+def _keep_fast(found: Equal, prepared: Prepared, target: Target, row: Feed) -> None:
+    """Let Convs stay float where that is faster."""
+    if not target.encoding.timed or found.recipe.activations != "auto":
+        return
+
+    def shapes_of(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        part, op = extract(found.graph, [t.name for t in found.graph.inputs], list(names)), Tape("shapes")
+        asked = {op("Shape", name): name for name in names}
+        apply(part, "shapes", op, {})
+        part.outputs = [tensor for name, tensor in tensors_of(part).items() if name in asked]
+        for tensor in part.outputs:
+            tensor.dtype = np.dtype(np.int64)
+        made = rotation.run_part(part, row, prepared.model)
+        return {name: tuple(map(int, made[shape])) for shape, name in asked.items()}
+
+    given = [rule.where for rule in found.recipe.site if rule.activations is not None]
+    static = [s for s in found.choice.sites if found.choice.settings[s.name].activations == "static" and s.op == "Conv"]
+    is_open = [site for site in static if not any(matches(where, site) for where in given)]
+    if not is_open:
+        return
+    kept = faster_in_float(found.graph, is_open, shapes_of)
+    rules = (SiteRule(glob.escape(name), activations="float") for name in kept)
+    found.recipe = replace(found.recipe, site=(*rules, *found.recipe.site))
+    found.choice = choose(found.graph, found.recipe, target, with_data=True)
+    found.decisions += [account.decision(name, "float", Outcome({}, reason)) for name, reason in kept.items()]
 
 
 def _widen(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> None:

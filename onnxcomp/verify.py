@@ -33,16 +33,19 @@ ROUNDINGS, ROUNDED = 100.0, 1e-6
 
 def verify(
     path: Path, reference: Session, feeds: Sequence[Feed], expected: Sequence[Feed] | None,
-    picked: Collection[str] = (),
+    picked: Collection[str] = (), *, faithful: bool = True,
 ) -> Verification:  # fmt: skip
     """Prove the model at `path` on `feeds`, against the float session `reference` and the outputs of the walk. Outputs that are
-    `picked` must be there, and that is all.
+    `picked` must be there, and that is all. `faithful`: of the session with optimizations, see `Session`.
 
     Raises VerificationError with the first law that does not hold.
     """
     try:
         checker = check(path)
-        on, off = (_outputs(path, feeds, optimize=optimize) for optimize in (True, False))
+        on, off = (
+            [without(y, picked) for y in _outputs(path, feeds, optimize=optimize, faithful=faithful)]
+            for optimize in (True, False)
+        )
     except ModelError as error:
         raise VerificationError(f"The quantized model does not run: {error} Nothing was written.") from None
     want = [without(reference.run(feed), picked) for feed in feeds]
@@ -52,6 +55,7 @@ def verify(
                 text = f"Output '{name}' of the quantized model is not finite where the float one's is."
                 raise VerificationError(f"{text} Nothing was written.")
     demand(on, off, want, "with optimizations on and off differ by more than twice the quantization error")
+    expected = None if expected is None else [without(y, picked) for y in expected]
     if expected is not None:
         demand(on, expected, want, "and calibration differ by more than twice the quantization error")
     samples, calibrated = sum(_length(feed) for feed in feeds), None if expected is None else sqnr(on, expected)
@@ -79,8 +83,8 @@ def demand_equal(given: Model, rewritten: Feed, feed: Feed, picked: Collection[s
             raise VerificationError(f"{text} {sqnr_db(energy, difference):.0f} dB {tail}")
 
 
-def _outputs(path: Path, feeds: Sequence[Feed], *, optimize: bool) -> list[dict[str, np.ndarray]]:
-    session = Session(path, optimize=optimize)  # one at a time, for each holds the model
+def _outputs(path: Path, feeds: Sequence[Feed], *, optimize: bool, faithful: bool) -> list[dict[str, np.ndarray]]:
+    session = Session(path, optimize=optimize, faithful=faithful)  # one at a time, for each holds the model
     return [session.run(feed) for feed in feeds]
 
 

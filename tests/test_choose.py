@@ -121,7 +121,15 @@ def activations(model: ModelProto, recipe: Recipe, *, with_data: bool = True) ->
 
 @pytest.mark.parametrize("asked", ["dynamic", "token", "auto", "static"])
 def test_the_range_of_a_conv_is_static_whatever_is_asked(asked: str):
-    assert activations(tiny.silu().model, Recipe(activations=asked)) == {"conv1": "static", "conv2": "static"}
+    assert activations(tiny.silu().model, Recipe(activations=asked))["conv1"] == "static"
+
+
+@pytest.mark.parametrize(
+    ("asked", "target", "last"),
+    [("auto", "ort-x86", "float"), ("static", "ort-x86", "static"), ("auto", "tensorrt", "static"), ("auto", "qnn", "static")],
+)
+def test_a_conv_whose_result_is_the_models_stays_float_where_it_would_be_codes(asked: str, target: str, last: str):
+    assert activations(tiny.silu().model, Recipe(activations=asked, target=target)) == {"conv1": "static", "conv2": last}
 
 
 def test_the_activations_of_a_conv_may_stay_float():

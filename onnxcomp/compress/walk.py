@@ -169,14 +169,16 @@ class Walk:
                 bits, reason = 7, "sums of two products of 8-bit weights may leave 16 bits, so these have 7"
                 fitted = self._round(site, w, bits)
                 self.decisions.append(Decision(site.name, "7-bit weights", True, reason, None, 0))
-            new = weights.build(tape, site, fitted, bits, settings.block)
+            is_float = site.op == "Conv" and settings.activations == "float"
+            new = weights.build(tape, site, fitted, bits, settings.block, is_float=is_float)
             apply(self.compressed, "quantize", tape, new, None if everyone else same)
         self._expand(site)
 
     def _is_stored_alike(self, *sites: Site) -> bool:
         """Whether one set of codes serves these sites, which read one weight."""
         asked = [self.plan.settings[site.name] for site in sites]
-        return len({(s.kind, a.weight_bits, a.block, a.zero_points) for s, a in zip(sites, asked, strict=True)}) == 1
+        ways = [(s.kind, s.op == "Conv" and a.activations == "float") for s, a in zip(sites, asked, strict=True)]
+        return len({(way, a.weight_bits, a.block, a.zero_points) for way, a in zip(ways, asked, strict=True)}) == 1
 
     def _expand(self, site: Site) -> None:
         """Add residual terms to the site, and take out again what a method has added to its input."""

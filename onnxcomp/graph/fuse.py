@@ -1,4 +1,4 @@
-"""GELU, HardSwish and LayerNormalization spelled out in primitive operators become single standard nodes.
+"""GELU, HardSwish and LayerNormalization spelled out in primitive operators become single standard nodes, and so does pooling.
 
     Gelu(x) = x/2 · (1 + erf(x/√2)),    with approximate = "tanh": x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))
     HardSwish(x) = x · min(max(x/6 + 1/2, 0), 1)
@@ -22,8 +22,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import ModelProto, NodeProto, helper
 
-from onnxcomp.graph.edit import detach
-from onnxcomp.graph.fold import evaluate, names_leaving
+from onnxcomp.graph.edit import detach, insert_after
+from onnxcomp.graph.fold import evaluate, input_at, is_op, names_leaving
 from onnxcomp.graph.types import Tensor
 
 _TRIAL_WIDTH = 257
@@ -54,6 +54,26 @@ def fuse_primitives(graph: gs.Graph, model: ModelProto) -> int:
             _replace(match, tensors)
             count += 1
     return count
+
+
+def pool_means(graph: gs.Graph) -> int:
+    """Write means over all of an image, or of a volume, as the pooling that they are: that has an integer kernel. How many."""
+    found = [node for node in graph.nodes if _is_pooling(node)]
+    for node in found:
+        (x, _), (y,), keeps = node.inputs, node.outputs, node.attrs.get("keepdims", 1)
+        node.op, node.attrs, node.inputs = "GlobalAveragePool", {}, [x]
+        if not keeps:
+            whole = [*x.shape[:2], *[1] * (len(x.shape) - 2)]
+            node.outputs = [gs.Variable(f"{y.name}/pooled", y.dtype, whole)]
+            insert_after(graph, node, [gs.Node("Flatten", f"{node.name}/Flatten", {"axis": 1}, list(node.outputs), [y])])
+    return len(found)
+
+
+def _is_pooling(node: gs.Node) -> bool:
+    axes, rank = input_at(node, 1), len(node.inputs[0].shape or ()) if node.inputs else 0
+    if not is_op(node, "ReduceMean") or rank < 4 or node.inputs[0].dtype != np.float32 or not isinstance(axes, gs.Constant):
+        return False
+    return sorted(int(axis) % rank for axis in axes.values.ravel()) == [*range(2, rank)]
 
 
 def _matches(model: ModelProto) -> Iterator[_Match]:

@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto, TensorShapeProto, helper, n
 from onnxcomp.graph import fold, merge, selection
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.edit import fresh_name, tensors_of
-from onnxcomp.graph.fuse import fuse_primitives
+from onnxcomp.graph.fuse import fuse_primitives, pool_means
 from onnxcomp.graph.opset import TARGET, raise_opset, standard_opset
 from onnxcomp.graph.types import TensorType
 from onnxcomp.graph.weights import remove_if, split_weights
@@ -60,6 +60,9 @@ def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, 
     fused = fuse_primitives(graph, unfused)
     if fused:
         notes.append(f"GELU, HardSwish and LayerNormalization in primitive operators became single nodes: {fused}.")
+    pooled = pool_means(graph)
+    if pooled:
+        notes.append(f"Means over whole images written as GlobalAveragePool: {pooled}.")
     merged = merge.merge_inputs(graph)  # now that what scales and shifts is no part of an activation
     if merged:
         notes.append(f"Arithmetic with constants merged into the Convs behind it: {merged}.")

@@ -147,7 +147,7 @@ def _scales(group: Group, x: Array, bits: Mapping[str, tuple[int, int]]) -> list
     levels = 2 ** min(bits[node.name][1] for node in group.readers)
     w = np.sqrt(sum(np.square(_inputs(node)).sum(axis=1) for node in group.readers))
     r = _reach(x, levels - 1 if (x >= 0).all() else (levels - 1) / 2)
-    r = np.maximum(r, 0.05 * np.median(r))
+    r = np.maximum(r, max(0.05 * np.median(r), 0.001 * r.max(), 1e-30))  # most channels may be dead
     alphas = ALPHAS if any(columns(node).shape[2] > 1 for node in group.readers) else ALPHAS[-1:]
     found = [(w + 1e-30) ** (1 - a) / r**a for a in alphas]
     return [s / np.exp(np.log(s).mean()) for s in found]

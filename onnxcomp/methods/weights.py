@@ -116,12 +116,14 @@ def saturates(site: Site, codes: Array, groups: int, bits: int, q: QParams | Non
     return may_saturate(codes, highest, pairs, groups)
 
 
-def build(op: Tape, site: Site, fitted: Fit, bits: int, block: int = 0) -> dict[str, str]:
-    """Record the dequantization of the stored codes; it replaces the weight."""
+def build(op: Tape, site: Site, fitted: Fit, bits: int, block: int = 0, *, is_float: bool = False) -> dict[str, str]:
+    """Record the dequantization of the stored codes; it replaces the weight. `is_float`: of a Conv that computes in float, even
+    where it reads codes.
+    """
     assert site.weight is not None
     stored = [op.constant(key, fitted[key]) for key in ("codes", "scale", "zero_point") if key in fitted]
     how = {"axis": 1 - site.weight_axis, "block": block} if block else {"axis": site.weight_axis}
-    return {site.weight: op.abstract("Dequantize", *stored, bits=bits, **how)}
+    return {site.weight: op.abstract("Dequantize", *stored, bits=bits, **how, **({"float": 1} if is_float else {}))}
 
 
 def stored(node: Node) -> Array:

@@ -110,6 +110,10 @@ class Encoding:
     """The bias of a MatMul goes into its integer kernel."""
     channels: int = 1
     """The channels of an input, which is read by one Conv alone, are filled up to a multiple of this: its kernel is faster."""
+    depthwise: int = 1
+    """The channels of a depthwise Conv are filled up to a multiple of this, where Convs alone make and read them."""
+    timed: bool = False
+    """Convs stay float where `timing` says that this is faster."""
     saturates: bool = False
     """Sums of two 8-bit products may leave the 16 bits of its registers, so weights have 7 bits where that may happen."""
     tables: bool = True

@@ -26,6 +26,7 @@ from onnxcomp.numerics.affine import Scheme, along, from_range
 from onnxcomp.numerics.planes import pack, planes, table
 from onnxcomp.targets import nbits
 from onnxcomp.targets.base import Encoding
+from onnxcomp.targets.filling import fill_channels
 from onnxcomp.targets.regions import is_operand
 from onnxcomp.targets.rules import maker
 from onnxcomp.targets.settle import only_reader, put_behind, tail
@@ -71,6 +72,8 @@ class _Lowering:
     """How codes are filled up, by the name of the quantizer's output."""
 
     def run(self) -> None:
+        if self.encoding.depthwise > 1:
+            fill_channels(self.graph, self.encoding.depthwise)
         for node in list(self.graph.nodes):
             if node.op == "Conv" or (node.op == "Gemm" and self._is_closed):
                 self._integer_bias(node)
@@ -244,6 +247,7 @@ class _Lowering:
         if width not in (4, 8):
             stored = self._looked_up(new, codes, bits)
         floats = [r for r in y.outputs if r.op == "Sum" or maker(r.inputs[0]) not in ("FakeQuantize", "DequantizeLinear")]
+        floats = list(y.outputs) if node.attrs.get("float") else floats
         if floats and (self.encoding.fused or self.encoding.tables):
             is_all = len(floats) == len(y.outputs)
             value = y if is_all else Variable(f"{y.name}/float", dtype=np.dtype(np.float32))
@@ -297,9 +301,10 @@ class _Lowering:
         stays float, ONNX Runtime does that when it loads the file, and must find scales that 32 bits are enough for.
         """
         weight = _weight_codes(conv)
-        if weight is None or len(conv.inputs) < 3 or not isinstance(conv.inputs[2], Constant) or not _is_static(conv.inputs[0]):
+        bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+        if weight is None or weight.attrs.get("float") or not isinstance(bias, Constant) or not _is_static(conv.inputs[0]):
             return
-        bias, input_scale = conv.inputs[2].values.astype(np.float64), np.float64(conv.inputs[0].inputs[0].inputs[1].values)
+        bias, input_scale = bias.values.astype(np.float64), np.float64(conv.inputs[0].inputs[0].inputs[1].values)
         _widen_dead_channels(weight, np.abs(bias) / (input_scale * 2.0**30))
         if self.encoding.bias == "float":
             return

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, outer_reads, tensors_of
-from onnxcomp.graph.sites import PASS_THROUGH_OPS, Site, join
+from onnxcomp.graph.sites import LAYER_OPS, PASS_THROUGH_OPS, Site, join
 from onnxcomp.targets.base import Encoding, Plan, Point, Settings
 
 JOIN_OPS = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "HardSwish"})
@@ -64,7 +64,24 @@ def _find_region(graph: Graph, static: Mapping[str, Site], results: set[str]) ->
             stored |= {output.name: node.inputs[0].name for output in node.outputs if _feeds_integers(output, static)}
         elif node.op == "HardSigmoid" and node.inputs[0].name in stored:  # a gate: small, and what it multiplies is not
             stored |= {t.name: None for t in node.outputs if t.name not in results and [r.op for r in t.outputs] == ["Mul"]}
-    return stored, joins
+    return stored, _drop_unread(graph, stored, joins, static, results)
+
+
+def _drop_unread(
+    graph: Graph, stored: _Stored, joins: Sequence[Site], static: Mapping[str, Site], results: set[str]
+) -> list[Site]:
+    """The joins but for those whose result float layers read, and no integer kernel: it is taken out of `stored`, for these
+    layers are to lose nothing by it.
+    """
+    tensors, kept = tensors_of(graph), {site.name: site for site in joins}
+    ends = {tail(tensors[site.y], results).name: site.name for site in joins}
+    for name in [name for name in reversed(stored) if name in ends or stored[name] is not None]:
+        readers = tensors[name].outputs
+        codes = any(r.name in static or r.name in kept or any(t.name in stored for t in r.outputs) for r in readers)
+        if not codes and (stored[name] is not None or any(r.op in LAYER_OPS for r in readers)):
+            del stored[name]
+            kept.pop(ends.get(name, ""), None)
+    return [*kept.values()]
 
 
 def _find_units(graph: Graph, static: Mapping[str, Site], results: set[str]) -> tuple[_Stored, list[Site]]:

@@ -177,6 +177,8 @@ def only_reader(tensor: Tensor) -> Node | None:
 
 
 def tail(node: Node) -> Tensor:
-    """The operator's output, or that of the ReLU or Clip which alone reads it."""
-    reader = only_reader(node.outputs[0])
-    return reader.outputs[0] if reader is not None and reader.op in ("Relu", "Clip") else node.outputs[0]
+    """The operator's output, or that of the last of the ReLUs, Clips and Mins with a constant that alone read it in a row."""
+    y = node.outputs[0]
+    while (reader := only_reader(y)) is not None and clip_bounds(reader) != (None, None):
+        y = reader.outputs[0]
+    return y

@@ -70,6 +70,13 @@ class Target:
         needs = (*needs, *(self.product_needs if multiplies else ()))
         return (*needs, *(self.block_needs if any(s.block for s in stored) else ()))
 
+    def proves_defaults(self, plan: Plan) -> bool:
+        """Whether the file must compute the same with the defaults of the ONNX Runtime at hand: where that is what runs it, and
+        but for weights in blocks, beside which the defaults round activations to 8 bits.
+        """
+        is_here = self.kernels == "onnxruntime" and not self.encoding.signed
+        return is_here and not any(settings.block for settings in plan.settings.values())
+
     def lower(self, graph: Graph) -> Graph:
         """Write the abstract quantizers of `graph` as standard operators. Changes `graph` and returns it."""
         lowering.lower(graph, self.encoding)

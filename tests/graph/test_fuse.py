@@ -206,3 +206,25 @@ prepare(parser.parse_model(text), runtime.infer_types)
 assert sys.path == before
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "rank", "found"),
+    [
+        ("y = ReduceMean<keepdims = 1>(x, two)", [2, 5, 3, 4], 4, ["GlobalAveragePool"]),
+        ("y = ReduceMean<keepdims = 0>(x, two)", [2, 5, 3, 4], 2, ["GlobalAveragePool", "Flatten"]),
+        ("y = ReduceMean<keepdims = 0>(x, minus)", [2, 5, 3, 4], 2, ["GlobalAveragePool", "Flatten"]),
+        ("y = ReduceMean(x, two)", [2, 5, 3, 4, 1], 5, ["ReduceMean"]),
+        ("y = ReduceMean(x, last)", [2, 5, 3, 4], 4, ["ReduceMean"]),
+        ("y = ReduceMean(x, last)", [2, 5, 3], 3, ["ReduceMean"]),
+        ("y = ReduceMean(x)", [2, 5, 3, 4], 4, ["ReduceMean"]),
+    ],
+)
+def test_a_mean_over_a_whole_image_is_pooling(text: str, shape: list[int], rank: int, found: list[str]):
+    constants = {"two": np.array([2, 3]), "minus": np.array([-1, -2]), "last": np.array([-1])}
+    used = {key: value for key, value in constants.items() if f" {key})" in text}
+    sizes, result = ",".join(map(str, shape)), ",".join("ABCDE"[:rank])
+    model = parse(f"g (float[{sizes}] x) => (float[{result}] y) {{ {text} }}", used, opset=21)
+    feed = {"x": np.arange(np.prod(shape), dtype=np.float32).reshape(shape)}
+
+    assert ops(prepare_and_compare(model, feed, tolerance=1e-5).model) == found

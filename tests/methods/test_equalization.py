@@ -28,8 +28,8 @@ WEIGHTS = {
     "p": RNG.normal(size=(8, 8, 1, 1)), "q": RNG.normal(size=(5, 8, 1, 1)) / SPREAD[:, None, None], "lo": np.float32(0),
     "hi": np.float32(6),
 }  # fmt: skip
-DEPTHWISE = "a = Conv(x, w) r = Clip(a, lo, hi) e = Conv<group = 8>(r, d) y = Relu(e)"
-LINEAR = "a = Conv(x, w) c = Conv(a, p) s = Add(a, c) e = Conv(s, q) y = Relu(e)"
+DEPTHWISE = "a = Conv(x, w) r = Clip(a, lo, hi) e = Conv<group = 8>(r, d) k = Relu(e) y = Neg(k)"
+LINEAR = "a = Conv(x, w) c = Conv(a, p) s = Add(a, c) e = Conv(s, q) k = Relu(e) y = Neg(k)"
 
 
 def model(body: str):

@@ -224,7 +224,7 @@ def test_what_the_recipe_or_the_target_leaves_no_choice_of_is_not_rescued(option
     """The first Conv reads what 8 bits cannot hold, and is a hundredth of the model."""
     w1, w2 = RNG.normal(size=(8, 2, 1, 1)).astype(np.float32), RNG.normal(size=(96, 8, 3, 3)).astype(np.float32)
     w1[:, 0] = 0
-    body = "[a] c = Conv(x, w1) h = Relu(c) [b] y = Conv(h, w2)"
+    body = "[a] c = Conv(x, w1) h = Relu(c) [b] g = Conv(h, w2) y = Tanh(g)"
     model = parse(f"g (float[N,2,8,8] x) => (float[N,96,6,6] y) {{ {body} }}", {"w1": w1, "w2": w2}, opset=21)
     x = RNG.normal(size=(8, 2, 8, 8)).astype(np.float32)
     x[:, 0] *= 100_000

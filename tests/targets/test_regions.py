@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -263,7 +264,7 @@ def test_points_are_in_the_order_in_which_they_are_fitted():
 
 def test_a_constant_that_is_added_or_multiplied_is_stored_in_8_bits(rng: np.random.Generator):
     text = """g (float[N,3,8,8] x) => (float[N,4,6,6] y) {
-        [one] c = Conv(x, w1) [shift] a = Add(c, o) [scale] s = Mul(a, k) r = Relu(s) [two] d = Conv(r, w2) y = Relu(d)
+        [one] c = Conv(x, w1) [shift] a = Add(c, o) [scale] s = Mul(a, k) r = Relu(s) [two] d = Conv(r, w2) y = Tanh(d)
     }"""
     shapes = {"w1": (4, 3, 3, 3), "k": (4, 1, 1), "o": (1, 4, 6, 6), "w2": (4, 4, 1, 1)}
     model = parse(text, {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()})
@@ -321,3 +322,15 @@ def test_what_is_stored_may_be_read_inside_a_body_alone(rng: np.random.Generator
 
     assert "if" in plan(model).heads
     assert quantize(model, feeds).report.verification.sqnr_db > 25
+
+
+def test_what_float_layers_alone_read_is_not_stored():
+    """They are to lose nothing by it; where an integer kernel reads it too, the codes are there anyway."""
+    text = "[a] h = Conv(x, w) [b] g = Conv(x, w) [j] k = Add(h, g) [c] m = Conv(k, w) y = Tanh(m)"
+    both = text.replace("y = Tanh(m)", "[d] n = Conv(k, w) o = Add(m, n) y = Tanh(o)")
+    in_float = replace(W8A8, activations="float")
+
+    found = plan(convs(text), c=in_float)
+
+    assert (stored(found), [site.kind for site in found.sites]) == ({"h": None, "g": None}, ["layer"] * 3)
+    assert stored(plan(convs(both), c=in_float)) == {"h": None, "g": None, "k": None, "n": None}

@@ -1,0 +1,99 @@
+"""Which Convs stay float because that is faster: the front of a CNN, and what integer kernels are slow at.
+
+Per position of what a Conv makes, with C outputs, k values under its kernel and m products, ONNX Runtime takes on one x86 core,
+in nanoseconds (fitted to 109 Convs alone, to some 15 %, and to what memory adds in the middle of MobileNetV2):
+
+    float   0.0159 m + 0.20 C + 5.2                          depthwise   0.0188 m + 0.46 C
+    int8    0.0040 m + 0.17 C + 1.95 k [k > 1] + 4.4         depthwise   0.0383 m + 0.25 C + 1.28 k + 10.1
+    groups  each as a Conv of its own, on integers 20 + 5 k more
+
+and 1.5 per element for the model's input to become codes of the right layout, 1.04 for any other tensor, there or back. The
+first Convs see large images of few channels, so a float front, up to one tensor that is handed on, is often faster.
+
+Gate    the front ends where most is saved; each part of it, and each other Conv that stays float, has to save a tenth of what
+        it takes on integers, and what is seen.
+Limits  other operators count as equal; the front reads one tensor; Convs one behind the other are no island together.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from onnxcomp.graph.edit import Constant, Graph, Node
+from onnxcomp.graph.sites import LAYER_OPS, Site
+
+LONGEST = 12
+"""Convs of a front at most."""
+WORTH, LEAST = 0.1, 20_000.0
+"""What is saved at least: of the time on integers, and nanoseconds."""
+HANDED, ENTERED = 1.04, 1.5
+"""Nanoseconds per element of a tensor that becomes codes or values, and of the model's input."""
+Shapes = Mapping[str, Sequence[int]]
+
+
+def faster_in_float(graph: Graph, sites: Sequence[Site], shapes_of: Callable[[Sequence[str]], Shapes]) -> dict[str, str]:
+    """The Convs that stay float, each with the reason.
+
+    sites      the Convs that may
+    shapes_of  the shapes that tensors have
+    """
+    convs, nodes = {site.name: site for site in sites}, {node.name: node for node in graph.nodes}
+    cuts = _cuts(graph, convs)
+    names = dict.fromkeys(
+        [*(cut for _, cut in cuts), *(t.name for t in graph.inputs), *(n for s in convs.values() for n in (s.x, s.raw))]
+    )
+    shapes = shapes_of([*names])
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    prices = {name: _prices(nodes[name], shapes[site.raw]) for name, site in convs.items()}
+    front, most, before = list[str](), 0.0, 0.0
+    for part, cut in cuts:
+        as_float, as_codes = (sum(column) for column in zip(*(prices[name] for name in part), strict=True))
+        as_codes += ENTERED * max(sizes[t.name] for t in graph.inputs)
+        saved = as_codes - as_float - HANDED * sizes[cut]
+        if saved > most + WORTH * (as_codes - before):
+            front, most, before = part, saved, as_codes
+    text = f"the first {len(front)} Convs are faster in float, by {most / 1e6:.2f} ms of a sample"
+    found = dict.fromkeys(front, text) if most >= LEAST else {}
+    for name in [name for name in convs if name not in found]:
+        as_float, as_codes = prices[name]
+        saved = as_codes - as_float - HANDED * (sizes[convs[name].x] + sizes[convs[name].raw])
+        if saved >= max(LEAST, WORTH * as_codes):
+            found[name] = f"its integer kernel takes {saved / 1e6:.2f} ms of a sample more than the float one"
+    return found
+
+
+def _cuts(graph: Graph, convs: Mapping[str, Site]) -> list[tuple[list[str], str]]:
+    """Where a front may end: its Convs, and the tensor that it hands on."""
+    last: dict[str, float] = {t.name: index for index, node in enumerate(graph.nodes) for t in node.inputs}
+    last |= {t.name: math.inf for t in graph.outputs}
+    alive, front, found = {t.name for t in graph.inputs if t.dtype == np.float32}, list[str](), list[tuple[list[str], str]]()
+    if len(alive) != 1:
+        return []
+    for index, node in enumerate(itertools.takewhile(lambda node: _may_stay(node, convs), graph.nodes)):
+        front += [node.name] if node.name in convs else []
+        alive = {name for name in alive if last.get(name, -1) > index}
+        alive |= {t.name for t in node.outputs if last.get(t.name, -1) > index}
+        if len(front) > LONGEST:
+            break
+        if len(alive) == 1 and front and last[next(iter(alive))] < math.inf:
+            found.append((list(front), next(iter(alive))))
+    return found
+
+
+def _may_stay(node: Node, convs: Mapping[str, Site]) -> bool:
+    """Whether the node may be part of a front: any operator on images, and of layers those Convs."""
+    is_image = all(isinstance(t, Constant) or t.is_empty() or len(t.shape or ()) >= 4 for t in node.inputs)
+    return is_image and (node.name in convs or node.op not in LAYER_OPS) and not list(node.subgraphs())
+
+
+def _prices(conv: Node, shape: Sequence[int]) -> tuple[float, float]:
+    """Nanoseconds of a Conv in float and on codes, whose result has this shape."""
+    weight, groups, positions = conv.inputs[1], conv.attrs.get("group", 1), shape[0] * math.prod(shape[2:])
+    outputs, inputs, *kernel = weight.shape
+    k, m = math.prod(kernel), outputs * inputs * math.prod(kernel)
+    if inputs == 1 and 1 < groups == outputs:
+        return positions * (0.0188 * m + 0.46 * outputs), positions * (0.0383 * m + 0.25 * outputs + 1.28 * k + 10.1)
+    as_codes = groups * (4.4 + 1.95 * k * (k > 1) + (20 + 5 * k) * (groups > 1)) + 0.0040 * m + 0.17 * outputs
+    return positions * (groups * 5.2 + 0.0159 * m + 0.20 * outputs), positions * as_codes
