@@ -1,6 +1,6 @@
 """The README's table: every model of the data folder at several widths, accuracy on its test half, size, kernels, latency.
 
-    python tools/bench.py [--data ../shared/data] [--only vit,kwt1] [--samples 128] [--rounds 30] [--markdown]
+    python tools/bench.py [--data ../shared/data] [--only vit,kwt1] [--samples 128] [--rounds 30]
 
 Calibration samples come from the calibration half, accuracy from the test half, latency from one interleaved run per model
 (one thread, batch 1). The language model's figure is its perplexity per token.
