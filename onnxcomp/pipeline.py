@@ -89,10 +89,8 @@ def quantize(
         folder = proving.enter_context(scratch.folder())
         proof = proving.enter_context(files.PendingFile(finished, folder / "model.onnx"))
         proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
-        own = (
-            target.kernels == "onnxruntime" and not target.encoding.signed
-        )  # with its defaults, where it is what runs the file
-        verification = verify(proof.path, made.reference, feeds, made.expected, prepared.picked, faithful=not own)
+        faithful = not target.proves_defaults(walk.plan)
+        verification = verify(proof.path, made.reference, feeds, made.expected, prepared.picked, faithful=faithful)
         sites = account.audit_sites(lowered, walk.plan)
         kernels, by, said = find_kernels(proof.path, target, lowered, sites, feeds, made.reference, prepared.picked)
     for made_model in (finished, *terms):

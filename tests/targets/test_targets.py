@@ -13,7 +13,7 @@ import pytest
 from equality import assert_same_function, fitting, of_opset_21, run, stored
 from onnx import ModelProto, NodeProto, TensorProto
 from onnx.reference import ReferenceEvaluator
-from tiny import models
+from tiny import mlp, models
 
 from onnxcomp import targets
 from onnxcomp.errors import RecipeError
@@ -334,3 +334,19 @@ def test_a_method_is_taken_out_of_a_float16_file(name: str, how: str):
     plain = quantize(tiny.model, tiny.samples, recipe).model
     for a, b in zip(outputs(left, tiny.samples), outputs(plain, tiny.samples), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_file_for_the_runtime_at_hand_is_proven_with_its_defaults(monkeypatch: pytest.MonkeyPatch):
+    asked = dict[str, bool]()
+
+    def verify(*_: object, faithful: bool) -> object:
+        asked["faithful"] = faithful
+        raise StopIteration
+
+    monkeypatch.setattr("onnxcomp.pipeline.verify", verify)
+    net = mlp()
+    for target, block, faithful in (("ort-x86", 0, False), ("ort-x86", 16, True), ("ort-arm", 0, True), ("tensorrt", 0, True)):
+        bits = "w4" if block else "w8a8"
+        with pytest.raises(StopIteration):
+            quantize(net.model, net.samples, Recipe(bits=bits, block=block, target=target))  # pyright: ignore[reportArgumentType]
+        assert asked == {"faithful": faithful}
