@@ -105,7 +105,8 @@ def _keep_fast(found: Equal, prepared: Prepared, target: Target, row: Feed) -> N
     if not is_open:
         return
     kept = faster_in_float(found.graph, is_open, shapes_of)
-    rules = (SiteRule(glob.escape(name), activations="float") for name in kept)
+    rounding = "gptq" if found.recipe.rounding == "auto" else None  # which takes no time of theirs
+    rules = (SiteRule(glob.escape(name), activations="float", rounding=rounding) for name in kept)
     found.recipe = replace(found.recipe, site=(*rules, *found.recipe.site))
     found.choice = choose(found.graph, found.recipe, target, with_data=True)
     found.decisions += [account.decision(name, "float", Outcome({}, reason)) for name, reason in kept.items()]

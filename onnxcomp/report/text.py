@@ -260,7 +260,10 @@ def _decisions(decisions: Sequence[model.Decision]) -> list[str]:
         gain = f", median {statistics.median(gains):+.2f} dB" if gains else ""
         added, milliseconds = sum(d.added_bytes for d in kept), sum(d.added_ms or 0.0 for d in kept)
         price = (f", {size(added)} added" if added else "") + (f", {milliseconds:.3g} ms added" if milliseconds else "")
-        lines.append(f"{method} kept at {len(kept)} of {plural(len(asked), 'place')}{gain}{price}")
+        if kept and not gain and not price:  # nothing but the reason tells what was decided
+            lines += _grouped((f"{method} at {{}}", d.reason, d.site) for d in kept)
+        else:
+            lines.append(f"{method} kept at {len(kept)} of {plural(len(asked), 'place')}{gain}{price}")
         lines += _grouped((f"{method} declined at {{}}", d.reason, d.site) for d in asked if not d.adopted)
     return lines
 

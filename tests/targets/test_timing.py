@@ -93,6 +93,7 @@ def test_the_front_is_float_and_the_account_says_so(rng: np.random.Generator):
 
     found = {site.name: site for site in report.sites}
     assert [(found[name].activations, found[name].bits) for name in "abc"] == [("float", "w8")] * 3
+    assert {found[name].rounding for name in "abc"} == {"gptq"}
     assert all(found[name].integer for name in "de")
     decided = [d for d in report.decisions if d.method == "float"]
     assert [d.site for d in decided] == ["a", "b", "c"]
