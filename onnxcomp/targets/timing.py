@@ -1,7 +1,7 @@
 """Which Convs stay float because that is faster: the front of a CNN, and what integer kernels are slow at.
 
 Per position of what a Conv makes, with C outputs, k values under its kernel and m products, ONNX Runtime takes on one x86 core,
-in nanoseconds (fitted to 109 Convs alone, to some 15 %, and to what memory adds in the middle of MobileNetV2):
+in nanoseconds (`tools/conv_prices.py`, to some 15 %, and what memory adds in the middle of MobileNetV2):
 
     float   0.0159 m + 0.20 C + 5.2                          depthwise   0.0188 m + 0.46 C
     int8    0.0040 m + 0.17 C + 1.95 k [k > 1] + 4.4         depthwise   0.0383 m + 0.25 C + 1.28 k + 10.1
