@@ -157,7 +157,8 @@ def compress(
     single = made_up_feed(reference) if samples is None else samples[0]
     feeds = feeds or [single]
     outputs = reference.run(single)
-    demand_equal(source, outputs, single, prepared.picked)
+    if not outside(prepared.model):  # a second session of another model would take its memory once more
+        demand_equal(source, outputs, single, prepared.picked)
     corrected = correct_ranks(prepared, {name: array.ndim for name, array in outputs.items()})
     equal = transform(prepared, recipe, target, single, samples, stackable=stackable)
     graph, recipe, choice = equal.graph, equal.recipe, equal.choice
