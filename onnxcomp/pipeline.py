@@ -89,7 +89,7 @@ def quantize(
         folder = proving.enter_context(scratch.folder())
         proof = proving.enter_context(files.PendingFile(finished, folder / "model.onnx"))
         proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
-        faithful = not target.proves_defaults(walk.plan)
+        faithful = outside(prepared.model) > 0 or not target.proves_defaults(walk.plan)  # packed weights would be copies
         verification = verify(proof.path, made.reference, feeds, made.expected, prepared.picked, faithful=faithful)
         sites = account.audit_sites(lowered, walk.plan)
         kernels, by, said = find_kernels(proof.path, target, lowered, sites, feeds, made.reference, prepared.picked)
