@@ -102,9 +102,9 @@ def _keep_fast(found: Equal, prepared: Prepared, target: Target, row: Feed) -> N
     given = [rule.where for rule in found.recipe.site if rule.activations is not None]
     static = [s for s in found.choice.sites if found.choice.settings[s.name].activations == "static" and s.op == "Conv"]
     is_open = [site for site in static if not any(matches(where, site) for where in given)]
-    if not is_open:
+    kept = faster_in_float(found.graph, is_open, shapes_of) if is_open else {}
+    if not kept:
         return
-    kept = faster_in_float(found.graph, is_open, shapes_of)
     rounding = "gptq" if found.recipe.rounding == "auto" else None  # which takes no time of theirs
     rules = (SiteRule(glob.escape(name), activations="float", rounding=rounding) for name in kept)
     found.recipe = replace(found.recipe, site=(*rules, *found.recipe.site))

@@ -1,28 +1,25 @@
 """The prices in onnxcomp/targets/timing.py, measured on this machine: a Conv in float and on codes, per position of its result.
 
-    python tools/conv_prices.py [--rounds 15] [--sizes 56,112]
+    python tools/conv_prices.py [--rounds 5] [--sizes 56,112]
 
 Every Conv stands alone in a model, on one thread; the kernel's own time in ONNX Runtime's profile counts, the lower quartile of
-the rounds, so that neither quantizers nor changes of layout are part of it. Both lines of a kind are fitted to relative errors,
-by least squares without negative terms; what memory adds in the middle of a model was added by hand. Printed are the terms, in
-nanoseconds, and the median error.
+rounds of ten, so that neither quantizers nor changes of layout are part of it. Both lines of a kind are fitted to relative
+errors, by least squares without negative terms; what memory adds in the middle of a model was added by hand. Printed are the
+terms, in nanoseconds, and the median error.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from onnxcomp.runtime import profile
 
 POINTWISE = (
     (8, 8),
@@ -106,21 +103,10 @@ def build(conv: Conv, *, quantized: bool) -> ModelProto:
 
 def kernel_ns(model: ModelProto, rounds: int) -> float:
     """Nanoseconds of the Conv's kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
-        options.enable_profiling, options.intra_op_num_threads, options.log_severity_level = True, 1, 3
-        options.profile_file_prefix = f"{folder}/profile"
-        session = ort.InferenceSession(model.SerializeToString(), options)
-        (x,) = session.get_inputs()
-        feed = {"x": np.random.default_rng(1).normal(size=x.shape).astype(np.float32)}
-        for _ in range(rounds + 2):
-            session.run(None, feed)
-        events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
-    times = defaultdict[str, list[float]](list)
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and "Conv" in event["args"]["op_name"]:
-            times[event["name"]].append(1000.0 * event["dur"])
-    return sum(float(np.quantile(found[2:], 0.25)) for found in times.values())
+    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    feed = {"x": np.random.default_rng(1).normal(size=shape).astype(np.float32)}
+    found = [sum(ms for op, ms in profile(model, feed) if "Conv" in op) for _ in range(rounds)]
+    return 1e6 * float(np.quantile(found, 0.25))
 
 
 def fit(terms: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, float]:
@@ -144,7 +130,7 @@ KINDS: dict[str, tuple[bool, tuple[str, ...], Callable[[Conv], tuple[float, ...]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", default="56,112")
     arguments = parser.parse_args()
     found = list(convs([int(size) for size in arguments.sizes.split(",")]))
