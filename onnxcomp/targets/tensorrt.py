@@ -5,7 +5,6 @@ is integer where both of its factors arrive as Int8, or its weight as Int4. Limi
 """
 
 import importlib
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -21,10 +20,14 @@ NAMES = ("tensorrt", "tensorrt_rtx")
 
 @cache
 def installed() -> Any:
-    """The package, None where there is none."""
+    """The package; None where there is none that can build an engine here: `tensorrt` cannot without a GPU."""
     for name in NAMES:
-        if importlib.util.find_spec(name) is not None:
-            return importlib.import_module(name)
+        try:
+            package = importlib.import_module(name)
+            package.Builder(package.Logger(package.Logger.ERROR))
+        except (ImportError, OSError, TypeError):  # none, one whose libraries are missing, no GPU
+            continue
+        return package
     return None
 
 
