@@ -95,10 +95,18 @@ def analyze(
         found.append(Damage(site.name, site.op, site.kind, account.bits(site, walk), numbers, *figures))
     found.sort(key=lambda row: -row.cumulative)
     worst = [row.name for row in found if row.kind == "layer"][:SUGGESTED]
-    bits = Bits(8, None if recipe.bits.activations is None else 8)
-    suggestion = "\n".join(f'[[site]]\nwhere = {json.dumps(glob.escape(name))}\nbits = "{bits}"\n' for name in worst)
-    title = Path(model).name if isinstance(model, str | Path) else "model"
-    return Analysis(title, str(recipe.bits), walk.target.name, len(feeds), 4 * passes + 2, total, tuple(found), suggestion)
+    title, better = Path(model).name if isinstance(model, str | Path) else "model", _better(worst, recipe.bits)
+    return Analysis(title, str(recipe.bits), walk.target.name, len(feeds), 4 * passes + 2, total, tuple(found), better)
+
+
+def _better(names: Sequence[str], bits: Bits) -> str:
+    """A piece of a recipe that quantizes these layers less: at 8 bits, or else with float activations, or else not at all."""
+    patterns = [json.dumps(glob.escape(name)) for name in names]
+    if bits == Bits(8, None):
+        return f"exclude = [{', '.join(patterns)}]\n"
+    wide = Bits(8, None if bits.activations is None else 8)
+    better = 'activations = "float"' if min(bits.weights, bits.activations or 8) >= 8 else f'bits = "{wide}"'
+    return "\n".join(f"[[site]]\nwhere = {pattern}\n{better}\n" for pattern in patterns)
 
 
 def blend(walk: Walk) -> tuple[Graph, tuple[Part, ...]]:

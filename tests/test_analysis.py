@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,23 @@ def test_a_quantizer_that_several_sites_read_is_shared_among_them() -> None:
     assert {len(part.sites) for part in parts if part.is_weight} == {1}
 
 
+@pytest.mark.parametrize(
+    ("bits", "better"),
+    [
+        ("w4a4", lambda r, name: next(s for s in r.site if s.where == name).bits == Bits(8, 8)),
+        ("w8a8", lambda r, name: next(s for s in r.site if s.where == name).activations == "float"),
+        ("w3", lambda r, name: next(s for s in r.site if s.where == name).bits == Bits(8, None)),
+        ("w8", lambda r, name: name in r.exclude),
+    ],
+)
+def test_what_is_suggested_quantizes_the_worst_layers_less(bits: str, better: Callable[[Recipe, str], bool]) -> None:
+    net = tiny.mlp()
+
+    found = analyze(net.model, net.samples, Recipe(bits=Bits.parse(bits)))
+
+    assert better(recipe.loads(found.suggestion), found.sites[0].name)
+
+
 def test_damage_needs_samples() -> None:
     with pytest.raises(UsageError, match=r"^Damage is measured on samples\. Pass --data, and a recipe with samples above 0\.$"):
         analyze(MODELS / "cnn_digits.onnx", None)
@@ -163,7 +181,7 @@ def test_the_command_shows_the_worst_first_and_a_piece_of_a_recipe(tmp_path: Pat
     assert lines[0].endswith(" dB, 12 samples, 18 passes")
     assert lines[2].split() == ["Site", "Bits", "Alone", "weights", "activations", "In", "all", "weights", "activations"]
     assert [line.split()[0] for line in lines[3:5]] == [site["name"] for site in plain["sites"]]
-    assert lines[6] == "The first layers at 8 bits, for a recipe (or --exclude them):"
+    assert lines[6] == "For a recipe, so that the first layers lose less:"
     rules = recipe.loads(plain["suggestion"]).site
     assert [(rule.where, str(rule.bits)) for rule in rules] == [(site["name"], "w8a8") for site in plain["sites"]]
     assert shown.stdout.rstrip().endswith(plain["suggestion"].rstrip())

@@ -36,8 +36,10 @@ EQUAL_DB = 90.0
 """SQNR from which a rotated model counts as equal to the float one."""
 GROUP = 64
 """Channels that are mixed with one another in front of a layer: 64 gain 0.7 dB more on ViT-Ti than 16."""
-INPUT_GAIN_DB = 1.0
-"""Fall of a 4-bit quantizer's error from which mixing a layer's input is worth its time; with every bit more, twice as much."""
+INPUT_GAIN_DB, INPUT_ENOUGH_DB = 1.0, 16.0
+"""Fall of a 4-bit quantizer's error from which mixing a layer's input is worth its time: with every bit more four times as
+much, since a quarter of the error is left, up to what is worth it at any width.
+"""
 ROWS = 512
 """Rows of an input that are looked at, about."""
 _ACTIVATIONS = ("Gelu", "Relu", "Mul", "Sigmoid", "Tanh", "Erf")
@@ -97,7 +99,7 @@ def rotate_inputs(
     for site in asked:
         x, scheme = _few(live[site.x]), Scheme(bits[site.name])
         gain = 10 * float(np.log10(max(_error(x, scheme), 1e-30) / max(_error(_mix(x), scheme), 1e-30)))
-        least = INPUT_GAIN_DB * 2.0 ** (scheme.bits - 4)
+        least = min(INPUT_GAIN_DB * 4.0 ** (scheme.bits - 4), INPUT_ENOUGH_DB)
         verb = "lowers" if gain > least else "does not lower"
         is_mixed = (decided or {}).get(site.name)
         is_mixed = gain > least if is_mixed is None else is_mixed

@@ -335,7 +335,7 @@ class Analysis:
     """What the compressed model loses: squared error over the float output's energy."""
     sites: tuple[Damage, ...]
     suggestion: str
-    """Rules for a recipe: the first three layers at 8 bits."""
+    """A piece of a recipe: the first three layers at 8 bits, in float if they have 8."""
 
     @property
     def sqnr_db(self) -> float:

@@ -81,14 +81,14 @@ def inspection(value: model.Inspection, *, all_sites: bool = False) -> str:
 
 
 def damages(value: model.Analysis, *, all_sites: bool = False) -> str:
-    """One row per site, the most damaging first, in per cent of what the compressed model loses; then what to do."""
+    """One row per site, the most damaging first, in per cent of what the compressed model loses; then what helps."""
     shown = value.sites if all_sites else value.sites[:LONGEST]
     columns = ("Alone", "weights", "activations", "In all", "weights ", "activations ")
     rows = [[s.name, s.bits, *(f"{100 * x / value.total if value.total else 0.0:.1f} %" for x in s.figures)] for s in shown]
     head = f"{value.model} -> {value.bits} for {value.target}: the output's SQNR is {decibels(value.sqnr_db)}"
     said = f"{head}, {plural(value.samples, 'sample')}, {value.passes} passes"
     listed = cut(table(["Site", "Bits", *columns], rows, right=columns), len(value.sites) - len(shown), "better")
-    return f"{said}\n\n{listed}\n\nThe first layers at 8 bits, for a recipe (or --exclude them):\n\n{value.suggestion}"
+    return f"{said}\n\n{listed}\n\nFor a recipe, so that the first layers lose less:\n\n{value.suggestion}"
 
 
 def judgement(value: model.Lint) -> str:
