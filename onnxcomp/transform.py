@@ -85,7 +85,7 @@ def transform(
 
 
 def _keep_fast(found: Equal, prepared: Prepared, target: Target, row: Feed) -> None:
-    """Let Convs stay float where that is faster."""
+    """Let layers stay float where that is faster."""
     if not target.encoding.timed or found.recipe.activations != "auto":
         return
 
@@ -100,8 +100,8 @@ def _keep_fast(found: Equal, prepared: Prepared, target: Target, row: Feed) -> N
         return {name: tuple(map(int, made[shape])) for shape, name in asked.items()}
 
     given = [rule.where for rule in found.recipe.site if rule.activations is not None]
-    static = [s for s in found.choice.sites if found.choice.settings[s.name].activations == "static" and s.op == "Conv"]
-    is_open = [site for site in static if not any(matches(where, site) for where in given)]
+    ranged = [s for s in found.choice.sites if s.kind == "layer" and found.choice.settings[s.name].activations != "float"]
+    is_open = [site for site in ranged if not any(matches(where, site) for where in given)]
     kept = faster_in_float(found.graph, is_open, shapes_of) if is_open else {}
     if not kept:
         return

@@ -35,6 +35,8 @@ from onnxcomp.numerics.statistics import Highest
 
 ROWS_PER_SAMPLE, ROWS, EACH = 256, 1 << 13, 32
 """Tokens that are looked at: of a sample at most, of all at least, and per input of a MatMul."""
+ROUNDING = 1e-5
+"""What sums of squares in float32 are off by, of themselves, at most: all that is left of inputs that hardly vary, centred."""
 DAMPING = 0.05
 BLOCK = 64
 TURNS = 2
@@ -81,6 +83,7 @@ def fit_gptq(
     moments = samples.reduce(read).astype(np.float64)
     ones = moments[:, :, size:, size, None]
     judge = int(ones[1].any())
+    least = ROUNDING * np.einsum("gkk->gk", moments[0, :, :size, :size]).mean(axis=1)[:, None, None] * centred
     if centred:
         moments = moments - moments[..., size, None] / np.maximum(ones, 1e-30) * moments[:, :, size:]
     xx, xy = moments[:, :, :size, :size], moments[:, :, :size, size + 1 :]
@@ -91,7 +94,7 @@ def fit_gptq(
     zero = nearest["zero_point"].astype(np.float64)[None, blocks] if zero_points else np.zeros((1, 1, 1))
     codes -= zero
     scheme = Scheme(bits, signed=True)
-    found, step = _gptq(columns, xx[0], xy[0], scale, blocks, (scheme.qmin - zero, scheme.qmax - zero))
+    found, step = _gptq(columns, xx[0], xy[0], scale, blocks, (scheme.qmin - zero, scheme.qmax - zero), least)
     better = _loss(found * step, xx[judge], xy[judge]) < _loss(codes * scale, xx[judge], xy[judge])
     codes, scale = np.where(better, found, codes) + zero, np.where(better, step, scale)[:, :: block or size]
     stored = np.moveaxis(codes, 2, 1).reshape(w.shape) if site.op == "Conv" else codes[0]
@@ -138,12 +141,14 @@ def stored(node: Node) -> Array:
     return (codes - zero) * scale
 
 
-def _gptq(w: Array, xx: Array, xy: Array, scale: Array, blocks: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+def _gptq(
+    w: Array, xx: Array, xy: Array, scale: Array, blocks: Array, ends: tuple[Array, Array], least: Array | float = 0.0
+) -> tuple[Array, Array]:
     """Codes and scales [G, K, O] for weights [G, K, O], moments [G, K, K] and [G, K, O], the nearest's scales [G, K, O], the
-    block [K] of each input and the ends of the codes' range, which are arrays that go with them.
+    block [K] of each input, the ends of the codes' range, which are arrays that go with them, and the least damping [G, 1, 1].
     """
     energy = np.einsum("gkk->gk", xx)[..., None]
-    damping = np.where(energy > 0, 0.0, 1.0) + DAMPING * energy.mean(axis=1, keepdims=True)
+    damping = np.where(energy > 0, 0.0, 1.0) + np.maximum(DAMPING * energy.mean(axis=1, keepdims=True), least)
     order = np.argsort(-energy, axis=1, kind="stable")
     h = np.take_along_axis(xx + damping * np.eye(xx.shape[1]), order, 1)
     h = np.take_along_axis(h, np.swapaxes(order, 1, 2), 2)

@@ -36,7 +36,8 @@ def settle(graph: Graph, *, biased: bool) -> None:
         if node.op == "QuantizeLinear" and all(isinstance(t, Constant) for t in node.inputs[1:]):
             _absorb(graph, node)
         is_product = node.op == "MatMul" and is_load_time(node.inputs[1]) and any(t.inputs for t in node.inputs[1:])
-        if is_product and not (biased and _to_integer(graph, node)):
+        is_float = [n.op for n in node.inputs[0].inputs] != ["DequantizeLinear"]
+        if is_product and not (is_float and not _is_in_blocks(node)) and not (biased and _to_integer(graph, node)):
             _keep_integer(graph, node)
         if node.op in ("Conv", "Gemm") and _would_be_quantized(node):
             put_behind(graph, node, "Sum", "float")

@@ -1,4 +1,4 @@
-"""Which Convs stay float for the time they take: where the front of a CNN ends, and what integer kernels are slow at."""
+"""Which layers stay float for the time they take: where the front of a CNN ends, and what integer kernels are slow at."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnxcomp.graph.prepare import prepare
 from onnxcomp.graph.sites import find_sites
 from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import Recipe
-from onnxcomp.runtime import infer_types
+from onnxcomp.runtime import infer_types, profile
 from onnxcomp.targets.timing import faster_in_float
 
 SIZES = {
@@ -154,3 +154,52 @@ def test_a_long_kernel_on_one_channel_is_an_island(rng: np.random.Generator):
 
     reasons = {d.site: d.reason for d in report.decisions if d.method == "float"}
     assert [name for name, reason in reasons.items() if reason.startswith("its integer kernel takes ")] == ["c"]
+
+
+ROWS = 64 * 64
+HEADS = "h0 = Transpose<perm = [0, 2, 1]>(x) h = Softmax(h0) "
+
+
+def floats(text: str, shapes: dict[str, tuple[int, ...]], rng: np.random.Generator, inputs: int = 4) -> list[str]:
+    """The layers of a model over rows of `inputs` channels that stay float because that is faster."""
+    weights = {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+    model = parse(f"g (float[N,{inputs},{ROWS}] x) => (float[N,K,M] y) {{ {text} }}", weights, opset=21)
+    report = quantize(model, rng.normal(size=(8, inputs, ROWS)).astype(np.float32)).report
+    assert all(site.integer for site in report.sites if site.activations != "float")
+    return [d.site for d in report.decisions if d.method == "float"]
+
+
+def test_a_product_of_few_channels_is_float_and_one_of_many_is_not(rng: np.random.Generator):
+    text = HEADS + "[mix] i = MatMul(h, a) [up] j = MatMul(i, b) [wide] y = MatMul(j, c)"
+
+    assert floats(text, {"a": (4, 4), "b": (4, 256), "c": (256, 256)}, rng) == ["mix", "up"]
+
+
+def test_products_that_share_a_quantizer_pay_less_for_it(rng: np.random.Generator):
+    alone = HEADS + "[one] y = MatMul(h, a)"
+    several = HEADS + "[one] i = MatMul(h, a) [two] j = MatMul(h, b) [three] k = MatMul(h, c) z = Add(i, j) y = Add(z, k)"
+    shapes = dict.fromkeys("abc", (96, 34))
+
+    assert floats(alone, {"a": shapes["a"]}, rng, 96) == ["one"]
+    assert floats(several, shapes, rng, 96) == []
+
+
+def test_a_product_that_reads_codes_is_left_alone(rng: np.random.Generator):
+    """What a Conv stores would have to become values."""
+    text = """[conv] h0 = Conv<group = 1>(x, v) h1 = Relu(h0) h = Transpose<perm = [0, 2, 1]>(h1) [mix] i = MatMul(h, a)
+        y = Tanh(i)"""
+
+    assert "mix" not in floats(text, {"v": (16, 4, 1), "a": (16, 16)}, rng)
+
+
+def test_a_float_product_is_one_kernel_with_its_bias(rng: np.random.Generator):
+    weights = {key: rng.normal(size=shape).astype(np.float32) for key, shape in {"a": (4, 4), "b": (4,), "c": (4, 256)}.items()}
+    text = HEADS + "[mix] i0 = MatMul(h, a) i = Add(i0, b) [up] y = MatMul(i, c)"
+    model = parse(f"g (float[1,4,{ROWS}] x) => (float[1,{ROWS},256] y) {{ {text} }}", weights, opset=21)
+    data = rng.normal(size=(8, 4, ROWS)).astype(np.float32)
+
+    found = quantize(model, data)
+
+    assert [d.site for d in found.report.decisions if d.method == "float"] == ["mix", "up"]
+    operators = {op for op, _ in profile(found.model, {"x": data[:1]})}
+    assert operators & {"Add", "Gemm", "MatMul", "MatMulIntegerToFloat", "Sum"} == {"Gemm"}  # both have a bias then

@@ -1,18 +1,20 @@
-"""The prices in onnxcomp/targets/timing.py, measured on this machine: a Conv in float and on codes, per position of its result.
+"""The prices in onnxcomp/targets/timing.py, measured on this machine: layers in float and on codes, per position of a Conv's
+result and per row of a MatMul.
 
-    python tools/conv_prices.py [--rounds 5] [--sizes 56,112]
+    python tools/layer_prices.py [--rounds 5] [--sizes 56,112]
 
-Every Conv stands alone in a model, on one thread; the kernel's own time in ONNX Runtime's profile counts, the lower quartile of
-rounds of ten, so that neither quantizers nor changes of layout are part of it. Both lines of a kind are fitted to relative
-errors, by least squares without negative terms; what memory adds in the middle of a model was added by hand. Printed are the
-terms, in nanoseconds, and the median error.
+Every layer stands alone in a model, on one thread. Of a Conv the kernel's own time in ONNX Runtime's profile counts, so that
+neither quantizers nor changes of layout are part of it, and what memory adds in the middle of a model was added by hand; of a
+MatMul the times of all operators, for its quantizer is its own. Each is the lower quartile of rounds of ten. Both lines of a
+kind are fitted to relative errors, by least squares without negative terms. Printed are the terms, in nanoseconds, and the
+median error.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,7 @@ POINTWISE = (
 )
 DENSE = ((8, 8), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64))
 DEPTHWISE = (16, 32, 48, 64, 96, 144)
+MATMULS = ((4, 4), (8, 8), (16, 16), (16, 64), (64, 16), (32, 32), (64, 64), (32, 128), (64, 256), (256, 64), (192, 192))
 STEMS = ((16, 3, 2), (32, 3, 2), (64, 3, 2), (64, 7, 2), (96, 4, 4), (32, 3, 1))
 """Outputs, kernel and stride of Convs on pictures of three channels."""
 
@@ -59,6 +62,15 @@ class Conv:
     @property
     def products(self) -> int:
         return self.outputs * self.inputs // self.groups * self.kernel**2
+
+
+@dataclass(frozen=True)
+class Product:
+    """A MatMul with its bias."""
+
+    positions: int
+    inputs: int
+    outputs: int
 
 
 def convs(sizes: list[int]) -> Iterator[Conv]:
@@ -94,18 +106,42 @@ def build(conv: Conv, *, quantized: bool) -> ModelProto:
         "pads": [(conv.kernel - 1) // 2] * 4,
     }
     nodes.insert(4 if quantized else 0, helper.make_node("Conv", [x, "w", "b"], [y], "conv", group=conv.groups, **how))
-    shape = [1, inputs, conv.size, conv.size]
+    return model(nodes, stored, [1, inputs, conv.size, conv.size])
+
+
+def build_product(layer: Product, *, quantized: bool) -> ModelProto:
+    """The MatMul and its bias, behind a quantizer if asked."""
+    w = np.random.default_rng(0).normal(size=(layer.inputs, layer.outputs)).astype(np.float32)
+    stored: dict[str, Any] = {"b": np.zeros(layer.outputs, np.float32), "w": w}
+    nodes, x = list[Any](), "x"
+    if quantized:
+        stored |= {"codes": np.clip(np.rint(40 * w), -127, 127).astype(np.int8), "zeros": np.zeros(layer.outputs, np.int8)}
+        stored |= {"steps": np.full(layer.outputs, 0.025, np.float32), "s": np.float32(0.02), "z": np.uint8(128)}
+        del stored["w"]
+        nodes += [
+            helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+            helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+            helper.make_node("DequantizeLinear", ["codes", "steps", "zeros"], ["w"], axis=1),
+        ]
+        x = "xd"
+    nodes += [helper.make_node("MatMul", [x, "w"], ["h"]), helper.make_node("Sum" if quantized else "Add", ["h", "b"], ["y"])]
+    return model(nodes, stored, [1, layer.positions, layer.inputs])
+
+
+def model(nodes: list[Any], stored: dict[str, Any], shape: list[int]) -> ModelProto:
     ends = (helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", shape), ("y", None)))
-    graph = helper.make_graph(nodes, "conv", [next(ends)], [next(ends)])
+    graph = helper.make_graph(nodes, "layer", [next(ends)], [next(ends)])
     graph.initializer.extend(numpy_helper.from_array(np.asarray(value), key) for key, value in stored.items())
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
-def kernel_ns(model: ModelProto, rounds: int) -> float:
-    """Nanoseconds of the Conv's kernel."""
-    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+def nanoseconds(layer: Conv | Product, *, quantized: bool, rounds: int) -> float:
+    """Of a Conv's kernel, or of a MatMul and its quantizer."""
+    is_conv = isinstance(layer, Conv)
+    made = build(layer, quantized=quantized) if is_conv else build_product(layer, quantized=quantized)
+    shape = [d.dim_value for d in made.graph.input[0].type.tensor_type.shape.dim]
     feed = {"x": np.random.default_rng(1).normal(size=shape).astype(np.float32)}
-    found = [sum(ms for op, ms in profile(model, feed) if "Conv" in op) for _ in range(rounds)]
+    found = [sum(ms for op, ms in profile(made, feed) if "Conv" in op or not is_conv) for _ in range(rounds)]
     return 1e6 * float(np.quantile(found, 0.25))
 
 
@@ -120,7 +156,7 @@ def fit(terms: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, float]:
         kept &= prices > 0
 
 
-KINDS: dict[str, tuple[bool, tuple[str, ...], Callable[[Conv], tuple[float, ...]]]] = {
+CONVS: dict[str, tuple[bool, tuple[str, ...], Callable[[Conv], tuple[float, ...]]]] = {
     "float": (False, ("m", "C", "1"), lambda c: (c.products, c.outputs, 1)),
     "int8": (True, ("m", "C", "k [k > 1]", "1"), lambda c: (c.products, c.outputs, c.kernel**2 * (c.kernel > 1), 1)),
     "float, depthwise": (False, ("m", "C"), lambda c: (c.products, c.outputs)),
@@ -128,19 +164,30 @@ KINDS: dict[str, tuple[bool, tuple[str, ...], Callable[[Conv], tuple[float, ...]
 }
 
 
+def fitted(title: str, names: Sequence[str], terms: Sequence[tuple[float, ...]], times: Sequence[float]) -> None:
+    """Print the line of one kind."""
+    prices, error = fit(np.array(terms, float), np.array(times))
+    line = " + ".join(f"{price:.4f} {name}" for price, name in zip(prices, names, strict=True))
+    print(f"{title}: {line} ns; median error {100 * error:.0f} % of {len(times)}", flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", default="56,112")
     arguments = parser.parse_args()
-    found = list(convs([int(size) for size in arguments.sizes.split(",")]))
-    for title, (quantized, names, terms) in KINDS.items():
-        some = [conv for conv in found if (conv.groups > 1) == title.endswith("depthwise")]
-        times = np.array([kernel_ns(build(conv, quantized=quantized), arguments.rounds) for conv in some])
-        columns = np.array([np.array(terms(conv), float) * conv.positions for conv in some])
-        prices, error = fit(columns, times)
-        line = " + ".join(f"{price:.4f} {name}" for price, name in zip(prices, names, strict=True))
-        print(f"{title}: {line} ns per position; median error {100 * error:.0f} % of {len(some)} Convs", flush=True)
+    sizes, rounds = [int(size) for size in arguments.sizes.split(",")], arguments.rounds
+    for title, (quantized, names, of) in CONVS.items():
+        some = [conv for conv in convs(sizes) if (conv.groups > 1) == title.endswith("depthwise")]
+        terms = [tuple(conv.positions * term for term in of(conv)) for conv in some]
+        fitted(title, names, terms, [nanoseconds(conv, quantized=quantized, rounds=rounds) for conv in some])
+    products = [Product(size**2, *widths) for size in sizes for widths in MATMULS]
+    for quantized in (False, True):
+        terms = [
+            (p.positions * p.inputs * p.outputs, p.positions * p.inputs, p.positions * p.outputs, p.positions) for p in products
+        ]
+        times = [nanoseconds(p, quantized=quantized, rounds=rounds) for p in products]
+        fitted(f"{'int8' if quantized else 'float'}, MatMul", ("K N", "K", "N", "1"), terms, times)
 
 
 if __name__ == "__main__":
