@@ -265,6 +265,45 @@ def test_a_float_convolution_between_integers_stays_float(rng: np.random.Generat
     both(model, rng.normal(size=(2, 4, 3, 3)).astype(np.float32))
 
 
+@pytest.mark.parametrize("moves", ["q0 = Identity(m)", "q0 = Transpose<perm = [0, 1, 3, 2]>(m)"])
+def test_a_float_pool_in_front_of_a_quantizer_stays_float(rng: np.random.Generator, moves: str):
+    """The runtime would move the quantizer in front of it, and pool integers forty times as slowly."""
+    layer = "w = DequantizeLinear<axis = 0>(W, ws) c = Conv(q, w)"
+    body = (
+        f"t = Tanh(x) m = MaxPool<kernel_shape = [2, 2]>(t) {moves} "
+        + static("q0", "q")
+        + layer
+        + static("c", "d")
+        + "y = Neg(d)"
+    )
+    weights = {"W": rng.integers(-99, 99, (4, 4, 1, 1)).astype(np.int8), "ws": np.full(4, 0.01, np.float32)}
+    model = lower(
+        f"(float[N,4,5,5] x) => (float[N,4,4,4] y) {{ {body} }}", weights | {"s": np.float32(0.02), "z": np.uint8(128)}
+    )
+
+    pools = [n for n in runtime.optimized(model.SerializeToString()) if "MaxPool" in n.op_type]
+
+    assert [pool.input[0] for pool in pools] == ["t"]
+    assert "QLinearConv" in [n.op_type for n in runtime.optimized(model.SerializeToString())]
+    both(model, rng.normal(size=(2, 4, 5, 5)).astype(np.float32))
+
+
+def test_a_pool_of_codes_is_left_alone():
+    body = static("x", "a") + "m = MaxPool<kernel_shape = [2, 2]>(a) " + static("m", "q") + "y = Neg(q)"
+    model = lower(f"(float[N,4,5,5] x) => (float[N,4,4,4] y) {{ {body} }}", {"s": np.float32(0.02), "z": np.uint8(128)})
+
+    assert "Sum" not in ops(model)
+
+
+def test_a_shape_is_that_of_the_codes(rng: np.random.Generator):
+    body = static("x", "a") + "s0 = Shape(a) g = Relu(a) y = Reshape(g, s0)"
+    model = lower(f"(float[N,4] x) => (float[N,4] y) {{ {body} }}", {"s": np.float32(0.5), "z": np.uint8(8)})
+
+    made = {output: n.op_type for n in model.graph.node for output in n.output}
+    assert made[node(model, "Shape").input[0]] == "QuantizeLinear"
+    both(model, rng.normal(size=(3, 4)).astype(np.float32))
+
+
 # --- the target ------------------------------------------------------------------------------------------------------
 
 
