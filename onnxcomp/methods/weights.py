@@ -35,8 +35,10 @@ from onnxcomp.numerics.statistics import Highest
 
 ROWS_PER_SAMPLE, ROWS, EACH = 256, 1 << 13, 32
 """Tokens that are looked at: of a sample at most, of all at least, and per input of a MatMul."""
-ROUNDING = 1e-5
-"""What sums of squares in float32 are off by, of themselves, at most: all that is left of inputs that hardly vary, centred."""
+ROUNDING = 1e-5, 2e-6
+"""What sums of squares in float32 are off by, of their mean, and more for each input: what is left of inputs that hardly vary,
+centred, is no more than that.
+"""
 DAMPING = 0.05
 BLOCK = 64
 TURNS = 2
@@ -83,7 +85,8 @@ def fit_gptq(
     moments = samples.reduce(read).astype(np.float64)
     ones = moments[:, :, size:, size, None]
     judge = int(ones[1].any())
-    least = ROUNDING * np.einsum("gkk->gk", moments[0, :, :size, :size]).mean(axis=1)[:, None, None] * centred
+    energy = np.einsum("gkk->gk", moments[0, :, :size, :size]).mean(axis=1)[:, None, None]
+    least = (ROUNDING[0] + ROUNDING[1] * size) * energy * centred
     if centred:
         moments = moments - moments[..., size, None] / np.maximum(ones, 1e-30) * moments[:, :, size:]
     xx, xy = moments[:, :, :size, :size], moments[:, :, :size, size + 1 :]
