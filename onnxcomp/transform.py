@@ -62,9 +62,11 @@ def transform(
     few = next(more)
     if recipe.sensitive == "auto" and not outside(like):
         rows = {name: array[: sensitivity.ROWS] if stackable else array for name, array in few.items()}
-        _keep_fast(found, prepared, target, {name: array[:1] if stackable else array for name, array in few.items()})
+        row = {name: array[:1] if stackable else array for name, array in few.items()}
+        _keep_fast(found, prepared, target, row)
         _widen(found, prepared, target, rows)
-        _rescue(found, prepared, target, rows)
+        if _rescue(found, prepared, target, rows):
+            _keep_fast(found, prepared, target, row)
     ranged = {k: s for k, s in found.choice.settings.items() if s.activations in ("static", "token", "auto")}
     asked = {k: (s.weight_bits, s.activation_bits) for k, s in ranged.items()}
     if recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
@@ -102,7 +104,8 @@ def _keep_fast(found: Equal, prepared: Prepared, target: Target, row: Feed) -> N
     given = [rule.where for rule in found.recipe.site if rule.activations is not None]
     ranged = [s for s in found.choice.sites if s.kind == "layer" and found.choice.settings[s.name].activations != "float"]
     is_open = [site for site in ranged if not any(matches(where, site) for where in given)]
-    kept = faster_in_float(found.graph, is_open, shapes_of) if is_open else {}
+    floats = [s for s in found.choice.sites if s.op == "Conv" and found.choice.settings[s.name].activations == "float"]
+    kept = faster_in_float(found.graph, is_open, shapes_of, floats) if is_open else {}
     if not kept:
         return
     rounding = "gptq" if found.recipe.rounding == "auto" else None  # which takes no time of theirs
@@ -122,13 +125,13 @@ def _widen(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> None
     found.decisions += [account.decision(name, "8 bits", layer.outcome, layer.added_bytes) for name, layer in wide.items()]
 
 
-def _rescue(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> None:
+def _rescue(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> bool:
     """Let layers of 8-bit activations with a fixed range that lose too much stay float there, or have their weights rounded by
-    GPTQ.
+    GPTQ; whether one stays float.
     """
     is_open = {"floats": found.recipe.activations == "auto", "gptq": found.recipe.rounding == "auto"}
     if target.encoding.where == "units" or not any(is_open.values()):  # where nothing is float, or all is said
-        return
+        return False
     asked = {name: w for name, w in open_widths(found.recipe, found.choice).items() if w[1] == sensitivity.WIDE}
     asked = {name: w for name, w in asked.items() if found.choice.settings[name].activations == "static"}
     rescued = sensitivity.rescue(found.graph, prepared.model, found.choice.sites, asked, rows, **is_open)
@@ -138,3 +141,4 @@ def _rescue(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> Non
     found.recipe = replace(found.recipe, site=(*gptq, *found.recipe.site))
     found.choice = choose(found.graph, found.recipe, target, with_data=True)
     found.decisions += [account.decision(name, "rescue", layer.outcome) for name, layer in rescued.items()]
+    return bool(floats)

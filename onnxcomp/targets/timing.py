@@ -44,26 +44,25 @@ FLOATS = ("Gelu", "Gemm", "LayerNormalization", "MatMul", "RMSNormalization", "S
 Shapes = Mapping[str, Sequence[int]]
 
 
-def faster_in_float(graph: Graph, sites: Sequence[Site], shapes_of: Callable[[Sequence[str]], Shapes]) -> dict[str, str]:
+def faster_in_float(
+    graph: Graph, sites: Sequence[Site], shapes_of: Callable[[Sequence[str]], Shapes], floats: Sequence[Site] = ()
+) -> dict[str, str]:
     """The layers that stay float, each with the reason.
 
     sites      the Convs, and layers of another kind, that may
     shapes_of  the shapes that tensors have
+    floats     Convs that are float already, for another reason: a front that takes them in need not hand them values
     """
-    convs, nodes = {site.name: site for site in sites if site.op == "Conv"}, {node.name: node for node in graph.nodes}
-    tensors = tensors_of(graph)
+    nodes, tensors = {node.name: node for node in graph.nodes}, tensors_of(graph)
+    convs, fixed = {site.name: site for site in sites if site.op == "Conv"}, {site.name: site for site in floats}
     linear = {site.name: site for site in sites if site.op != "Conv" and _is_made_in_float(tensors[site.x])}
-    cuts = _cuts(graph, convs)
-    names = dict.fromkeys(
-        [
-            *(cut for _, cut in cuts),
-            *(t.name for t in graph.inputs),
-            *(n for s in (convs | linear).values() for n in (s.x, s.raw)),
-        ]
-    )
-    shapes = shapes_of([*names])
+    cuts = _cuts(graph, convs | fixed)
+    ends = [name for site in (convs | fixed | linear).values() for name in (site.x, site.raw)]
+    shapes = shapes_of([*dict.fromkeys([*(cut for _, cut in cuts), *(t.name for t in graph.inputs), *ends])])
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    handed = {name: HANDED * (sizes[site.x] + sizes[site.raw]) for name, site in (convs | fixed).items()}
     prices = {name: _prices(nodes[name], shapes[site.raw]) for name, site in convs.items()}
+    prices |= {name: (0.0, handed[name]) for name in fixed}
     readers = Counter(site.x for site in linear.values())
     prices |= {k: _linear_prices(shapes[s.x], shapes[s.raw][-1], readers[s.x]) for k, s in linear.items()}
     front, most, before = list[str](), 0.0, 0.0
@@ -74,11 +73,10 @@ def faster_in_float(graph: Graph, sites: Sequence[Site], shapes_of: Callable[[Se
         if saved > most + WORTH * (as_codes - before):
             front, most, before = part, saved, as_codes
     text = f"the first {len(front)} Convs are faster in float, by {most / 1e6:.2f} ms of a sample"
-    found = dict.fromkeys(front, text) if most >= LEAST else {}
-    for name in [name for name in prices if name not in found]:
+    found = {name: text for name in front if name not in fixed and most >= LEAST}
+    for name in [name for name in prices if name not in found and name not in fixed]:
         as_float, as_codes = prices[name]
-        handed = sizes[convs[name].x] + sizes[convs[name].raw] if name in convs else 0
-        saved = as_codes - as_float - HANDED * handed
+        saved = as_codes - as_float - handed.get(name, 0.0)
         if saved >= max(LEAST, WORTH * as_codes):
             found[name] = f"its integer kernel takes {saved / 1e6:.2f} ms of a sample more than the float one"
     return found

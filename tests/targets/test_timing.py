@@ -42,16 +42,17 @@ LAST = "[f] m = Conv(l, f) y = Tanh(m)"
 MOBILE = " ".join([STEM, DEPTHWISE, POINT, WIDE, LAST])
 
 
-def front(model: ModelProto, size: int = 96) -> list[str]:
+def front(model: ModelProto, size: int = 96, fixed: Sequence[str] = ()) -> list[str]:
     p = prepare(model, infer_types)
-    sites = [site for site in find_sites(p.graph) if site.kind == "layer" and site.op == "Conv"]
+    convs = [site for site in find_sites(p.graph) if site.kind == "layer" and site.op == "Conv"]
+    sites, floats = ([site for site in convs if (site.name in fixed) == is_fixed] for is_fixed in (False, True))
     channels = {"h": 32, "h0": 32, "i": 32, "i0": 32, "i1": 32, "j": 16, "k": 128, "k0": 128, "l": 128, "m": 8}
 
     def shapes_of(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
         inner = {name: (1, channels.get(name, 8), size // 2, size // 2) for name in names}
         return inner | {"x": (1, 3, size, size), "other": (1, 1)}
 
-    return list(faster_in_float(p.graph, sites, shapes_of))
+    return list(faster_in_float(p.graph, sites, shapes_of, floats))
 
 
 def test_the_front_ends_where_channels_are_few_and_before_they_are_many():
@@ -69,6 +70,13 @@ def test_a_front_reads_one_image(text: str, inputs: str):
     text = text.replace("y = Tanh(m)", "n = Tanh(m) y = Add(n, other)") if inputs else text
 
     assert front(net(text, inputs=inputs)) in ([], ["a"])
+
+
+def test_a_front_reaches_as_far_as_a_conv_that_is_float_anyway():
+    """It would be handed codes, and hand some on."""
+    small = net(MOBILE, 40)
+
+    assert (front(small, 40), front(small, 40, fixed=["b"])) == ([], ["a", "c"])
 
 
 def test_nothing_is_gained_where_the_first_conv_is_wide():
