@@ -36,8 +36,8 @@ from onnxcomp.numerics.statistics import Highest
 ROWS_PER_SAMPLE, ROWS, EACH = 256, 1 << 13, 32
 """Tokens that are looked at: of a sample at most, of all at least, and per input of a MatMul."""
 ROUNDING = 1e-5, 2e-6
-"""What sums of squares in float32 are off by, of their mean, and more for each input: what is left of inputs that hardly vary,
-centred, is no more than that.
+"""What sums of squares in float32 are off by, of their mean, and more for each input: it is what is left of inputs that hardly
+vary, centred.
 """
 DAMPING = 0.05
 BLOCK = 64
@@ -151,7 +151,10 @@ def _gptq(
     block [K] of each input, the ends of the codes' range, which are arrays that go with them, and the least damping [G, 1, 1].
     """
     energy = np.einsum("gkk->gk", xx)[..., None]
-    damping = np.where(energy > 0, 0.0, 1.0) + np.maximum(DAMPING * energy.mean(axis=1, keepdims=True), least)
+    usual = DAMPING * energy.mean(axis=1, keepdims=True)
+    if np.any(least > usual / 8):  # what was rounded may be all there is
+        least = np.maximum(least, -2 * np.linalg.eigvalsh(xx)[:, :1, None])
+    damping = np.where(energy > 0, 0.0, 1.0) + np.maximum(usual, least)
     order = np.argsort(-energy, axis=1, kind="stable")
     h = np.take_along_axis(xx + damping * np.eye(xx.shape[1]), order, 1)
     h = np.take_along_axis(h, np.swapaxes(order, 1, 2), 2)
