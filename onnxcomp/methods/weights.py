@@ -35,9 +35,9 @@ from onnxcomp.numerics.statistics import Highest
 
 ROWS_PER_SAMPLE, ROWS, EACH = 256, 1 << 13, 32
 """Tokens that are looked at: of a sample at most, of all at least, and per input of a MatMul."""
-ROUNDING = 1e-5, 2e-6
-"""What sums of squares in float32 are off by, of their mean, and more for each input: it is what is left of inputs that hardly
-vary, centred.
+ROUNDING = 4e-6
+"""What sums of squares in float32 may be off by, of their mean and for each input: all that is left of inputs that hardly vary,
+centred.
 """
 DAMPING = 0.05
 BLOCK = 64
@@ -85,8 +85,7 @@ def fit_gptq(
     moments = samples.reduce(read).astype(np.float64)
     ones = moments[:, :, size:, size, None]
     judge = int(ones[1].any())
-    energy = np.einsum("gkk->gk", moments[0, :, :size, :size]).mean(axis=1)[:, None, None]
-    least = (ROUNDING[0] + ROUNDING[1] * size) * energy * centred
+    least = ROUNDING * np.einsum("gkk->g", moments[0, :, :size, :size])[:, None, None] * centred
     if centred:
         moments = moments - moments[..., size, None] / np.maximum(ones, 1e-30) * moments[:, :, size:]
     xx, xy = moments[:, :, :size, :size], moments[:, :, :size, size + 1 :]
@@ -97,7 +96,10 @@ def fit_gptq(
     zero = nearest["zero_point"].astype(np.float64)[None, blocks] if zero_points else np.zeros((1, 1, 1))
     codes -= zero
     scheme = Scheme(bits, signed=True)
-    found, step = _gptq(columns, xx[0], xy[0], scale, blocks, (scheme.qmin - zero, scheme.qmax - zero), least)
+    try:
+        found, step = _gptq(columns, xx[0], xy[0], scale, blocks, (scheme.qmin - zero, scheme.qmax - zero), least)
+    except np.linalg.LinAlgError:  # they are rounding errors after all
+        found, step = codes, scale
     better = _loss(found * step, xx[judge], xy[judge]) < _loss(codes * scale, xx[judge], xy[judge])
     codes, scale = np.where(better, found, codes) + zero, np.where(better, step, scale)[:, :: block or size]
     stored = np.moveaxis(codes, 2, 1).reshape(w.shape) if site.op == "Conv" else codes[0]
@@ -151,10 +153,7 @@ def _gptq(
     block [K] of each input, the ends of the codes' range, which are arrays that go with them, and the least damping [G, 1, 1].
     """
     energy = np.einsum("gkk->gk", xx)[..., None]
-    usual = DAMPING * energy.mean(axis=1, keepdims=True)
-    if np.any(least > usual / 8):  # what was rounded may be all there is
-        least = np.maximum(least, -2 * np.linalg.eigvalsh(xx)[:, :1, None])
-    damping = np.where(energy > 0, 0.0, 1.0) + np.maximum(usual, least)
+    damping = np.where(energy > 0, 0.0, 1.0) + np.maximum(DAMPING * energy.mean(axis=1, keepdims=True), least)
     order = np.argsort(-energy, axis=1, kind="stable")
     h = np.take_along_axis(xx + damping * np.eye(xx.shape[1]), order, 1)
     h = np.take_along_axis(h, np.swapaxes(order, 1, 2), 2)
