@@ -43,7 +43,7 @@ def settle(graph: Graph, *, biased: bool) -> None:
             _keep_integer(graph, node)
         if node.op in ("Conv", "Gemm") and _would_be_quantized(node):
             put_behind(graph, node, "Sum", "float")
-        if node.op == "HardSwish" and [n.op for n in node.inputs[0].inputs] == ["DequantizeLinear"]:
+        if node.op == "HardSwish" and _reads_codes(node):
             _gate(graph, node)
         if node.op == "MaxPool" and not _reads_codes(node) and any(_leads_to_codes(t) for t in node.outputs[:1]):
             put_behind(graph, node, "Sum", "float")
