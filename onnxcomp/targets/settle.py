@@ -45,7 +45,7 @@ def settle(graph: Graph, *, biased: bool) -> None:
             put_behind(graph, node, "Sum", "float")
         if node.op == "HardSwish" and _reads_codes(node):
             _gate(graph, node)
-        if node.op == "MaxPool" and not _reads_codes(node) and any(_leads_to_codes(t) for t in node.outputs[:1]):
+        if node.op == "MaxPool" and not _reads_codes(node) and _leads_to_codes(node.outputs[0]):
             put_behind(graph, node, "Sum", "float")
         if node.op == "Shape" and _reads_codes(node):
             node.inputs[0] = node.inputs[0].inputs[0].inputs[0]
@@ -177,7 +177,7 @@ def _is_in_blocks(node: Node) -> bool:
 def _would_be_quantized(node: Node) -> bool:
     """Whether the runtime would take a float layer between integers, weight per tensor, for one that should be integer."""
     reader = only_reader(tail(node))
-    is_float = isinstance(node.inputs[1], Constant) and any(n.op == "DequantizeLinear" for n in node.inputs[0].inputs)
+    is_float = isinstance(node.inputs[1], Constant) and _reads_codes(node)
     return is_float and reader is not None and reader.op == "QuantizeLinear"
 
 
