@@ -32,6 +32,7 @@ from onnxcomp import scratch
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.graph import files, mapped
 from onnxcomp.graph.types import TensorType, element_type
+from onnxcomp.graph.unsigned import unsigned_weights
 from onnxcomp.graph.weights import expose_all
 
 if TYPE_CHECKING:
@@ -73,9 +74,10 @@ class Session:
     """A loaded model, ready to run on the CPU. `inputs` and `outputs` are (name, type) pairs in the model's order.
 
     `threads` 0 leaves their number to `threads()`, else to the runtime. `faithful`: int8 activations stay int8, as they do on
-    ARM, where the runtime would turn them into uint8 here (which 1.32 cannot load behind a Reshape from opset 21 on), a float
-    bias stays float (which 1.32 quantizes wrongly where scales are float16), and weights in a file beside the model stay there.
-    `options` replace all others. Raises ModelError for a model that cannot be loaded.
+    ARM, where the runtime would turn them into uint8 here (which 1.32 cannot load behind a Reshape from opset 21 on); products
+    are added right even on a CPU that `saturates`; a float bias stays float (which 1.32 quantizes wrongly where scales are
+    float16), and weights in a file beside the model stay there. `options` replace all others. Raises ModelError for a model
+    that cannot be loaded.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Session:
         options: ort.SessionOptions | None = None,
     ) -> None:  # fmt: skip
         chosen = options or _options(threads, optimize=optimize, faithful=faithful)
+        model = unsigned_weights(files.load(model)) if options is None and faithful and saturates() else model
         outside = mapped.outside(model) if isinstance(model, files.ModelProto) else 0
         beside = faithful and isinstance(model, str | Path) and Path(f"{model}.data").is_file()
         if outside > files.INLINE_LIMIT or beside:  # weights are mapped, but packed ones would be copies in memory
@@ -178,6 +181,15 @@ def version() -> str:
     return ort.__version__
 
 
+@functools.cache
+def saturates() -> bool:
+    """Whether this CPU adds two products of unsigned and signed 8-bit codes wrongly, in 16 bits, as x86 without VNNI does."""
+    text = '<ir_version: 8, opset_import: ["" : 13]> p (uint8[1,2] a) => (int32[1,1] y) <int8[2,1] w = {127, 127}>'
+    probe, feed = files.parse(f"{text} {{ y = MatMulInteger(a, w) }}"), {"a": np.full((1, 2), 255, np.uint8)}
+    with provider("cpu"):
+        return Session(probe, faithful=False).run(feed)["y"].item() != 2 * 255 * 127
+
+
 def infer_types(model: Model) -> dict[str, TensorType]:
     """Element type and shape of the inputs and of every node's outputs, as ONNX Runtime infers them.
 
@@ -232,7 +244,7 @@ def measure(
 def profile(model: Model, feed: Feed, threads: int = 1) -> tuple[tuple[str, float], ...]:
     """Milliseconds per run by the type of the executed operators, the costliest first; the first run is not counted."""
     with scratch.folder() as folder:
-        options = _options(threads)
+        options = _options(threads, faithful=False)
         options.enable_profiling = True
         options.profile_file_prefix = str(folder / "profile")
         session = Session(model, options=options)

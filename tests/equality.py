@@ -6,13 +6,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import ModelProto, checker, numpy_helper, parser
+from onnx import ModelProto, ValueInfoProto, checker, numpy_helper, parser
 from tiny import Tiny
 
 from onnxcomp import runtime
 from onnxcomp.graph.prepare import Prepared, prepare
+from onnxcomp.pipeline import Result
+from onnxcomp.report.model import Decision
 
 Feeds = Mapping[str, np.ndarray]
+
+
+def edits(result: Result) -> list[Decision]:
+    """What was decided, but for the codes that have to be others on a CPU without VNNI."""
+    return [d for d in result.report.decisions if d.method != "saturation"]
 
 
 def parse(text: str, weights: Feeds | None = None, opset: int = 17, domains: str = "") -> ModelProto:
@@ -103,3 +110,9 @@ def of_opset_21(model: ModelProto) -> ModelProto:
     newer.CopyFrom(model)
     newer.opset_import[0].version, newer.ir_version = 21, 10
     return newer
+
+
+def signature(value: ValueInfoProto) -> tuple[str, int, list[int | str]]:
+    """Name, element type and dimensions."""
+    tensor = value.type.tensor_type
+    return value.name, tensor.elem_type, [d.dim_param or d.dim_value for d in tensor.shape.dim]

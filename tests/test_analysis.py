@@ -11,7 +11,7 @@ import pytest
 import tiny
 from click.testing import CliRunner, Result
 
-from onnxcomp import pipeline, recipe, runtime
+from onnxcomp import pipeline, recipe, runtime, targets
 from onnxcomp.analysis import MASK, analyze, blend, hadamard
 from onnxcomp.cli import main
 from onnxcomp.errors import ModelError, UsageError
@@ -177,7 +177,7 @@ def test_the_command_shows_the_worst_first_and_a_piece_of_a_recipe(tmp_path: Pat
     shown, plain = run("analyze", path, "--data", data), json.loads(run("analyze", path, "--data", data, "--json").stdout)
 
     lines = shown.stdout.splitlines()
-    assert lines[0].startswith("mlp.onnx -> w4a4 for ort-x86: the output's SQNR is ")
+    assert lines[0].startswith(f"mlp.onnx -> w4a4 for {targets.here()}: the output's SQNR is ")
     assert lines[0].endswith(" dB, 12 samples, 18 passes")
     assert lines[2].split() == ["Site", "Bits", "Alone", "weights", "activations", "In", "all", "weights", "activations"]
     assert [line.split()[0] for line in lines[3:5]] == [site["name"] for site in plain["sites"]]

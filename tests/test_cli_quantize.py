@@ -10,7 +10,7 @@ import pytest
 import tiny
 from click.testing import CliRunner, Result
 
-from onnxcomp import recipe
+from onnxcomp import recipe, targets
 from onnxcomp.cli import main
 from onnxcomp.graph import files
 from onnxcomp.recipe import Bits
@@ -31,7 +31,7 @@ def test_the_result_lies_beside_the_model_and_the_report_ends_with_what_to_do_ne
     output = net.with_name("mlp.w8a8.onnx")
     assert (found.exit_code, found.stderr) == (0, "")
     lines = found.stdout.splitlines()
-    assert lines[0] == "mlp.onnx -> w8a8 for ort-x86, 12 samples"
+    assert lines[0] == f"mlp.onnx -> w8a8 for {targets.here()}, 12 samples"
     assert "Kernels       2 of 2 quantized sites run as integer kernels" in lines
     assert lines[-3:] == ["", str(output), f"Next: onnxcomp compare {net} {output} --data TEST_DATA"]
     assert output.is_file()
@@ -54,7 +54,7 @@ def test_without_data_one_line_says_what_is_done_instead(net: Path) -> None:
         "No data were given, so activations are quantized at run time and nothing is calibrated or compensated. "
         "Pass --data for static ranges.\n"
     )
-    assert found.stdout.splitlines()[0] == "mlp.onnx -> w8a8 for ort-x86, no data"
+    assert found.stdout.splitlines()[0] == f"mlp.onnx -> w8a8 for {targets.here()}, no data"
     assert found.stdout.splitlines()[-1] == f"Next: onnxcomp bench {net} {net.with_name('mlp.w8a8.onnx')}"
 
 

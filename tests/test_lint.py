@@ -160,7 +160,7 @@ def test_the_list_says_which_target_this_machine_is():
     found = run("targets")
 
     marked = [line for line in found.stdout.splitlines() if line.endswith("(this machine)")]
-    assert [line.split()[0] for line in marked] == [targets.find("auto").name]
+    assert [line.split()[0] for line in marked] == [targets.here()]
 
 
 # --- what a target does not take -------------------------------------------------------------------------------------

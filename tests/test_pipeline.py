@@ -60,10 +60,11 @@ def vanishing() -> tuple[ModelProto, np.ndarray]:
 
 def test_the_proof_has_as_many_samples_whatever_their_batches(monkeypatch: pytest.MonkeyPatch):
     subject = tiny.residual()
-    before = quantize(subject.model, subject.samples)
+    recipe = Recipe(target="ort-x86")
+    before = quantize(subject.model, subject.samples, recipe)
     monkeypatch.setattr(samples, "BATCH_BYTES", 1)
 
-    found = quantize(subject.model, subject.samples)
+    found = quantize(subject.model, subject.samples, recipe)
 
     assert found.report.verification.samples == before.report.verification.samples == samples.BATCH
     assert found.report.verification.expected_db == 200
@@ -124,7 +125,7 @@ def test_the_account_names_the_model_the_data_and_the_target(folder: Path):
     report = quantize(net, DATA, BASE).report
 
     assert (report.model_name, report.model_sha256, report.model_bytes) == ("net.onnx", files.sha256(net), net.stat().st_size)
-    assert (report.target, report.samples) == ("ort-x86", 12)
+    assert (report.target, report.samples) == (targets.here(), 12)
     assert report.verification.samples == 8
 
 

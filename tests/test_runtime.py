@@ -70,9 +70,12 @@ def test_what_cannot_be_loaded_is_a_model_error_with_one_sentence(tmp_path: Path
     absent = tmp_path / "absent.onnx"
     unknown = parse("g (float[N] x) => (float[N] y) { y = Unheard(x) }").SerializeToString()
 
-    with pytest.raises(ModelError, match=r"^ONNX Runtime cannot load the model: .* protobuf parsing failed\.$"):
+    # On a CPU without VNNI the model is looked into first.
+    text = r"^(ONNX Runtime cannot load the model: .* protobuf parsing failed|The bytes given: not an ONNX model, [^\n]*)\.$"
+    with pytest.raises(ModelError, match=text):
         Session(b"no model")
-    with pytest.raises(ModelError, match=rf"^ONNX Runtime cannot load {absent}: [^\n]*File doesn't exist\.$"):
+    text = rf"^(ONNX Runtime cannot load {absent}: [^\n]*File doesn't exist|{absent} does not exist)\.$"
+    with pytest.raises(ModelError, match=text):
         Session(absent)
     with pytest.raises(ModelError, match=r"^ONNX Runtime cannot load the model: [^\n]*No Op registered for Unheard "):
         Session(unknown)

@@ -115,7 +115,7 @@ def targets() -> tuple[object, ...]:
     from onnxcomp import targets as runtimes
 
     found = [runtimes.find(name) for name in runtimes.names()]
-    chosen = runtimes.find("auto").name
+    chosen = runtimes.here()
     shown = {t.name: [f"{t.summary}{' (this machine)' if t.name == chosen else ''}", t.describe()] for t in found}
     return [{"name": t.name, "summary": t.summary, "takes": t.describe(), "needs": t.needs} for t in found], shown
 

@@ -115,7 +115,7 @@ def quantize(
             found = compare_models(path, result.finished, data, labels=labels, preprocess=recipe.preprocess, progress=progress)
             demand(found, max_drop)
             files.save(result.finished, destination, force=force, source=path)
-    if data is not None and result.report.target == targets.find("auto").name and files.size(path) < LARGE:
+    if data is not None and result.report.target == targets.here() and files.size(path) < LARGE:
         how = {"preprocess": recipe.preprocess, "rounds": ROUNDS, "count": 1}
         said["Speed"] = text.speed(bench.bench([path, destination], data, **how).models[1])
     if page is not None:

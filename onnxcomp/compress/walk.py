@@ -33,7 +33,7 @@ from onnxcomp.methods import moments, weights, xint
 from onnxcomp.methods.base import Array, Compensation, InputMethod, Outcome, add_bias
 from onnxcomp.methods.bias import TRIM, BiasCompensation, SampleErrors, decibel
 from onnxcomp.methods.xint import XInt
-from onnxcomp.numerics.affine import QParams, Scheme
+from onnxcomp.numerics.affine import along
 from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
 from onnxcomp.runtime import Progress, Session, measure
@@ -165,10 +165,8 @@ class Walk:
             tape = Tape(f"{site.weight}/quantized" if everyone else f"{site.name}/weight")
             w, series = tensors[site.weight].values, not self._series.keys().isdisjoint(same)
             fitted = xint.first_term(w, site.weight_axis, bits)._asdict() if series else self._round(site, w, bits)
-            if self.target.encoding.saturates and bits == 8 and self._saturates(site, fitted["codes"]):
-                bits, reason = 7, "sums of two products of 8-bit weights may leave 16 bits, so these have 7"
-                fitted = self._round(site, w, bits)
-                self.decisions.append(Decision(site.name, "7-bit weights", True, reason, None, 0))
+            if self.target.encoding.saturates and bits == 8:
+                fitted = self._held(site, w, fitted, alone=len(same) == 1)
             is_float = site.op == "Conv" and settings.activations == "float"
             new = weights.build(tape, site, fitted, bits, settings.block, is_float=is_float)
             apply(self.compressed, "quantize", tape, new, None if everyone else same)
@@ -185,7 +183,8 @@ class Walk:
         series, noise = self._series.get(site.name), self.quantizers.noise.get(site.name)
         if series is None and noise is None:
             return
-        place = xint.Terms.read(self.compressed, site, self._weight(site))
+        most = 63 if self.target.encoding.saturates else 127
+        place = xint.Terms.read(self.compressed, site, self._weight(site), most)
         outcome = None if series is None else self.work.once(lambda: series.fit(place, self._cut(site.x)))
         if noise is not None:
             method, fit = noise
@@ -205,16 +204,19 @@ class Walk:
         more = {"zero_points": settings.zero_points, "centred": centred}
         return self.work.once(lambda: weights.fit_gptq(site, w, bits, cut, *how, **more))
 
-    def _saturates(self, site: Site, codes: Array) -> bool:
-        """Whether products of these 8-bit codes may be added wrongly, on the samples; see `numerics.saturation`."""
-        cut, quantize = self._cut(site.x), next(n for n in self.compressed.nodes if n.name == site.name).inputs[0].inputs
-        if not quantize or "granularity" not in quantize[0].attrs:
-            return False
-        how = quantize[0]
-        is_static = cut is not None and how.attrs["granularity"] == "static"
-        q = QParams(Scheme(how.attrs["bits"]), *(t.values for t in how.inputs[1:3])) if is_static else None
-        groups = int(self._node(site).attrs.get("group", 1))
-        return self.work.once(lambda: weights.saturates(site, codes, groups, how.attrs["bits"], q, cut))
+    def _held(self, site: Site, w: Array, fitted: Mapping[str, Array], *, alone: bool) -> Mapping[str, Array]:
+        """These 8-bit codes, or others near them where products would be added wrongly. `alone`: no other layer, whose inputs
+        are not known yet, reads them.
+        """
+        makers = next(node for node in self.compressed.nodes if node.name == site.name).inputs[0].inputs
+        if not makers or "granularity" not in makers[0].attrs:
+            return fitted
+        if self.plan.settings[site.name].rounding != "nearest":  # what the codes were chosen for is near them
+            w = fitted["codes"] * along(fitted["scale"], site.weight_axis, w.ndim)
+        cut, groups = self._cut(site.x) if alone else None, int(self._node(site).attrs.get("group", 1))
+        held, reason = self.work.once(lambda: weights.hold(site, w, fitted, makers[0], groups, cut))
+        self.decisions += [Decision(site.name, "saturation", True, reason, None, 0)] if reason else []
+        return held
 
     def _weight(self, site: Site) -> Array:
         """The float weight of a layer."""

@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper, shape_inference
+from onnx import ModelProto, NodeProto, TensorProto, checker, helper, numpy_helper, parser, shape_inference
 from onnx.external_data_helper import ExternalDataInfo
 
 from onnxcomp import scratch
@@ -57,6 +57,11 @@ def load(source: Location | bytes | ModelProto) -> ModelProto:
         if number >= main or not mapped.map_external(tensor, path):
             weights.read_external(tensor, path)
     return model
+
+
+def parse(text: str) -> ModelProto:
+    """The model that ONNX's textual form of it stands for."""
+    return parser.parse_model(text)
 
 
 def read_nodes(path: Path) -> tuple[NodeProto, ...]:

@@ -29,8 +29,9 @@ import numpy as np
 from onnxcomp.graph.edit import Node, Tape
 from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Batch, Fit, Samples, is_held_out
+from onnxcomp.numerics import saturation
 from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, Scheme, along, weight_qparams
-from onnxcomp.numerics.saturation import may_saturate, reach
+from onnxcomp.numerics.saturation import reach
 from onnxcomp.numerics.statistics import Highest
 
 ROWS_PER_SAMPLE, ROWS, EACH = 256, 1 << 13, 32
@@ -106,22 +107,31 @@ def fit_gptq(
     return dict(nearest) | {"codes": stored.astype(np.int8), "scale": scale.reshape(nearest["scale"].shape).astype(np.float32)}
 
 
-def saturates(site: Site, codes: Array, groups: int, bits: int, q: QParams | None, samples: Samples | None) -> bool:
-    """Whether products of these 8-bit codes and the codes of the layer's input, of so many `bits`, may be added wrongly where
-    two of them must fit into 16 bits: on `samples`, which offer the input as `xh`, as q quantizes them; without q for any.
+def hold(
+    site: Site, w: Array, fitted: Fit, quantize: Node, groups: int, samples: Samples | None
+) -> tuple[Fit, str]:  # fmt: skip
+    """The 8-bit codes, or others near them, for the weight w, of which no two products leave 16 bits; see
+    `numerics.saturation`. Why some are others; empty where none is. `quantize` quantizes the layer's input, which `samples`
+    offer as `xh`; where its range is not static, or without them, that is whatever its codes can be.
     """
-    channels = groups * codes.shape[1] if site.op == "Conv" else codes.shape[0]
+    codes, is_conv, static = fitted["codes"], site.op == "Conv", quantize.attrs["granularity"] == "static"
+    channels, bits = groups * codes.shape[1] if is_conv else len(codes), quantize.attrs["bits"]
     worst = np.full((1, channels), 2**bits - 1)
     seen = Highest((worst[0], reach(worst)))
-    if samples is not None and q is not None:
+    if samples is not None and static:
+        q = QParams(Scheme(bits), *(t.values for t in quantize.inputs[1:3]))
+        around = np.full((1, channels), q.zero_point if is_conv else 0)  # what a Conv is padded with
 
         def read(batch: Batch) -> Highest:
-            rows = [np.moveaxis(x, 1 if site.op == "Conv" else -1, -1).reshape(-1, channels) for x in batch.read("xh")]
+            rows = [np.moveaxis(x, 1 if is_conv else -1, -1).reshape(-1, channels) for x in batch.read("xh")]
             return functools.reduce(Highest.__add__, (Highest((a.max(axis=0), reach(a))) for a in map(q.quantize, rows)))
 
-        seen = samples.reduce(read)
-    highest, pairs = seen.arrays
-    return may_saturate(codes, highest, pairs, groups)
+        seen = samples.reduce(read) + Highest((around[0], reach(around)))
+    top, pairs = seen.arrays
+    codes, scale, count = saturation.hold(w, codes, fitted["scale"], top, pairs, groups)
+    text = "sums of two products of 8-bit weights may leave 16 bits, so the codes of"
+    reason = f"{text} {count} of {len(scale)} output channels were changed" if count else ""
+    return {"codes": codes, "scale": scale}, reason
 
 
 def build(op: Tape, site: Site, fitted: Fit, bits: int, block: int = 0, *, is_float: bool = False) -> dict[str, str]:

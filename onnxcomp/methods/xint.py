@@ -14,7 +14,8 @@ Cost    k t low-bit products on shared codes and one Sum; k times the weight. A 
 Gate    the relative error of the weight and, with samples, of held-out inputs falls; an exact one gets no further term.
 Limits  the Conv of an integer region stores its output in 8 bits: its weight terms become one int8 weight where they fit,
         and its input keeps one term. Layers that share a weight share its first term only. Where tensor granularity does
-        not fit into 8 bits, or has several activation terms of static ranges, the product is computed in float.
+        not fit into 8 bits (7 where products of 8 may saturate), or has several activation terms of static ranges, the
+        product is computed in float.
 """
 
 from __future__ import annotations
@@ -76,18 +77,20 @@ class Terms:
     """The clip ratio of a range that is measured at run time."""
     q: QParams | None = None
     """The quantizer, where its range is static."""
+    most: int = 127
+    """The largest code of several terms in one."""
 
     @staticmethod
-    def read(graph: Graph, site: Site, weight: Array) -> Terms:
+    def read(graph: Graph, site: Site, weight: Array, most: int = 127) -> Terms:
         """What stands at the site of the compressed `graph`, whose weight is codes already."""
         x, w = next(node for node in graph.nodes if node.name == site.name).inputs[:2]
         first, bits = Digits(*(t.values for t in w.inputs[0].inputs)), w.inputs[0].attrs["bits"]
         if not x.inputs or x.inputs[0].op != "FakeQuantize":
-            return Terms(site, weight, w.name, first, bits, x.name)
+            return Terms(site, weight, w.name, first, bits, x.name, most=most)
         (source, *ranges), how = x.inputs[0].inputs, x.inputs[0].attrs
         q = QParams(Scheme(how["bits"]), *(t.values for t in ranges)) if ranges else None
         quantizer = (x.name, how["granularity"], how["bits"], how.get("ratio", 1.0), q)
-        return Terms(site, weight, w.name, first, bits, source.name, *quantizer)
+        return Terms(site, weight, w.name, first, bits, source.name, *quantizer, most)
 
     def finer(self, term: int) -> float:
         """The step of an activation term, the second or a later one, over that before it. The first may have clipped."""
@@ -129,7 +132,7 @@ class XInt(Compensation):
 
     def fit(self, place: Terms, samples: Samples | None) -> Outcome:
         uniform, most = self.granularity == "model", self.weight_terms
-        while place.site.op == "Conv" and place.d is not None and not uniform and _largest(place.bits, most) > 127:
+        while place.site.op == "Conv" and place.d is not None and not uniform and _largest(place.bits, most) > place.most:
             most -= 1  # the region's kernel takes one int8 weight
         digits, left = expand(place.weight, place.site.weight_axis, place.bits, most, place.first)
         later, channels, (before, *left_x) = self._fit_input(place, samples)
@@ -213,7 +216,7 @@ class XInt(Compensation):
     def _one_weight(self, op: Tape, place: Terms, fit: Fit, k: int) -> str:
         """All terms as one tensor: of int8 codes where they fit, unless each must stay a term of its own."""
         merged = self.granularity == "tensor" or (self.granularity == "layer" and place.d is not None)
-        if not merged or _largest(place.bits, k) > 127:
+        if not merged or _largest(place.bits, k) > place.most:
             return op("Sum", *_weights(op, place, fit, k))
         axis, scale = place.site.weight_axis, fit[f"scale-{k}"]
         codes = np.rint(total(place, fit) / along(scale.astype(np.float64), axis, place.weight.ndim)).astype(np.int8)

@@ -4,6 +4,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from onnxcomp import runtime
 from onnxcomp.errors import RecipeError, did_you_mean
 from onnxcomp.targets import rules
 from onnxcomp.targets.base import Encoding
@@ -19,26 +20,25 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
 
 
+def here() -> str:
+    """The name of the target that is this machine's ONNX Runtime."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return "ort-arm"
+    return "ort-x86-avx2" if runtime.saturates() else "ort-x86"
+
+
 def find(name: str) -> Target:
-    """The target called `name`; `auto` is this machine's ONNX Runtime.
+    """The target called `name`; `auto` is that of `here`.
 
     Raises RecipeError with the nearest name for an unknown one.
     """
-    if name == "auto":
-        name = "ort-arm" if platform.machine().lower() in ("aarch64", "arm64") else f"ort-x86{_without_vnni()}"
+    name = here() if name == "auto" else name
     if name not in names():
         raise RecipeError(f"Unknown target '{name}'.{did_you_mean(name, ('auto', *names()), 'The targets are')}")
     table = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
     encoding, table = Encoding(**_frozen(table.pop("encoding", {}))), _frozen(table)
     judged = [getattr(rules, rule.replace("-", "_")) for rule in table.pop("rules")]
     return Target(name, encoding=encoding, rules=(*(RULES if table.get("kernels") == "onnxruntime" else ()), *judged), **table)
-
-
-def _without_vnni() -> str:
-    """`-avx2` where Linux lists what the CPU can do, and VNNI is not there."""
-    known = Path("/proc/cpuinfo")
-    flags = known.read_text(encoding="utf-8") if known.is_file() else "vnni"
-    return "" if "vnni" in flags or "avx2" not in flags else "-avx2"
 
 
 def _frozen(table: dict[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class _Lowering:
                 self._integer_operand(node)
             if node.op in OPERANDS and self._is_closed:
                 self._integer_constants(node)
-            if node.op == "Gemm" and _weight_codes(node) is not None and not self._is_closed:
+            if node.op == "Gemm" and _is_stored(node.inputs[1]) and not self._is_closed:
                 self._split_gemm(node)
             if node.op == "Conv" and self.encoding.channels > 1:
                 self._fill_channels(node)
@@ -365,6 +365,12 @@ def _weight_codes(node: Node) -> Node | None:
     """The abstract Dequantize that makes the node's weight."""
     makers = node.inputs[1].inputs
     return makers[0] if len(makers) == 1 and makers[0].op == "Dequantize" and makers[0].domain == DOMAIN else None
+
+
+def _is_stored(weight: Tensor) -> bool:
+    """Whether the weight is made of codes, or a sum of such terms."""
+    makers = [node for node in weight.inputs if node.op in ("Dequantize", "Sum")]
+    return any(node.domain == DOMAIN or all(map(_is_stored, node.inputs)) for node in makers)
 
 
 def _is_static(tensor: Tensor) -> bool:

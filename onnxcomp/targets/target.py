@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+from onnxcomp import runtime
 from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.sites import Site
 from onnxcomp.targets import lowering, regions
@@ -71,10 +72,11 @@ class Target:
         return (*needs, *(self.block_needs if any(s.block for s in stored) else ()))
 
     def proves_defaults(self, plan: Plan) -> bool:
-        """Whether the file must compute the same with the defaults of the ONNX Runtime at hand: where that is what runs it, and
-        but for weights in blocks, beside which the defaults round activations to 8 bits.
+        """Whether the file must compute the same with the defaults of the ONNX Runtime at hand: where that is what runs it, on
+        a CPU like this one, and but for weights in blocks, beside which the defaults round activations to 8 bits.
         """
         is_here = self.kernels == "onnxruntime" and not self.encoding.signed
+        is_here = is_here and (self.encoding.saturates or not runtime.saturates())
         return is_here and not any(settings.block for settings in plan.settings.values())
 
     def lower(self, graph: Graph) -> Graph:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from abstract import ONES, both, dequantize, lower, matmul, measured, static
 from equality import ops
 from onnx import ModelProto
+from tiny import models
 
 from onnxcomp import runtime
+from onnxcomp.methods.xint import XInt
 from onnxcomp.numerics.affine import QParams, Scheme
+from onnxcomp.pipeline import quantize
+from onnxcomp.recipe import Bits, Recipe
 
 Array = np.ndarray
 LAYER = "y = MatMul(b, w)"
@@ -189,3 +194,31 @@ def test_the_terms_of_a_weight_in_front_of_a_float_conv_are_added_when_the_file_
     x = rng.integers(-8, 8, size=(2, 4, 3, 3)).astype(np.float32)
     np.testing.assert_array_equal(both(model, x), np.einsum("nchw,ocij->nohw", x, first + second / np.float32(16)))
     assert kernels(model) == {"Conv": 1}
+
+
+# --- terms in one weight ---------------------------------------------------------------------------------------------
+
+
+def test_a_gemm_whose_terms_are_added_up_in_float_takes_ranges_per_token():
+    tiny, method = models()["gemm"], XInt(weight_terms=3, activation_terms=2, granularity="tensor")
+    recipe = Recipe(bits=Bits(4, 4), activations="token", compensate=(method,))
+
+    result = quantize(tiny.model, tiny.samples, recipe)
+
+    assert all(site.activations == "token" for site in result.report.sites)
+    assert result.report.verification.sqnr_db > 20
+
+
+def test_where_products_of_8_bits_may_saturate_two_terms_are_no_one_weight():
+    """Its codes would go up to 98, and two products of 7-bit weights are all that fits."""
+    tiny, recipe = models()["residual"], Recipe(bits=Bits(4, 8), compensate=(XInt(keep="always"),))
+
+    kept = {
+        target: [
+            d.site for d in quantize(tiny.model, tiny.samples, replace(recipe, target=target)).report.decisions if d.adopted
+        ]
+        for target in ("ort-x86", "ort-x86-avx2")
+    }
+
+    assert kept["ort-x86"]
+    assert kept["ort-x86-avx2"] == []

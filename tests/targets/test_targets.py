@@ -15,7 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 from onnx.reference import ReferenceEvaluator
 from tiny import mlp, models
 
-from onnxcomp import targets
+from onnxcomp import runtime, targets
 from onnxcomp.errors import RecipeError
 from onnxcomp.lint import lint
 from onnxcomp.methods.base import Compensation
@@ -255,9 +255,11 @@ def test_signed_codes_stand_for_the_same_values_as_unsigned_ones(name: str, bits
 
     files = [quantize(tiny.model, tiny.samples, replace(recipe, target=target)).model for target in ("xnnpack", "nnapi")]
 
+    # Without VNNI the narrow signed codes are computed in float at calibration, whose sums are rounded in another order.
+    apart = 1e-5 if runtime.saturates() and bits == "w4a4" else 0.0
     for left, right in zip(*(outputs(model, fitting(tiny)) for model in files), strict=True):
         for a, b in zip(left, right, strict=True):
-            np.testing.assert_array_equal(a, b)
+            np.testing.assert_allclose(a, b, rtol=0, atol=apart * float(np.abs(b).max()))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -336,7 +338,8 @@ def test_a_method_is_taken_out_of_a_float16_file(name: str, how: str):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_file_for_the_runtime_at_hand_is_proven_with_its_defaults(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("saturates", [False, True])
+def test_a_file_for_the_runtime_at_hand_is_proven_with_its_defaults(monkeypatch: pytest.MonkeyPatch, *, saturates: bool):
     asked = dict[str, bool]()
 
     def verify(*_: object, faithful: bool) -> object:
@@ -344,8 +347,13 @@ def test_a_file_for_the_runtime_at_hand_is_proven_with_its_defaults(monkeypatch:
         raise StopIteration
 
     monkeypatch.setattr("onnxcomp.pipeline.verify", verify)
-    net = mlp()
-    for target, block, faithful in (("ort-x86", 0, False), ("ort-x86", 16, True), ("ort-arm", 0, True), ("tensorrt", 0, True)):
+    monkeypatch.setattr("onnxcomp.runtime.saturates", lambda: saturates)
+    net, here = mlp(), targets.here()
+    assert here == ("ort-x86-avx2" if saturates else "ort-x86")
+    for target, block, faithful in (
+        (here, 0, False), ("ort-x86", 0, saturates), ("ort-x86-avx2", 0, False), (here, 16, True), ("ort-arm", 0, True),
+        ("tensorrt", 0, True),
+    ):  # fmt: skip
         bits = "w4" if block else "w8a8"
         with pytest.raises(StopIteration):
             quantize(net.model, net.samples, Recipe(bits=bits, block=block, target=target))  # pyright: ignore[reportArgumentType]
