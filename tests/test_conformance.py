@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from equality import assert_same_function, energy
+from equality import assert_same_function, edits, energy, signature
 from onnx import ModelProto, TensorProto
 from onnx.reference import ReferenceEvaluator
 from tiny import SAMPLES, Tiny, build, feeds, models
@@ -29,7 +29,6 @@ from onnxcomp.methods.rotation import rotate_folded
 from onnxcomp.methods.xint import XInt
 from onnxcomp.pipeline import Result, quantize
 from onnxcomp.recipe import NAMED, Bits, Recipe, SiteRule
-from onnxcomp.report.model import Decision
 from onnxcomp.runtime import infer_types
 
 Feed = Mapping[str, np.ndarray]
@@ -72,11 +71,6 @@ def quantized(name: str, how: str) -> Result:
     if how == NO_DATA:
         return quantize(tiny.model)
     return quantize(tiny.model, tiny.samples, RECIPES[how])
-
-
-def edits(result: Result) -> list[Decision]:
-    """What was decided, but for the codes that have to be others on a CPU without VNNI."""
-    return [d for d in result.report.decisions if d.method != "saturation"]
 
 
 def run(model: ModelProto, samples: Sequence[Feed], *, optimized: bool) -> list[list[np.ndarray]]:
