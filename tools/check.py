@@ -65,7 +65,7 @@ def checks(*, fast: bool, real: bool) -> list[Check]:
     if fast:
         return quick
     chosen = () if real else ("-m", "not real")
-    return [*quick, Check("tests", ("pytest", "-q", "--ignore", ARCHITECTURE, *chosen))]
+    return [*quick, Check("tests", ("pytest", "-q", "-n", "auto", "--dist", "loadfile", "--ignore", ARCHITECTURE, *chosen))]
 
 
 def run(check: Check) -> Outcome:
