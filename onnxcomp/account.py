@@ -14,9 +14,10 @@ from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data
 from onnxcomp.graph import files
 from onnxcomp.graph.edit import Graph, Node, tensors_of
+from onnxcomp.graph.fold import is_load_time
 from onnxcomp.graph.sites import Site
 from onnxcomp.graph.strip import dump_folds
-from onnxcomp.graph.tidy import Fold, is_load_time
+from onnxcomp.graph.tidy import Fold
 from onnxcomp.methods.base import Outcome
 from onnxcomp.recipe import Recipe, SiteRule
 from onnxcomp.report.json import to_stored

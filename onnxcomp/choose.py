@@ -12,6 +12,7 @@ import numpy as np
 from onnxcomp.errors import ModelError, RecipeError, UnsupportedSite
 from onnxcomp.graph.blocks import Block, find_blocks, find_rest
 from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, tensors_of
+from onnxcomp.graph.fold import is_load_time
 from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, find_tables, matches, select
 from onnxcomp.methods import reconstruction
 from onnxcomp.recipe import Bits, Recipe, SiteRule
@@ -199,6 +200,8 @@ def _reason(node: Node, site: Site | None) -> str:
     if site is not None:
         return "not included by the recipe"
     weight = node.inputs[1]
+    if is_load_time(node.inputs[0]):
+        return "it reads constants alone, so it is computed when the file is loaded"
     if isinstance(weight, Constant):
         return f"weight '{weight.name}' has type {weight.dtype} and rank {len(weight.shape)}"
     return f"weight '{weight.name}' is not a constant of type float32"

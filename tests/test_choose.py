@@ -12,6 +12,7 @@ from onnxcomp.choose import Choice, choose
 from onnxcomp.errors import RecipeError, UnsupportedSite
 from onnxcomp.graph.prepare import prepare
 from onnxcomp.methods.bias import BiasCompensation
+from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import Bits, Recipe, SiteRule
 from onnxcomp.report.model import Skipped
 from onnxcomp.runtime import infer_types
@@ -82,6 +83,22 @@ def test_a_weight_that_cannot_be_quantized_is_skipped_with_its_type():
         Skipped("vector", "MatMul", "weight 'w1' has type float32 and rank 1"),
         Skipped("computed", "Conv", "weight 'k' is not a constant of type float32"),
     )
+
+
+def test_a_layer_of_constants_is_computed_when_the_file_is_loaded():
+    """As of relative positions, whose Sin is not computed beforehand."""
+    text = """g (float[N,4] x) => (float[N,4] y) {
+        s = Sin(table) [position] p = MatMul(s, w) pb = Add(p, b) [fc] h = MatMul(x, v) y = Add(h, pb)
+    }"""
+    weights = {name: np.eye(4, dtype=np.float32) for name in ("table", "w", "v")} | {"b": np.ones(4, np.float32)}
+    model = parse(text, weights, opset=21)
+
+    choice = pick(model)
+
+    reason = "it reads constants alone, so it is computed when the file is loaded"
+    assert (names(choice), choice.skipped) == (["fc"], (Skipped("position", "MatMul", reason),))
+    feeds = [{"x": np.ones((1, 4), np.float32) * i} for i in range(12)]
+    assert quantize(model, feeds, Recipe(bits=Bits(4, 4))).report.verification.sqnr_db > 10
 
 
 def test_a_product_whose_activations_stay_float_is_not_chosen():

@@ -20,6 +20,7 @@ from onnxcomp.graph.types import Tensor
 
 _FOLDABLE = (
     *("Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Reciprocal", "Cast", "Shape"),
+    *("LayerNormalization", "MatMul", "Pow", "ReduceMean"),
     *("Concat", "Expand", "Flatten", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"),
 )
 _GROWTH = 2
@@ -35,6 +36,20 @@ def is_op(node: gs.Node, *ops: str) -> bool:
 def input_at(node: gs.Node, index: int) -> Tensor | None:
     """The node's input at this place, None where it is left out."""
     return node.inputs[index] if index < len(node.inputs) and not node.inputs[index].is_empty() else None
+
+
+def is_load_time(tensor: gs.Tensor) -> bool:
+    """Whether `tensor` is made of constants alone, so that the runtime computes it when it loads the file."""
+    seen, left = set[int](), [tensor]
+    while left:
+        found = left.pop()
+        if isinstance(found, gs.Constant) or id(found) in seen:
+            continue
+        if not found.inputs or not found.inputs[0].inputs:
+            return False
+        seen.add(id(found))
+        left.extend(found.inputs[0].inputs)
+    return True
 
 
 def names_leaving(graph: gs.Graph) -> set[str]:

@@ -18,8 +18,8 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.errors import ModelError
 from onnxcomp.graph.edit import extract, remove, replace_uses
-from onnxcomp.graph.fold import input_at, is_op
-from onnxcomp.graph.tidy import Fold, is_load_time
+from onnxcomp.graph.fold import input_at, is_load_time, is_op
+from onnxcomp.graph.tidy import Fold
 
 MOVES = ("Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 """Operators whose output values are a selection of their first input's."""

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcomp.errors import RecipeError, UnsupportedSite, did_you_mean
-from onnxcomp.graph.fold import input_at, is_op
+from onnxcomp.graph.fold import input_at, is_load_time, is_op
 from onnxcomp.graph.merge import is_plain_gemm
 
 LAYER_OPS = ("Conv", "Gemm", "MatMul")
@@ -79,7 +79,7 @@ def find_tables(graph: gs.Graph) -> tuple[Site, ...]:
 
 
 def _layer(node: gs.Node) -> Site | None:
-    if not is_op(node, *LAYER_OPS) or isinstance(node.inputs[0], gs.Constant) or not is_weight(node.inputs[1]):
+    if not is_op(node, *LAYER_OPS) or is_load_time(node.inputs[0]) or not is_weight(node.inputs[1]):
         return None
     weight, raw, bias = node.inputs[1], node.outputs[0], input_at(node, 2)
     rank, inside = len(weight.shape), bias.name if isinstance(bias, gs.Constant) else None

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcomp.graph.edit import Tape, apply, insert_before, remove
-from onnxcomp.graph.fold import input_at, set_input
+from onnxcomp.graph.fold import input_at, is_load_time, set_input
 from onnxcomp.graph.sites import Site
 
 
@@ -81,17 +81,3 @@ def add_to_output(graph: gs.Graph, site: Site, b: np.ndarray, method: str) -> No
     tape = Tape(f"{site.name}/{method}")
     apply(graph, method, tape, {site.y: tape("Add", site.y, tape.constant("b", b.astype(np.float32)))})
     fold_bias(graph, site, tape.nodes[-1].name, method)
-
-
-def is_load_time(tensor: gs.Tensor) -> bool:
-    """Whether `tensor` is made of constants alone, so that the runtime computes it when it loads the file."""
-    seen, left = set[int](), [tensor]
-    while left:
-        found = left.pop()
-        if isinstance(found, gs.Constant) or id(found) in seen:
-            continue
-        if not found.inputs or not found.inputs[0].inputs:
-            return False
-        seen.add(id(found))
-        left.extend(found.inputs[0].inputs)
-    return True

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxcomp.graph.convert import STANDARD
 from onnxcomp.graph.edit import Constant, Node, Tensor
-from onnxcomp.graph.tidy import is_load_time
+from onnxcomp.graph.fold import is_load_time
 from onnxcomp.graph.types import type_name
 from onnxcomp.targets.base import Results
 

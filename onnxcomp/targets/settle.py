@@ -19,8 +19,8 @@ third of the time of the float operator.
 import numpy as np
 
 from onnxcomp.graph.edit import Constant, Graph, Node, Nodes, Tensor, Variable, insert_after, insert_before, remove, tensors_of
+from onnxcomp.graph.fold import is_load_time
 from onnxcomp.graph.offsets import MOVES
-from onnxcomp.graph.tidy import is_load_time
 from onnxcomp.targets.regions import clip_bounds
 
 FLOAT = 1

@@ -128,6 +128,7 @@ def test_a_constant_that_is_an_output_stays_a_node():
             np.float32(3),
         ),
         ("c = Expand(row, shape) y = MatMul(x, c)", {"row": W[:1], "shape": np.array([3, 3])}, W[[0, 0, 0]]),
+        ("c = MatMul(w, v) y = MatMul(x, c)", {"w": W, "v": W.T.copy()}, W @ W.T),
     ],
 )
 def test_constants_are_computed_beforehand(body: str, weights: Feeds, value: np.ndarray):
