@@ -24,7 +24,7 @@ from onnxcomp.report.model import Forecast
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY = 1.5
 """How far the projected peak may be off, either way."""
-LINE = r"Foretold: \d+ s, [\d.]+ MB of memory; [\d.]+ [kM]?B of activations, [\d.]+ [kM]?B of files\.\n"
+LINE = r"Foretold: \d+ s, [\d.]+ [MG]B of memory; [\d.]+ [kM]?B of activations, [\d.]+ [kM]?B of files\.\n"
 MODEL, DATA = ROOT / "models" / "cnn_digits.onnx", ROOT / "models" / "digits_calib.npz"
 MEASURE = """
 import json, sys
