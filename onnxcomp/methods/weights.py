@@ -107,9 +107,7 @@ def fit_gptq(
     return dict(nearest) | {"codes": stored.astype(np.int8), "scale": scale.reshape(nearest["scale"].shape).astype(np.float32)}
 
 
-def hold(
-    site: Site, w: Array, fitted: Fit, quantize: Node, groups: int, samples: Samples | None
-) -> tuple[Fit, str]:  # fmt: skip
+def hold(site: Site, w: Array, fitted: Fit, quantize: Node, groups: int, samples: Samples | None) -> tuple[Fit, str]:
     """The 8-bit codes, or others near them, for the weight w, of which no two products leave 16 bits; see
     `numerics.saturation`. Why some are others; empty where none is. `quantize` quantizes the layer's input, which `samples`
     offer as `xh`; where its range is not static, or without them, that is whatever its codes can be.
@@ -129,9 +127,8 @@ def hold(
         seen = samples.reduce(read) + Highest((around[0], reach(around)))
     top, pairs = seen.arrays
     codes, scale, count = saturation.hold(w, codes, fitted["scale"], top, pairs, groups)
-    text = "sums of two products of 8-bit weights may leave 16 bits, so the codes of"
-    reason = f"{text} {count} of {len(scale)} output channels were changed" if count else ""
-    return {"codes": codes, "scale": scale}, reason
+    reason = "sums of two products of 8-bit codes may leave 16 bits, so some of the weight's were changed"
+    return {"codes": codes, "scale": scale}, reason if count else ""
 
 
 def build(op: Tape, site: Site, fitted: Fit, bits: int, block: int = 0, *, is_float: bool = False) -> dict[str, str]:

@@ -227,7 +227,7 @@ def stored_codes(target: str, bits: Bits) -> tuple[dict[str, Array], list[str]]:
     result = quantize(tiny.model, tiny.samples, recipe)
     nodes = {node.name: node for node in to_graph(result.model).nodes}
     said = [d for d in result.report.decisions if d.method == "saturation"]
-    text = "sums of two products of 8-bit weights may leave 16 bits, so the codes of 4 of 4 output channels were changed"
+    text = "sums of two products of 8-bit codes may leave 16 bits, so some of the weight's were changed"
     assert {d.reason for d in said if d.adopted} <= {text}
     return {name: codes_of(nodes[name]).astype(int) for name in ("one", "other")}, [d.site for d in said]
 
