@@ -85,9 +85,10 @@ class Session:
         options: ort.SessionOptions | None = None,
     ) -> None:  # fmt: skip
         chosen = options or _options(threads, optimize=optimize, faithful=faithful)
-        model = unsigned_weights(files.load(model)) if options is None and faithful and saturates() else model
-        outside = mapped.outside(model) if isinstance(model, files.ModelProto) else 0
         beside = faithful and isinstance(model, str | Path) and Path(f"{model}.data").is_file()
+        if options is None and faithful and not beside and saturates():
+            model = unsigned_weights(files.load(model))
+        outside = mapped.outside(model) if isinstance(model, files.ModelProto) else 0
         if outside > files.INLINE_LIMIT or beside:  # weights are mapped, but packed ones would be copies in memory
             chosen.add_session_config_entry("session.disable_prepacking", "1")
         try:

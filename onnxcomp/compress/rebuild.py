@@ -55,6 +55,10 @@ def reconstruct(walk: Walk, block: Block, seed: int, alive: Collection[str]) -> 
     inside, tensors = {node.name for node in part.nodes}, tensors_of(walk.compressed)
     read = {t.name for node in part.nodes for t in (*node.inputs, *node.outputs) if t.name}
     shared = [tensors[name] for name in read if any(reader.name not in inside for reader in tensors[name].outputs)]
+    if walk.target.encoding.saturates:  # products of 8-bit codes have to fit, as they were held to
+        layers = [node for node in part.nodes if len(node.inputs) > 1]
+        wide = [n for n in layers if any(m.op == "Dequantize" and m.attrs["bits"] == 8 for m in n.inputs[1].inputs)]
+        shared += [t for node in wide for t in node.inputs[:2]]
     makers = [maker for t in shared for maker in t.inputs if maker.op in ("Dequantize", "FakeQuantize")]
     fixed = {t.name for t in (*shared, *(t for maker in makers for t in maker.inputs))}
     feeds = {t.name: live[t.name] for t in part.inputs}

@@ -49,10 +49,10 @@ def hold(
     wanted, changed = _rows(w, groups), 0
     for g in range(groups):
         mine = [order[g] for order in orders]
-        beyond = np.flatnonzero(np.any([(_bounds(rows[g], order) > LIMIT).any(axis=1) for order in mine], axis=0))
-        changed += len(beyond)
-        for some in np.array_split(beyond, -(-rows.shape[2] * len(beyond) // CHUNK) or 1):
+        for some in np.array_split(np.arange(rows.shape[1]), -(-rows[g].size // CHUNK) or 1):
+            some = some[np.any([(_bounds(rows[g, some], order) > LIMIT).any(axis=1) for order in mine], axis=0)]
             rows[g, some], steps[g, some] = _nearest(wanted[g, some].astype(np.float64), steps[g, some], mine)
+            changed += len(some)
     rows, steps = rows.reshape(-1, rows.shape[2])[:, :-1], steps.reshape(-1)
     if codes.ndim == 2:
         return np.ascontiguousarray(rows.T), steps, changed
