@@ -2,8 +2,8 @@
 
     python tools/saturation.py [--data ../shared/data] [--only mobilenet,kwt1] [--samples 64] [--test 32] [--rounds 15]
 
-Four files or ways to run one, W8A8: as for a CPU with VNNI, with weights of 7 bits everywhere, with codes that are held to what
-16 bits take, and the first one again in ONNX Runtime's exact kernels (session.x64quantprecision). The SQNR is that of all test
+Two files and three ways to run them, W8A8: as for a CPU with VNNI, with codes that are held to what 16 bits take, and the first
+one again in ONNX Runtime's exact kernels (session.x64quantprecision). The SQNR is that of all test
 samples against the float model, the time the median ratio of rounds in turn, one thread. On a CPU with VNNI there is nothing to
 see.
 """
@@ -30,7 +30,6 @@ from onnxcomp.recipe import Bits, find
 
 FILES = {
     "as for VNNI": ("ort-x86", "w8a8", False),
-    "7 bits": ("ort-x86-avx2", "w7a8", False),
     "held": ("ort-x86-avx2", "w8a8", False),
     "in exact kernels": ("ort-x86", "w8a8", True),
 }
