@@ -72,7 +72,7 @@ def find_kernels(
         by = f"onnxruntime {runtime.version()}"
     elif target.kernels == "openvino" and openvino.is_installed():
         compiled, by = openvino.compile_model(path), openvino.version()
-        if runtime.saturates() and not target.encoding.saturates:
+        if not target.is_exact_here():
             text = f"The outputs of {by} were not compared, for this CPU has no VNNI and saturates."
             notes.append(f"{text} For such CPUs there is --target {target.name}-avx2.")
         else:

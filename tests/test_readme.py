@@ -276,7 +276,7 @@ def test_ci_installs_and_tests_as_the_readme_says_in_an_environment_of_its_own()
     _, install, test = (re.sub(r"\.venv/bin/(python -m )?", "-m ", step) for step in line.split(" && "))
 
     # CI adds --quiet, and runs the tests in three parts that are the whole: `versions` tests are skipped unless asked for.
-    # the first part runs in parallel, for the others fill the machine by themselves.
+    # Only the first part runs in parallel, for the others fill the machine by themselves.
     assert install.replace("install", "install --quiet") in script
     assert f'{test} -m "not real"' in script
     assert re.findall(r"-m pytest -m (versions|real)", script) == ["versions", "real"]

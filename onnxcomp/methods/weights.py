@@ -31,7 +31,6 @@ from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Batch, Fit, Samples, is_held_out
 from onnxcomp.numerics import saturation
 from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, Scheme, along, weight_qparams
-from onnxcomp.numerics.saturation import reach
 from onnxcomp.numerics.statistics import Highest
 
 ROWS_PER_SAMPLE, ROWS, EACH = 256, 1 << 13, 32
@@ -115,16 +114,18 @@ def hold(site: Site, w: Array, fitted: Fit, quantize: Node, groups: int, samples
     codes, is_conv, static = fitted["codes"], site.op == "Conv", quantize.attrs["granularity"] == "static"
     channels, bits = groups * codes.shape[1] if is_conv else len(codes), quantize.attrs["bits"]
     worst = np.full((1, channels), 2**bits - 1)
-    seen = Highest((worst[0], reach(worst)))
+    seen = Highest((worst[0], saturation.reach(worst)))
     if samples is not None and static:
         q = QParams(Scheme(bits), *(t.values for t in quantize.inputs[1:3]))
         around = np.full((1, channels), q.zero_point if is_conv else 0)  # what a Conv is padded with
 
         def read(batch: Batch) -> Highest:
             rows = [np.moveaxis(x, 1 if is_conv else -1, -1).reshape(-1, channels) for x in batch.read("xh")]
-            return functools.reduce(Highest.__add__, (Highest((a.max(axis=0), reach(a))) for a in map(q.quantize, rows)))
+            return functools.reduce(
+                Highest.__add__, (Highest((a.max(axis=0), saturation.reach(a))) for a in map(q.quantize, rows))
+            )
 
-        seen = samples.reduce(read) + Highest((around[0], reach(around)))
+        seen = samples.reduce(read) + Highest((around[0], saturation.reach(around)))
     top, pairs = seen.arrays
     codes, scale, count = saturation.hold(w, codes, fitted["scale"], top, pairs, groups)
     reason = "sums of two products of 8-bit codes may leave 16 bits, so some of the weight's were changed"

@@ -71,12 +71,15 @@ class Target:
         needs = (*needs, *(self.product_needs if multiplies else ()))
         return (*needs, *(self.block_needs if any(s.block for s in stored) else ()))
 
+    def is_exact_here(self) -> bool:
+        """Whether the kernels of this CPU add up the products of its files right."""
+        return self.encoding.saturates or not runtime.saturates()
+
     def proves_defaults(self, plan: Plan) -> bool:
         """Whether the file must compute the same with the defaults of the ONNX Runtime at hand: where that is what runs it, on
         a CPU like this one, and but for weights in blocks, beside which the defaults round activations to 8 bits.
         """
-        is_here = self.kernels == "onnxruntime" and not self.encoding.signed
-        is_here = is_here and (self.encoding.saturates or not runtime.saturates())
+        is_here = self.kernels == "onnxruntime" and not self.encoding.signed and self.is_exact_here()
         return is_here and not any(settings.block for settings in plan.settings.values())
 
     def lower(self, graph: Graph) -> Graph:
