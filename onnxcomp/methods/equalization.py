@@ -13,7 +13,8 @@ or the middle of its range; where a rotation has mixed the channels behind a nor
 Paper   Nagel et al. 2019, arXiv:1906.04721, section 4.1, with activations' ranges in place of the writers'. Norms: SmoothQuant,
         arXiv:2211.10438, equation 4; with z: RepQ-ViT, arXiv:2212.08254, section 3.3.
 Cost    nothing at run time: an upper Clip becomes a Min per channel, which the quantizer behind it takes in.
-Gate    the error of activations and weights, estimated from moments, must fall; the float model stays equal to 90 dB.
+Gate    the error of activations and weights must fall on samples that nothing was fitted on, for a channel that is seldom
+        large is clipped by a scale that was fitted where it is small; the float model stays equal to 90 dB.
 Limits  see `graph.channels`. Biases are absorbed where that is exact, behind norms and where mixing shifts; not behind a ReLU.
 """
 
@@ -38,8 +39,8 @@ from onnxcomp.runtime import Session, each
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 RATIOS = np.linspace(0.3, 1.0, 8)
 """Of a channel's range and its largest value."""
-ROWS = 1024
-"""Positions of all samples that are looked at."""
+ROWS = 2048
+"""Positions of all samples that are looked at: half to fit on, half to judge by."""
 ROUNDED = 0.5
 """What GPTQ leaves of the error of weights rounded to nearest."""
 GAIN_DB = 0.1
@@ -110,9 +111,14 @@ def _see(
 def _best(group: Group, seen: Mapping[str, Array], means: Mapping[str, Array], bits: Mapping[str, tuple[int, int]]) -> Choice:
     """What lowers the estimated error of the group's readers most."""
     ones, none = np.ones(group.width), dict[str, Array]()
-    before, centres = _error(group, seen, bits, ones, None, none), _centres(group, seen, means)
-    shifts = min(centres, key=lambda z: _error(group, seen, bits, ones, None, z)) if len(centres) > 1 else centres[0]
-    parts = (seen[node.name] - shifts.get(node.inputs[0].name, np.zeros(1))[:, None] for node in group.readers)
+    fit, held = ({name: half[i] for name, x in seen.items() for half in [np.array_split(x, 2)]} for i in (0, 1))
+
+    def error(scale: Array, mix: Array | None, shifts: Mapping[str, Array]) -> float:
+        return _error(group, fit, held, bits, scale, mix, shifts)
+
+    before, centres = error(ones, None, none), _centres(group, fit, means)
+    shifts = min(centres, key=lambda z: error(ones, None, z)) if len(centres) > 1 else centres[0]
+    parts = (fit[node.name] - shifts.get(node.inputs[0].name, np.zeros(1))[:, None] for node in group.readers)
     x = np.concatenate([_spread(part) for part in parts])
     if group.linear:
         tried = [(ones, _mixing(group, x))]
@@ -121,9 +127,8 @@ def _best(group: Group, seen: Mapping[str, Array], means: Mapping[str, Array], b
     else:
         is_mixed = (group.writers[0].inputs[group.factor].values == 1).all()
         tried = [(scale, None) for scale in [ones, *([] if is_mixed else _scales(group, x, bits))]]
-    found = [(_error(group, seen, bits, scale, mix, shifts), i) for i, (scale, mix) in enumerate(tried)]
-    error, index = min(found)
-    gain = 10 * np.log10(before / max(error, 1e-30))
+    least, index = min((error(scale, mix, shifts), i) for i, (scale, mix) in enumerate(tried))
+    gain = 10 * np.log10(before / max(least, 1e-30))
     return Choice(gain, tried[index][0], tried[index][1], shifts)
 
 
@@ -171,19 +176,22 @@ def _inputs(node: Node) -> Array:
 
 
 def _error(
-    group: Group, seen: Mapping[str, Array], bits: Mapping[str, tuple[int, int]], scale: Array, mix: Array | None,
-    shifts: Mapping[str, Array],
+    group: Group, fit: Mapping[str, Array], held: Mapping[str, Array], bits: Mapping[str, tuple[int, int]], scale: Array,
+    mix: Array | None, shifts: Mapping[str, Array],
 ) -> float:  # fmt: skip
-    """The squared error of the readers' outputs, summed up, that is not the same everywhere: of the activations as it is on
-    the samples, of the weights as moments foretell it.
+    """The squared error of the readers' outputs on the positions `held`, summed up, that is not the same everywhere: of the
+    activations as it is, in a range from `fit`; of the weights as moments foretell it.
     """
     total = 0.0
     bound = min((float(clip.inputs[2].values) * float(scale.min()) for clip in group.clips), default=np.inf)
     for node in group.readers:
         weight_bits, width = bits[node.name]
-        x = seen[node.name] - shifts.get(node.inputs[0].name, np.zeros(1)).astype(np.float32)[:, None]
-        x = x * scale.astype(np.float32)[:, None] if mix is None else mix.T.astype(np.float32) @ x
-        q = choose(Histogram.of(subsample(x, VALUES)), Scheme(width))
+        shift = shifts.get(node.inputs[0].name, np.zeros(1)).astype(np.float32)[:, None]
+        seen, x = (
+            (x - shift) * scale.astype(np.float32)[:, None] if mix is None else mix.T.astype(np.float32) @ (x - shift)
+            for x in (fit[node.name], held[node.name])
+        )
+        q = choose(Histogram.of(subsample(seen, VALUES)), Scheme(width))
         lost, w = np.minimum(q.fake(x), bound) - x, divide(columns(node), scale, mix)
         flat = w.reshape(w.shape[0] * w.shape[1], -1)
         rounded = weight_qparams(flat, 0, weight_bits).fake(flat).reshape(w.shape)

@@ -103,8 +103,23 @@ def error(body: str, bits: str, **options: object) -> float:
 
 @pytest.mark.parametrize("body", [DEPTHWISE, LINEAR])
 def test_narrow_activations_lose_less(body: str):
-    # at 8 bits for weights nearly all that is lost is the activations'; 1.5 dB are 0.71 of it
-    assert error(body, "w8a4") < 0.71 * error(body, "w8a4", equalization="none")
+    # at 8 bits for weights nearly all that is lost is the activations'; 1.2 dB are 0.76 of it
+    assert error(body, "w8a4") < 0.76 * error(body, "w8a4", equalization="none")
+
+
+def test_a_scale_that_clips_what_it_was_not_fitted_on_is_refused():
+    # two channels come from one input, which is quiet but in half of the samples, and large weights read them
+    p = prepared(DEPTHWISE)
+    first, behind = (node.inputs[1] for node in p.graph.nodes if node.op == "Conv")
+    one = (np.arange(8)[:, None] % 3 == np.arange(3)) / SPREAD[:, None]
+    first.values = (first.values * one[..., None, None]).astype(np.float32)
+    behind.values = (behind.values * np.where(np.arange(8) % 3 == 2, 50, 1)[:, None, None, None]).astype(np.float32)
+    quiet, loud = (np.array([1, 1, size], np.float32).reshape(3, 1, 1) for size in (0.02, 1))
+    halves = [{"x": FEEDS[0]["x"] * quiet}, {"x": FEEDS[1]["x"] * loud}]
+
+    notes = [equalize(p.graph, p.model, at(p, 8, 4), feeds, bounds=True)[1] for feeds in (halves, halves[:1])]
+
+    assert [note.startswith("Groups of channels equalized: 1") for (note,) in notes] == [False, True]
 
 
 def test_a_bound_per_channel_is_no_operator_of_the_quantized_file():
