@@ -99,6 +99,8 @@ class Encoding:
     packed: str = "cast"
     """How narrow weights are stored: 4 bits as int4 behind a `cast`, and 2, 3, 5 and 6 in planes that a table turns into codes;
     those of 4 bits and fewer as int4 read by DequantizeLinear (`native`); or all as `int8`."""
+    heads: str = "codes"
+    """How the weights of products that are cut into heads are stored: `codes`, or `float` behind a quantizer."""
     bias: str = "int32"
     """The bias of a Conv between quantizers: `int32` with a DequantizeLinear, or `float`."""
     run_time: tuple[str, ...] = ("dynamic", "token")

@@ -2,6 +2,7 @@
 
     activation   x -> QuantizeLinear -> Clip of the codes -> DequantizeLinear         (no Clip at 8 bits, or one of the values)
     weight       int4 initializer -> Cast(int8) -> DequantizeLinear                   (int8 initializer above 4 bits)
+                 float initializer -> QuantizeLinear -> DequantizeLinear              (of products cut into heads, where asked)
                  2, 3, 5, 6 bits: bytes -> Cast -> Gather(table) (-> Add) -> Reshape  (computed when the file is loaded)
                  in blocks, and tables: see `nbits`
     MatMul, Gemm -> MatMul with float output, bias by Sum
@@ -28,7 +29,7 @@ from onnxcomp.targets import nbits
 from onnxcomp.targets.base import Encoding
 from onnxcomp.targets.filling import fill_channels
 from onnxcomp.targets.regions import is_operand
-from onnxcomp.targets.rules import maker
+from onnxcomp.targets.rules import is_cut_into_heads, maker
 from onnxcomp.targets.settle import only_reader, put_behind, tail
 
 TINY = np.float32(1e-12)
@@ -261,6 +262,11 @@ class _Lowering:
         if width == 4 and not is_native:
             stored = new("Cast", "codes.i8", stored, dtype=np.int8, to=INT8)
         zero_point = packed_int4(f"{y.name}/zero_point", zero) if is_native else Constant(f"{y.name}/zero_point", zero)
+        if self.encoding.heads == "float" and any(r.op == "MatMul" and is_cut_into_heads(r.outputs[0]) for r in y.outputs):
+            values = codes.values * along(scale.values, axis, len(codes.shape))
+            stored = new(
+                "QuantizeLinear", "codes", Constant(f"{y.name}/values", values), scale, zero_point, dtype=np.int8, axis=axis
+            )
         new("DequantizeLinear", y, stored, scale, zero_point, axis=axis)
         return new.made
 

@@ -98,8 +98,10 @@ def _find_units(graph: Graph, static: Mapping[str, Site], results: set[str]) -> 
 
 
 def _find_skips(graph: Graph, static: Mapping[str, Site], results: set[str]) -> tuple[_Stored, list[Site]]:
-    """Nothing is stored; the sites are the residual Adds that a quantized Conv is fused with, and each reads what skips it."""
-    joins: list[Site] = []
+    """The sites are the residual Adds that a quantized Conv is fused with, and each reads what skips it. Stored is what layers
+    read and an Add behind mere moves, so that it is made as codes.
+    """
+    stored, joins = _Stored(), list[Site]()
     order = {t.name: index for index, node in enumerate(graph.nodes) for t in node.outputs}
     for node in (node for node in graph.nodes if node.op == "Add" and len(_activations(node)) == 2):
         made = [t for t in node.inputs if t.inputs and t.inputs[0].name in static and t.inputs[0].op == "Conv"]
@@ -107,7 +109,19 @@ def _find_skips(graph: Graph, static: Mapping[str, Site], results: set[str]) -> 
         if alone:
             skips = tuple(t.name for t in node.inputs if t is not alone[-1])
             joins.append(replace(join(node), inputs=skips))
-    return {}, joins
+            for moved in (t for t in node.inputs if t is not alone[-1] and len(t.outputs) == 1 and t.name not in results):
+                source = _before_moves(moved)
+                others = [r.name for r in source.outputs if r.op not in PASS_THROUGH_OPS]
+                if source is not moved and source.name not in results and others and all(name in static for name in others):
+                    stored |= {source.name: None, moved.name: source.name}
+    return stored, joins
+
+
+def _before_moves(tensor: Tensor) -> Tensor:
+    """What the tensor is but for moves that nothing else reads."""
+    node = tensor.inputs[0] if tensor.inputs else None
+    is_moved = node is not None and node.op in PASS_THROUGH_OPS and len(tensor.outputs) == 1
+    return _before_moves(node.inputs[0]) if node is not None and is_moved else tensor
 
 
 def _of_skip(

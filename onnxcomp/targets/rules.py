@@ -20,6 +20,7 @@ LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 CODES = ("int8", "int4", "float8e4m3fn", "float4e2m1")
 """Types of codes that TensorRT takes."""
 BLOCKS = (64, 128)
+CUTS = ("Gather", "Slice", "Split")
 FIX = "Quantize the float model again for this target."
 
 
@@ -190,6 +191,27 @@ def narrow_weights(node: Node, results: Results) -> Broken:
         yield f"int4 weights have blocks of {block}, not of 64 or 128.", "Use blocks of 64 or 128."
     if "Conv" in quantized or (block and quantized):
         yield "These int4 weights have no kernel beside quantized activations.", "Store their codes as int8."
+
+
+def is_cut_into_heads(tensor: Tensor, is_cut: bool = False, is_divided: bool = False) -> bool:
+    """Whether parts of the tensor are taken and its channels divided among heads, in either order: queries, keys and values."""
+    for node in tensor.outputs if not (is_cut and is_divided) else ():
+        moved = node.op in (*CUTS, "Mul", "Reshape", "Squeeze", "Transpose") and node.inputs[0] is tensor
+        if moved or (node.op in ("Add", "Sum") and any(isinstance(t, Constant) for t in node.inputs)):
+            found = is_cut or node.op in CUTS, is_divided or node.op == "Reshape"
+            if any(is_cut_into_heads(t, *found) for t in node.outputs):
+                return True
+    return is_cut and is_divided
+
+
+def cut_weight(node: Node, results: Results) -> Broken:
+    """The weight of a product that is cut into heads is cut in its place. If it is stored as codes, that happens at every run,
+    and the product is computed in float; seen in TensorRT for RTX 1.7.
+    """
+    made = [t.inputs[0] for t in node.inputs[:2] if t.inputs and maker(t) == "DequantizeLinear"] if node.op == "MatMul" else []
+    if len(made) == 2 and isinstance(made[1].inputs[0], Constant) and is_cut_into_heads(node.outputs[0]):
+        text = "Its product is cut into heads, so its weight is cut at every run and the product computed in float."
+        yield text, "Store the weight in float, behind a QuantizeLinear."
 
 
 def quantized_result(node: Node, results: Results) -> Broken:

@@ -28,11 +28,11 @@ NO_BOUND = math.inf
 STORAGE = Encoding().storage([W8A8])
 
 
-def plan(model: ModelProto, settings: Settings = W8A8, without: str = "", **rules: Settings) -> Plan:
+def plan(model: ModelProto, settings: Settings = W8A8, without: str = "", target: str = "ort-x86", **rules: Settings) -> Plan:
     """The plan around every layer but `without`, with `settings` but for the sites named in `rules`."""
     graph = prepare(model, infer_types).graph
     sites = tuple(s for s in find_sites(graph) if s.kind == "layer" and s.name != without)
-    return TARGET.plan(graph, sites, {s.name: rules.get(s.name, settings) for s in sites})
+    return find(target).plan(graph, sites, {s.name: rules.get(s.name, settings) for s in sites})
 
 
 def convs(text: str, opset: int = 21) -> ModelProto:
@@ -42,6 +42,9 @@ def convs(text: str, opset: int = 21) -> ModelProto:
         "zero": np.float32(0),
         "six": np.float32(6),
         "flat": np.array([0, -1]),
+        "zero2": np.array([0, 0]),
+        "six2": np.array([6, 6]),
+        "flat8": np.zeros(8, np.int64),
         "half": np.ones((4, 1, 1), np.float32) / 2,
         "plane": np.ones((6, 6), np.float32) / 2,
         "wide": np.ones((144, 3), np.float32),
@@ -322,6 +325,28 @@ def test_what_is_stored_may_be_read_inside_a_body_alone(rng: np.random.Generator
 
     assert "if" in plan(model).heads
     assert quantize(model, feeds).report.verification.sqnr_db > 25
+
+
+@pytest.mark.parametrize(
+    ("skip", "found"),
+    [
+        ("i = Slice(r, zero2, six2) s = Pad(i, flat8)", {"r": None, "s": "r"}),
+        ("i = Slice(r, zero2, six2) s = Tanh(i)", {}),  # no mere move
+        ("i = Slice(r, zero2, six2) s = Pad(i, flat8) t = Tanh(r)", {}),  # r is read in float as well
+        ("i = Slice(r, zero2, six2) s = Pad(i, flat8) t = Tanh(s)", {}),
+        ("s = Relu(r)", {}),
+    ],
+)
+def test_what_skips_a_conv_by_moves_shares_the_codes_that_layers_read(skip: str, found: dict[str, str | None]):
+    layers, end = (
+        "[a] h = Conv(x, w) r = Relu(h) [b] g = Conv(r, w) k = Relu(g) [c] m = Conv(k, w)",
+        "u" if "t = " not in skip else "t",
+    )
+    body = f"{layers} {skip} [join] u = Add(s, m) y = Mul(u, {end})"
+    made = plan(convs(body), target="tensorrt")
+
+    assert stored(made) == found
+    assert inputs(made) == {"x": ("a",), "k": ("c",)} | ({} if found else {"r": ("b",), "s": ("join",)})
 
 
 def test_what_float_layers_alone_read_is_not_stored():

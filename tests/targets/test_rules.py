@@ -53,6 +53,9 @@ OF_CAST, OF_BLOCKS = "DequantizeLinear<axis = 1>(W4, ws, wz4)", "DequantizeLinea
 INT4_IN_CONV = "DequantizeLinear<axis = 0>(K4, ks, kz4)"
 STAYS = "These int4 weights have no kernel beside quantized activations."
 AS_INT8 = "Store their codes as int8."
+HEADS, HALVES = " heads = Constant<value_ints = [8, 2, -1]>() ", "Split<axis = 1, num_outputs = 2>"
+IS_CUT = "Its product is cut into heads, so its weight is cut at every run and the product computed in float."
+IN_FLOAT = "Store the weight in float, behind a QuantizeLinear."
 
 PROBES = (
     Probe("varying-axis", "qnn", q("open", "y"), "Its shape ['N', 8] has axes that vary, so nothing of it is compiled.",
@@ -143,6 +146,12 @@ PROBES = (
     Probe("quantized-result", "tensorrt", CONV + q("h", "t", name="site") + "y = Relu(t)",
           "It stands between a layer and the function behind it, which are one kernel without it.", "Take it out.",
           CONV + "t = Relu(h)" + q("t", "y", name="site")),
+    Probe("cut-weight", "tensorrt", X + W + f"[site] m = MatMul(a, w) {HEADS} b = Reshape(m, heads) p, y = {HALVES}(b)",
+          IS_CUT, IN_FLOAT, X + W + f"[site] m = MatMul(a, w) p, y = {HALVES}(m)"),
+    Probe("cut-weight", "tensorrt",
+          X + W + f"[site] m = MatMul(a, w) {HEADS} b = Add(m, BF) p, c = {HALVES}(b) y = Reshape(c, heads)", IS_CUT, IN_FLOAT,
+          X + "v = QuantizeLinear<axis = 1>(WF, ws, wz) w = DequantizeLinear<axis = 1>(v, ws, wz) [site] m = MatMul(a, w)"
+          f"{HEADS} b = Add(m, BF) p, c = {HALVES}(b) y = Reshape(c, heads)"),
     Probe("bit-operator", "tensorrt", '[site] y = BitShift<direction = "RIGHT">(bytes, U)', "BitShift is not taken.",
           "Store one code per byte.", "[site] y = Identity(bytes)"),
     Probe("float-skip", "tensorrt", PADDED + "[site] y = Add(h, image)",

@@ -1,10 +1,17 @@
-"""TensorRT is asked where it can build an engine, and not where it is only lying about."""
+"""TensorRT is asked where it can build an engine, and not where it is only lying about; and what it alone wants stored."""
 
 import sys
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
+import onnx
 import pytest
+from equality import parse
 
+from onnxcomp import Recipe, quantize
+from onnxcomp.lint import lint
+from onnxcomp.numerics.arrays import energies, sqnr_db
+from onnxcomp.runtime import Session
 from onnxcomp.targets import tensorrt
 
 
@@ -49,3 +56,24 @@ def test_with_a_gpu_tensorrt_itself_is_taken(monkeypatch):
         monkeypatch.setitem(sys.modules, name, package(name, has_gpu=True))
 
     assert tensorrt.installed().__name__ == "tensorrt"
+
+
+def test_the_weight_of_a_product_that_is_cut_into_heads_is_stored_in_float(rng: np.random.Generator):
+    """Its runtime cuts the weight instead, which it does once only where the weight is float."""
+    body = """[cut] m = MatMul(x, w) r = Reshape(m, heads) q, k = Split<axis = 2, num_outputs = 2>(r) s = Mul(q, k)
+              t = Reshape(s, flat) [whole] y = MatMul(t, v)"""
+    constants = {"w": rng.normal(size=(16, 16)).astype(np.float32), "v": rng.normal(size=(8, 8)).astype(np.float32)}
+    constants |= {"heads": np.array([0, 0, 2, 2, 4]), "flat": np.array([0, 0, 8])}
+    model = parse(f"g (float[N,5,16] x) => (float y) {{ {body} }}", constants, opset=21)
+    data = {"x": rng.normal(size=(32, 5, 16)).astype(np.float32)}
+
+    files = {name: quantize(model, data, Recipe(target=name)).model for name in ("tensorrt", "portable")}
+
+    stored = {t.name: t.data_type for t in files["tensorrt"].graph.initializer if t.name.startswith(("w/", "v/"))}
+    assert stored["w/values"] == onnx.TensorProto.FLOAT
+    assert stored["v/quantized.codes"] == onnx.TensorProto.INT8
+    assert "w/quantized.codes" not in stored
+    assert lint(files["tensorrt"], "tensorrt").violations == ()
+    assert [v.node for v in lint(files["portable"], "tensorrt").violations if v.rule == "cut-weight"] == ["cut"]
+    want, found = (Session(m.SerializeToString()).run({"x": data["x"][:4]})["y"] for m in (model, files["tensorrt"]))
+    assert sqnr_db(*energies(want, found)) > 25
