@@ -17,15 +17,15 @@ from onnxcomp.graph.sites import Site, matches
 from onnxcomp.graph.tidy import Fold
 from onnxcomp.methods import activations
 from onnxcomp.methods.activations import Fake, Function
-from onnxcomp.methods.base import Array, Input, InputMethod
+from onnxcomp.methods.base import Array, Input, InputMethod, least_gain_db
 from onnxcomp.numerics.affine import QParams
 from onnxcomp.recipe import method_name
 from onnxcomp.report.model import Decision
 from onnxcomp.targets.base import Plan, Point
 
 TOKEN_GAIN_DB, TOKEN_ENOUGH_DB = 0.5, 8.0
-"""Fall of a 4-bit input's squared error from which a range per token is worth some 20 % of its MatMul's time: with every bit
-more four times as much, since a quarter of the error is left, up to what is worth it at any width.
+"""Fall of a 4-bit input's squared error from which a range per token is worth some 20 % of its MatMul's time, and of any
+input's.
 """
 
 
@@ -126,7 +126,7 @@ class Quantizers:
     def _granularity(self, point: Point, q: QParams, cut: Cut) -> str:
         """Per token if that lowers the error of the static quantizer `q` by enough for its price, else static."""
         gain = self.once(lambda: activations.token_gain(cut, q))
-        least = min(TOKEN_GAIN_DB * 4.0 ** (point.scheme.bits - 4), TOKEN_ENOUGH_DB)
+        least = least_gain_db(point.scheme.bits, TOKEN_GAIN_DB, TOKEN_ENOUGH_DB)
         chosen, verb = ("token", "lowers") if gain > least else ("static", "does not lower")
         reason = f"a range per token {verb} the input's error by the {least:g} dB that it must for its time"
         for site in point.consumers or ():

@@ -128,6 +128,13 @@ class InputMethod(Compensation):
         """What to add to the site's output [C_out], given its rounded weight."""
 
 
+def least_gain_db(bits: int, at_four: float, enough: float) -> float:
+    """By how much a change that costs time must lower the squared error of an input of so many bits: with every bit more than
+    four by four times as much, since a quarter of the error is left, up to what is `enough` at any width.
+    """
+    return min(at_four * 4.0 ** (bits - 4), enough)
+
+
 def is_held_out(number: Any) -> Any:
     """Whether a sample is held out, for its number or for an array of numbers: every fourth one is."""
     return number % HOLD_OUT == HOLD_OUT - 1
