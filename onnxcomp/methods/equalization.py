@@ -111,7 +111,7 @@ def _see(
 def _best(group: Group, seen: Mapping[str, Array], means: Mapping[str, Array], bits: Mapping[str, tuple[int, int]]) -> Choice:
     """What lowers the estimated error of the group's readers most."""
     ones, none = np.ones(group.width), dict[str, Array]()
-    fit, held = ({name: half[i] for name, x in seen.items() for half in [np.array_split(x, 2)]} for i in (0, 1))
+    fit, held = ({k: np.array_split(x, 2)[i] if len(x) > 1 else x for k, x in seen.items()} for i in (0, 1))
 
     def error(scale: Array, mix: Array | None, shifts: Mapping[str, Array]) -> float:
         return _error(group, fit, held, bits, scale, mix, shifts)

@@ -111,8 +111,8 @@ def _find_skips(graph: Graph, static: Mapping[str, Site], results: set[str]) -> 
             joins.append(replace(join(node), inputs=skips))
             for moved in (t for t in node.inputs if t is not alone[-1] and len(t.outputs) == 1 and t.name not in results):
                 source = _before_moves(moved)
-                others = [r.name for r in source.outputs if r.op not in PASS_THROUGH_OPS]
-                if source is not moved and source.name not in results and others and all(name in static for name in others):
+                others = [r.name for r in source.outputs if r.name not in static]
+                if source is not moved and source.name not in results and len(others) == 1 < len(source.outputs):
                     stored |= {source.name: None, moved.name: source.name}
     return stored, joins
 

@@ -215,3 +215,13 @@ def test_a_norm_that_others_than_layers_read_or_whose_factors_are_computed_is_le
 
     assert equal is p.graph
     assert not notes
+
+
+def test_a_single_position_is_both_fitted_on_and_judged_by(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder):
+    monkeypatch.setattr(equalization, "ROWS", 1)
+    p = normed(TWO_READERS)
+
+    _, notes = equalize(p.graph, p.model, at(p, 8, 4), TOKENS[:1], bounds=True)
+
+    assert notes
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]

@@ -334,6 +334,7 @@ def test_what_is_stored_may_be_read_inside_a_body_alone(rng: np.random.Generator
         ("i = Slice(r, zero2, six2) s = Tanh(i)", {}),  # no mere move
         ("i = Slice(r, zero2, six2) s = Pad(i, flat8) t = Tanh(r)", {}),  # r is read in float as well
         ("i = Slice(r, zero2, six2) s = Pad(i, flat8) t = Tanh(s)", {}),
+        ("i = Slice(r, zero2, six2) s = Pad(i, flat8) j = Slice(r, zero2, six2) t = Tanh(j)", {}),
         ("s = Relu(r)", {}),
     ],
 )
