@@ -13,8 +13,8 @@ or the middle of its range; where a rotation has mixed the channels behind a nor
 Paper   Nagel et al. 2019, arXiv:1906.04721, section 4.1, with activations' ranges in place of the writers'. Norms: SmoothQuant,
         arXiv:2211.10438, equation 4; with z: RepQ-ViT, arXiv:2212.08254, section 3.3.
 Cost    nothing at run time: an upper Clip becomes a Min per channel, which the quantizer behind it takes in.
-Gate    the error of activations and weights must fall on samples that nothing was fitted on, for a channel that is seldom
-        large is clipped by a scale that was fitted where it is small; the float model stays equal to 90 dB.
+Gate    the error of activations and weights must fall on positions that scales and ranges were not fitted on, for a channel
+        that is seldom large is clipped by a scale fitted where it is small; the float model stays equal to 90 dB.
 Limits  see `graph.channels`. Biases are absorbed where that is exact, behind norms and where mixing shifts; not behind a ReLU.
 """
 
@@ -74,7 +74,8 @@ def equalize(
         return graph, []
     feeds = list(feeds)
     seen, means = _see(graph, like, groups, feeds)
-    found = list(zip(groups, each(lambda group: _best(group, seen, means, bits), groups), strict=True))
+    fit, held = ({k: np.array_split(x, 2)[i] if len(x) > 1 else x for k, x in seen.items()} for i in (0, 1))
+    found = list(zip(groups, each(lambda group: _best(group, fit, held, means, bits), groups), strict=True))
     changed = [(group, choice) for group, choice in found if choice.gain_db > GAIN_DB]
     for group, choice in changed:
         transform(equal, group, choice.scale, choice.mix, choice.shifts)
@@ -108,10 +109,12 @@ def _see(
     return {name: np.concatenate(found) for name, found in rows.items()}, sums
 
 
-def _best(group: Group, seen: Mapping[str, Array], means: Mapping[str, Array], bits: Mapping[str, tuple[int, int]]) -> Choice:
-    """What lowers the estimated error of the group's readers most."""
+def _best(
+    group: Group, fit: Mapping[str, Array], held: Mapping[str, Array], means: Mapping[str, Array],
+    bits: Mapping[str, tuple[int, int]],
+) -> Choice:  # fmt: skip
+    """What lowers the error of the group's readers on the positions `held` most, of what the positions `fit` suggest."""
     ones, none = np.ones(group.width), dict[str, Array]()
-    fit, held = ({k: np.array_split(x, 2)[i] if len(x) > 1 else x for k, x in seen.items()} for i in (0, 1))
 
     def error(scale: Array, mix: Array | None, shifts: Mapping[str, Array]) -> float:
         return _error(group, fit, held, bits, scale, mix, shifts)

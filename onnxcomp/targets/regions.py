@@ -107,9 +107,9 @@ def _find_skips(graph: Graph, static: Mapping[str, Site], results: set[str]) -> 
         made = [t for t in node.inputs if t.inputs and t.inputs[0].name in static and t.inputs[0].op == "Conv"]
         alone = sorted((t for t in made if len(t.outputs) == 1 and t.name not in results), key=lambda t: order[t.name])
         if alone:
-            skips = tuple(t.name for t in node.inputs if t is not alone[-1])
-            joins.append(replace(join(node), inputs=skips))
-            for moved in (t for t in node.inputs if t is not alone[-1] and len(t.outputs) == 1 and t.name not in results):
+            skips = [t for t in node.inputs if t is not alone[-1]]
+            joins.append(replace(join(node), inputs=tuple(t.name for t in skips)))
+            for moved in (t for t in skips if len(t.outputs) == 1 and t.name not in results):
                 source = _before_moves(moved)
                 others = [r.name for r in source.outputs if r.name not in static]
                 if source is not moved and source.name not in results and len(others) == 1 < len(source.outputs):

@@ -339,11 +339,8 @@ def test_what_is_stored_may_be_read_inside_a_body_alone(rng: np.random.Generator
     ],
 )
 def test_what_skips_a_conv_by_moves_shares_the_codes_that_layers_read(skip: str, found: dict[str, str | None]):
-    layers, end = (
-        "[a] h = Conv(x, w) r = Relu(h) [b] g = Conv(r, w) k = Relu(g) [c] m = Conv(k, w)",
-        "u" if "t = " not in skip else "t",
-    )
-    body = f"{layers} {skip} [join] u = Add(s, m) y = Mul(u, {end})"
+    layers = "[a] h = Conv(x, w) r = Relu(h) [b] g = Conv(r, w) k = Relu(g) [c] m = Conv(k, w)"
+    body = f"{layers} {skip} [join] u = Add(s, m) y = Mul(u, {'t' if 't = ' in skip else 'u'})"
     made = plan(convs(body), target="tensorrt")
 
     assert stored(made) == found
