@@ -36,6 +36,8 @@ from onnxcomp.numerics.rotation import rotation
 from onnxcomp.numerics.statistics import Histogram, subsample
 from onnxcomp.runtime import Session, each
 
+_Named = Mapping[str, Array]
+"""By the name of a reader, or of a tensor."""
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 RATIOS = np.linspace(0.3, 1.0, 8)
 """Of a channel's range and its largest value."""
@@ -109,10 +111,7 @@ def _see(
     return {name: np.concatenate(found) for name, found in rows.items()}, sums
 
 
-def _best(
-    group: Group, fit: Mapping[str, Array], held: Mapping[str, Array], means: Mapping[str, Array],
-    bits: Mapping[str, tuple[int, int]],
-) -> Choice:  # fmt: skip
+def _best(group: Group, fit: _Named, held: _Named, means: _Named, bits: Mapping[str, tuple[int, int]]) -> Choice:
     """What lowers the error of the group's readers on the positions `held` most, of what the positions `fit` suggest."""
     ones, none = np.ones(group.width), dict[str, Array]()
 
@@ -179,8 +178,8 @@ def _inputs(node: Node) -> Array:
 
 
 def _error(
-    group: Group, fit: Mapping[str, Array], held: Mapping[str, Array], bits: Mapping[str, tuple[int, int]], scale: Array,
-    mix: Array | None, shifts: Mapping[str, Array],
+    group: Group, fit: _Named, held: _Named, bits: Mapping[str, tuple[int, int]], scale: Array, mix: Array | None,
+    shifts: _Named,
 ) -> float:  # fmt: skip
     """The squared error of the readers' outputs on the positions `held`, summed up, that is not the same everywhere: of the
     activations as it is, in a range from `fit`; of the weights as moments foretell it.
