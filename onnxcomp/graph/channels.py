@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.graph.edit import insert_after
 from onnxcomp.graph.fold import input_at, is_op, set_input
-from onnxcomp.graph.sites import find_sites, is_weight
+from onnxcomp.graph.sites import is_weight, layer
 from onnxcomp.graph.streams import set_constant
 from onnxcomp.graph.tidy import add_to_output
 
@@ -84,8 +84,8 @@ def transform(
     """
     for node in group.readers:
         w, shift = columns(node), shifts.get(node.inputs[0].name)
-        if shift is not None and node.op == "MatMul":
-            add_to_output(graph, next(s for s in find_sites(graph) if s.name == node.name), w[0, :, :, 0] @ shift, "shift")
+        if shift is not None and node.op == "MatMul" and (site := layer(node)) is not None:
+            add_to_output(graph, site, w[0, :, :, 0] @ shift, "shift")
         elif shift is not None:
             _set_bias(node, _bias(node) + w[0, :, :, 0] @ shift)
         w = divide(w, scale, mix)

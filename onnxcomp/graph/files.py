@@ -113,8 +113,12 @@ def sha256(source: Location | bytes | ModelProto) -> str:
 
 def bytes_of(model: ModelProto) -> int:
     """The bytes of a model and of the weights that it refers to; above `INLINE_LIMIT` those of its weights alone."""
-    stored = sum(map(weights.tensor_bytes, weights.walk_tensors(model.graph)))
+    stored = _weight_bytes(model)
     return stored if stored > INLINE_LIMIT else model.ByteSize() + mapped.outside(model)
+
+
+def _weight_bytes(model: ModelProto) -> int:
+    return sum(map(weights.tensor_bytes, weights.walk_tensors(model.graph)))
 
 
 @contextmanager
@@ -122,8 +126,8 @@ def loadable(model: Location | bytes | ModelProto) -> Iterator[bytes | str]:
     """The model as a runtime takes it: bytes, or a path, where need be of a file that is there for the time being."""
     if not isinstance(model, ModelProto):
         yield model if isinstance(model, bytes) else os.fspath(model)
-    elif bytes_of(model) - mapped.outside(model) <= INLINE_LIMIT:
-        yield to_bytes(model)
+    elif _weight_bytes(model) - mapped.outside(model) <= INLINE_LIMIT and len(raw := to_bytes(model)) <= INLINE_LIMIT:
+        yield raw
     else:
         with scratch.folder() as folder, PendingFile(model, folder / "m.onnx") as pending:
             yield str(pending.path)

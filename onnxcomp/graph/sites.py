@@ -63,7 +63,7 @@ class Site:
 def find_sites(graph: gs.Graph) -> tuple[Site, ...]:
     """Every layer and product of the main graph, in graph order. Control-flow bodies are not entered."""
     fixed = all(t.shape and all(isinstance(n, int) for n in t.shape[1:]) for t in graph.inputs)
-    sites = (site for node in graph.nodes if (site := _layer(node) or _product(node)) is not None)
+    sites = (site for node in graph.nodes if (site := layer(node) or _product(node)) is not None)
     return tuple(replace(site, fixed_tokens=fixed and site.op == "MatMul") for site in sites)
 
 
@@ -78,8 +78,9 @@ def find_tables(graph: gs.Graph) -> tuple[Site, ...]:
     )
 
 
-def _layer(node: gs.Node) -> Site | None:
-    if not is_op(node, *LAYER_OPS) or is_load_time(node.inputs[0]) or not is_weight(node.inputs[1]):
+def layer(node: gs.Node) -> Site | None:
+    """The site of a layer; None for any other operator."""
+    if not is_op(node, *LAYER_OPS) or not is_weight(node.inputs[1]) or is_load_time(node.inputs[0]):
         return None
     weight, raw, bias = node.inputs[1], node.outputs[0], input_at(node, 2)
     rank, inside = len(weight.shape), bias.name if isinstance(bias, gs.Constant) else None

@@ -115,7 +115,7 @@ def hold(site: Site, w: Array, fitted: Fit, quantize: Node, groups: int, samples
     channels, bits = groups * codes.shape[1] if is_conv else len(codes), quantize.attrs["bits"]
     worst = np.full((1, channels), 2**bits - 1)
     seen = Highest((worst[0], saturation.reach(worst)))
-    if samples is not None and static:
+    if samples is not None and static and not saturation.is_exact(codes, groups):
         q = QParams(Scheme(bits), *(t.values for t in quantize.inputs[1:3]))
         around = np.full((1, channels), q.zero_point if is_conv else 0)  # what a Conv is padded with
 
@@ -127,9 +127,9 @@ def hold(site: Site, w: Array, fitted: Fit, quantize: Node, groups: int, samples
 
         seen = samples.reduce(read) + Highest((around[0], saturation.reach(around)))
     top, pairs = seen.arrays
-    codes, scale, count = saturation.hold(w, codes, fitted["scale"], top, pairs, groups)
+    held, scale = saturation.hold(w, codes, fitted["scale"], top, pairs, groups)
     reason = "sums of two products of 8-bit codes may leave 16 bits, so some of the weight's were changed"
-    return {"codes": codes, "scale": scale}, reason if count else ""
+    return {"codes": held, "scale": scale}, "" if np.array_equal(held, codes) else reason
 
 
 def build(op: Tape, site: Site, fitted: Fit, bits: int, block: int = 0, *, is_float: bool = False) -> dict[str, str]:

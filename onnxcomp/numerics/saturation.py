@@ -18,6 +18,7 @@ from onnxcomp.numerics.affine import Codes
 
 ANGLES = np.linspace(0.0, np.pi / 2, 9)
 STEP = ANGLES[1]
+DIRECTIONS = np.stack([np.cos(ANGLES), np.sin(ANGLES)]).astype(np.float32)
 LIMIT = np.iinfo(np.int16).max - 2 * 127
 """With room for two activations that come out one code higher than they did at calibration."""
 WIDER = np.geomspace(1.0, 2.0, 9)
@@ -29,35 +30,39 @@ Reach = np.ndarray
 
 def reach(codes: np.ndarray) -> Reach:
     """How far the pairs of activation codes [T, C] reach."""
-    pairs = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2))).reshape(len(codes), -1, 2)
-    return np.stack([(pairs @ [np.cos(angle), np.sin(angle)]).max(axis=0) for angle in ANGLES], axis=-1)
+    codes = np.pad(codes, ((0, 0), (0, 1))) if codes.shape[1] % 2 else codes
+    pairs = codes.astype(np.float32).reshape(-1, 2)
+    return (pairs @ DIRECTIONS).reshape(len(codes), -1, len(ANGLES)).max(axis=0)
+
+
+def is_exact(codes: Codes, groups: int) -> bool:
+    """Whether these are the codes of a depthwise Conv."""
+    return codes.ndim > 2 and codes.shape[1] == 1 < groups == len(codes)
 
 
 def hold(
     w: NDArray[np.floating], codes: Codes, scale: NDArray[np.float32], highest: np.ndarray, pairs: Reach, groups: int = 1
-) -> tuple[Codes, NDArray[np.float32], int]:
-    """Codes (int8) and scales [C_out] for the weight w, near the given ones, of which no two products leave 16 bits, and of how
-    many output channels they are others.
+) -> tuple[Codes, NDArray[np.float32]]:
+    """Codes (int8) and scales [C_out] for the weight w, near the given ones, of which no two products leave 16 bits.
 
     codes: of w, [K, N] of a MatMul or [C_out, C_in / groups, ...] of a Conv; highest: the largest activation code of each
     channel, [K] or [C_in]; pairs: the `reach` of these. A channel that may saturate has the step, up to twice its own, that
     lets it come closest to w once the pairs that still leave 16 bits are shortened to what fits.
     """
-    if codes.ndim > 2 and codes.shape[1] == 1 < groups == len(codes):
-        return codes, scale, 0
+    if is_exact(codes, groups):
+        return codes, scale
     rows, orders, steps = _rows(codes, groups), _orders(codes, highest, pairs, groups), scale.reshape(groups, -1).copy()
-    wanted, changed = _rows(w, groups), 0
+    wanted = _rows(w, groups)
     for g in range(groups):
         mine = [order[g] for order in orders]
         for some in np.array_split(np.arange(rows.shape[1]), -(-rows[g].size // CHUNK) or 1):
-            some = some[np.any([(_bounds(rows[g, some], order) > LIMIT).any(axis=1) for order in mine], axis=0)]
+            some = some[np.unique(np.concatenate([_over(rows[g, some], order)[0] for order in mine]))]
             rows[g, some], steps[g, some] = _nearest(wanted[g, some].astype(np.float64), steps[g, some], mine)
-            changed += len(some)
     rows, steps = rows.reshape(-1, rows.shape[2])[:, :-1], steps.reshape(-1)
     if codes.ndim == 2:
-        return np.ascontiguousarray(rows.T), steps, changed
+        return np.ascontiguousarray(rows.T), steps
     behind = rows.reshape(len(codes), *codes.shape[2:], codes.shape[1])
-    return np.ascontiguousarray(np.moveaxis(behind, -1, 1)), steps, changed
+    return np.ascontiguousarray(np.moveaxis(behind, -1, 1)), steps
 
 
 @dataclass(frozen=True)
@@ -99,19 +104,26 @@ def _nearest(w: NDArray[np.float64], scale: NDArray[np.float32], orders: list[_P
         step = (scale * factor).astype(np.float32)
         codes = np.clip(np.rint(w / step[:, None]), -128, 127)
         for order in orders:
-            fits = np.minimum(LIMIT / np.maximum(_bounds(codes, order), 1.0), 1.0)
-            codes[:, order.places] = np.trunc(codes[:, order.places] * fits[..., None])
+            row, pair, sums = _over(codes, order)
+            at = row[:, None], order.places[pair]
+            codes[at] = np.trunc(codes[at] * (LIMIT / sums)[:, None])
         error = np.square(codes * step[:, None] - w).sum(axis=1)
         better = error < least
         best[better], steps[better], least[better] = codes[better], step[better], error[better]
     return best, steps
 
 
-def _bounds(rows: np.ndarray, order: _Pairs) -> NDArray[np.float64]:
-    """[R, pairs]: no sum of two products of rows [R, K + 1] is larger, in size; 0 for weights of two signs, whose sums fit."""
-    w = rows[:, order.places].astype(np.float64)
-    length, angle = np.hypot(w[..., 0], w[..., 1]), np.arctan2(np.abs(w[..., 1]), np.abs(w[..., 0]))
-    before, pair = np.minimum((angle / STEP).astype(int), len(ANGLES) - 2), np.arange(w.shape[1])
+def _over(rows: np.ndarray, order: _Pairs) -> tuple[np.ndarray, np.ndarray, NDArray[np.float64]]:
+    """The row and the pair of every two weights in rows [R, K + 1] whose products may leave 16 bits in sum, and how large
+    their sum may be. Weights of two signs always fit.
+    """
+    w = rows[:, order.places].astype(np.float32)
+    most = np.abs(w[..., 0] * order.top[:, 0] + w[..., 1] * order.top[:, -1])  # were both at their largest at once
+    row, pair = np.nonzero((most > LIMIT) & (w[..., 0] * w[..., 1] > 0))
+    w = np.abs(w[row, pair]).astype(np.float64)
+    length, angle = np.hypot(w[:, 0], w[:, 1]), np.arctan2(w[:, 1], w[:, 0])
+    before = np.minimum((angle / STEP).astype(int), len(ANGLES) - 2)
     low, high = order.top[pair, before], order.top[pair, before + 1]
-    bound = length / np.sin(STEP) * (np.sin(ANGLES[before + 1] - angle) * low + np.sin(angle - ANGLES[before]) * high)
-    return np.where(w[..., 0] * w[..., 1] > 0, bound, 0.0)
+    sums = length / np.sin(STEP) * (np.sin(ANGLES[before + 1] - angle) * low + np.sin(angle - ANGLES[before]) * high)
+    over = sums > LIMIT
+    return row[over], pair[over], sums[over]
