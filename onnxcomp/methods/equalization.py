@@ -18,6 +18,7 @@ Gate    the error of activations and weights must fall on positions that scales 
 Limits  see `graph.channels`. Biases are absorbed where that is exact, behind norms and where mixing shifts; not behind a ReLU.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,8 @@ RATIOS = np.linspace(0.3, 1.0, 8)
 """Of a channel's range and its largest value."""
 ROWS = 2048
 """Positions of all samples that are looked at: half to fit on, half to judge by."""
+SEEN = 1 << 26
+"""Bytes of such positions that are kept at once; the model is run once more for as many others."""
 ROUNDED = 0.5
 """What GPTQ leaves of the error of weights rounded to nearest."""
 GAIN_DB = 0.1
@@ -75,16 +78,25 @@ def equalize(
     if not groups:
         return graph, []
     feeds = list(feeds)
-    seen, means = _see(graph, like, groups, feeds)
-    fit, held = ({k: np.array_split(x, 2)[i] if len(x) > 1 else x for k, x in seen.items()} for i in (0, 1))
-    found = list(zip(groups, each(lambda group: _best(group, fit, held, means, bits), groups), strict=True))
-    changed = [(group, choice) for group, choice in found if choice.gain_db > GAIN_DB]
+    found = list[Choice]()
+    for some in _parts(groups):
+        seen, means = _see(graph, like, some, feeds)
+        fit, held = ({k: np.array_split(x, 2)[i] if len(x) > 1 else x for k, x in seen.items()} for i in (0, 1))
+        found += each(functools.partial(_best, fit=fit, held=held, means=means, bits=bits), some)
+    changed = [(group, choice) for group, choice in zip(groups, found, strict=True) if choice.gain_db > GAIN_DB]
     for group, choice in changed:
         transform(equal, group, choice.scale, choice.mix, choice.shifts)
     agreed = agreement(graph, equal, like, feeds[0])
     if agreed < EQUAL_DB:
         return graph, [f"Nothing is equalized: the equalized model agrees to {agreed:.0f} dB with the float one only."]
     return equal, [f"Groups of channels equalized: {len(changed)} of {len(groups)}; equal to {agreed:.0f} dB in float."]
+
+
+def _parts(groups: Sequence[Group]) -> list[list[Group]]:
+    """The groups in a few parts, whose positions take about `SEEN` bytes each."""
+    sizes = [4 * ROWS * group.width * sum(columns(node).shape[3] for node in group.readers) for group in groups]
+    part = np.cumsum(sizes) // SEEN
+    return [[groups[i] for i in np.flatnonzero(part == number)] for number in np.unique(part)]
 
 
 def _see(
@@ -105,10 +117,10 @@ def _see(
         for name, node in readers.items():
             x, limit = live[node.inputs[0].name], max(ROWS // len(feeds), 1)
             x = patches(x, node.inputs[1].shape[2:], node.attrs, limit) if node.op == "Conv" else x.reshape(-1, x.shape[-1])
-            rows[name].append(x.reshape(*x.shape[:2], -1)[:: max(len(x) // limit, 1)])
+            rows[name].append(x.reshape(*x.shape[:2], -1)[:: max(len(x) // limit, 1)].copy())
         for name in means:
             sums[name] = sums[name] + live[name].mean(axis=(0, *range(2, live[name].ndim)), dtype=np.float64) / len(feeds)
-    return {name: np.concatenate(found) for name, found in rows.items()}, sums
+    return {name: np.concatenate(rows.pop(name)) for name in readers}, sums
 
 
 def _best(group: Group, fit: _Named, held: _Named, means: _Named, bits: Mapping[str, tuple[int, int]]) -> Choice:

@@ -75,6 +75,23 @@ def test_channels_in_front_of_a_depthwise_layer_get_one_range():
     assert ends[1].max() / ends[1].min() < 2
 
 
+def test_groups_whose_positions_would_take_too_much_memory_are_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    p, looked, see = prepared(DEPTHWISE.replace("Neg(k)", "Conv(k, p)")), [], equalization._see
+
+    def spy(graph: Graph, like: object, groups: list[object], feeds: object) -> object:
+        looked.append(len(groups))
+        return see(graph, like, groups, feeds)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(equalization, "_see", spy)
+    together, notes = equalize(p.graph, p.model, at(p, 4, 4), FEEDS, bounds=True)
+    monkeypatch.setattr(equalization, "SEEN", 1)
+    alone, said = equalize(p.graph, p.model, at(p, 4, 4), FEEDS, bounds=True)
+
+    assert looked == [2, 1, 1]
+    assert said == notes
+    np.testing.assert_allclose(run(alone, p), run(together, p), rtol=1e-5)
+
+
 def test_a_clip_stays_where_the_target_takes_no_bound_per_channel():
     p = prepared(DEPTHWISE)
 
