@@ -54,9 +54,10 @@ def drop_outputs(model: ModelProto, names: Collection[str]) -> None:
 
 def find_kernels(
     path: Path, target: Target, lowered: Graph, sites: Mapping[str, Sequence[str]], feeds: Sequence[runtime.Feed],
-    reference: runtime.Session, picked: Collection[str] = (),
+    single: runtime.Feed, reference: runtime.Session, picked: Collection[str] = (),
 ) -> tuple[tuple[Kernel, ...], str, list[str]]:  # fmt: skip
     """What computes each site of the model at `path`; who says so; and what the target's rules object to, or foretold wrongly.
+    The model is run on `feeds`, or built for a `single` sample.
 
     Where the target's runtime is another one that is installed, it must also compute what ONNX Runtime does, but for outputs
     that are `picked`: raises VerificationError if it does not.
@@ -82,8 +83,7 @@ def find_kernels(
             demand(found, other, want, f"of {by} and of ONNX Runtime differ by more than twice the quantization error")
         kernels = openvino.kernels(compiled, lowered)
     elif target.kernels == "tensorrt" and tensorrt.installed() is not None:
-        shapes = {name: [1, *array.shape[1:]] for name, array in feeds[0].items()}
-        kernels, by = tensorrt.kernels(path, lowered, shapes), tensorrt.version()
+        kernels, by = tensorrt.kernels(path, lowered, {k: x.shape for k, x in single.items()}), tensorrt.version()
     else:
         return foretold, f"the rules of {target.name}, which did not run here", notes
     named = (Kernel(k.site, *kernels.get(k.site, (k.op, k.integer)), k.reason) for k in foretold)

@@ -96,7 +96,7 @@ def _parts(groups: Sequence[Group]) -> list[list[Group]]:
     """The groups in a few parts, whose positions take about `SEEN` bytes each."""
     sizes = [4 * ROWS * group.width * sum(columns(node).shape[3] for node in group.readers) for group in groups]
     part = np.cumsum(sizes) // SEEN
-    return [[groups[i] for i in np.flatnonzero(part == number)] for number in np.unique(part)]
+    return [[group for group, own in zip(groups, part, strict=True) if own == number] for number in np.unique(part)]
 
 
 def _see(

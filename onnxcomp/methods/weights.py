@@ -121,9 +121,8 @@ def hold(site: Site, w: Array, fitted: Fit, quantize: Node, groups: int, samples
 
         def read(batch: Batch) -> Highest:
             rows = [np.moveaxis(x, 1 if is_conv else -1, -1).reshape(-1, channels) for x in batch.read("xh")]
-            return functools.reduce(
-                Highest.__add__, (Highest((a.max(axis=0), saturation.reach(a))) for a in map(q.quantize, rows))
-            )
+            found = (Highest((a.max(axis=0), saturation.reach(a))) for a in map(q.quantize, rows))
+            return functools.reduce(Highest.__add__, found)
 
         seen = samples.reduce(read) + Highest((around[0], saturation.reach(around)))
     top, pairs = seen.arrays

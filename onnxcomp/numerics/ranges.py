@@ -17,7 +17,6 @@ from onnxcomp.errors import DataError
 from onnxcomp.numerics.affine import SMALLEST_SCALE, Codes, QParams, Scheme, from_range
 from onnxcomp.numerics.statistics import Histogram
 
-METHODS = ("mse", "percentile", "minmax")
 _TAILS = np.array([1e-5, 1e-4, 1e-3, 1e-2, 0.05, 0.2])
 _SHRINK = np.geomspace(1.0, 1.0 / 32, 12)
 # Reach of the scale, and of an 8-bit zero point in halves, round by round

@@ -263,10 +263,8 @@ class _Lowering:
             stored = new("Cast", "codes.i8", stored, dtype=np.int8, to=INT8)
         zero_point = packed_int4(f"{y.name}/zero_point", zero) if is_native else Constant(f"{y.name}/zero_point", zero)
         if self.encoding.heads == "float" and any(r.op == "MatMul" and is_cut_into_heads(r.outputs[0]) for r in y.outputs):
-            values = codes.values * along(scale.values, axis, len(codes.shape))
-            stored = new(
-                "QuantizeLinear", "codes", Constant(f"{y.name}/values", values), scale, zero_point, dtype=np.int8, axis=axis
-            )
+            values = Constant(f"{y.name}/values", codes.values * along(scale.values, axis, len(codes.shape)))
+            stored = new("QuantizeLinear", "codes", values, scale, zero_point, dtype=np.int8, axis=axis)
         new("DequantizeLinear", y, stored, scale, zero_point, axis=axis)
         return new.made
 

@@ -11,6 +11,7 @@ import numpy as np
 from onnxcomp.graph.convert import STANDARD
 from onnxcomp.graph.edit import Constant, Node, Tensor
 from onnxcomp.graph.fold import is_load_time
+from onnxcomp.graph.offsets import MOVES
 from onnxcomp.graph.types import type_name
 from onnxcomp.targets.base import Results
 
@@ -195,13 +196,10 @@ def narrow_weights(node: Node, results: Results) -> Broken:
 
 def is_cut_into_heads(tensor: Tensor, is_cut: bool = False, is_divided: bool = False) -> bool:
     """Whether parts of the tensor are taken and its channels divided among heads, in either order: queries, keys and values."""
-    for node in tensor.outputs if not (is_cut and is_divided) else ():
-        moved = node.op in (*CUTS, "Mul", "Reshape", "Squeeze", "Transpose") and node.inputs[0] is tensor
-        if moved or (node.op in ("Add", "Sum") and any(isinstance(t, Constant) for t in node.inputs)):
-            found = is_cut or node.op in CUTS, is_divided or node.op == "Reshape"
-            if any(is_cut_into_heads(t, *found) for t in node.outputs):
-                return True
-    return is_cut and is_divided
+    moves = [node for node in tensor.outputs if node.op in (*MOVES, "Mul") and node.inputs[0] is tensor]
+    moves += [n for n in tensor.outputs if n.op in ("Add", "Sum") and any(isinstance(t, Constant) for t in n.inputs)]
+    behind = ((t, is_cut or n.op in CUTS, is_divided or n.op == "Reshape") for n in moves for t in n.outputs)
+    return (is_cut and is_divided) or any(is_cut_into_heads(*found) for found in behind)
 
 
 def cut_weight(node: Node, results: Results) -> Broken:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 from onnxcomp.errors import DataError
 from onnxcomp.numerics import statistics
 from onnxcomp.numerics.affine import QParams, Scheme, from_range
-from onnxcomp.numerics.ranges import METHODS, Lookup, choose, whole_steps
+from onnxcomp.numerics.ranges import Lookup, choose, whole_steps
 from onnxcomp.numerics.statistics import Histogram
+from onnxcomp.recipe import Ranges
 
+METHODS = get_args(Ranges)
 ASYMMETRIC = [Scheme(2), Scheme(4), Scheme(4, signed=True)]
 SYMMETRIC = [Scheme(2, True, True), Scheme(4, False, True), Scheme(4, True, True), Scheme(8, True, True)]
 

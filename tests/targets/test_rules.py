@@ -152,6 +152,11 @@ PROBES = (
           X + W + f"[site] m = MatMul(a, w) {HEADS} b = Add(m, BF) p, c = {HALVES}(b) y = Reshape(c, heads)", IS_CUT, IN_FLOAT,
           X + "v = QuantizeLinear<axis = 1>(WF, ws, wz) w = DequantizeLinear<axis = 1>(v, ws, wz) [site] m = MatMul(a, w)"
           f"{HEADS} b = Add(m, BF) p, c = {HALVES}(b) y = Reshape(c, heads)"),
+    Probe("cut-weight", "tensorrt",
+          X + W + f"[site] m = MatMul(a, w) {HEADS} one = Constant<value_ints = [1]>() u = Unsqueeze(m, one)"
+          f"b = Reshape(u, heads) p, y = {HALVES}(b)",
+          IS_CUT, IN_FLOAT, X + W + f"[site] m = MatMul(a, w) {HEADS} one = Constant<value_ints = [1]>()"
+          "u = Unsqueeze(m, one) y = Reshape(u, heads)"),
     Probe("bit-operator", "tensorrt", '[site] y = BitShift<direction = "RIGHT">(bytes, U)', "BitShift is not taken.",
           "Store one code per byte.", "[site] y = Identity(bytes)"),
     Probe("float-skip", "tensorrt", PADDED + "[site] y = Add(h, image)",

@@ -58,6 +58,21 @@ def test_with_a_gpu_tensorrt_itself_is_taken(monkeypatch):
     assert tensorrt.installed().__name__ == "tensorrt"
 
 
+@pytest.mark.parametrize(("shape", "built_for"), [("2,5,16", (2, 5, 16)), ("N,5,16", (1, 5, 16))])
+def test_the_engine_is_built_for_one_sample_whose_first_axis_may_be_fixed(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: str, built_for: tuple[int, ...]
+):
+    seen = list[object]()
+    monkeypatch.setattr(tensorrt, "installed", lambda: SimpleNamespace(__name__="tensorrt", __version__="10.0"))
+    monkeypatch.setattr(tensorrt, "kernels", lambda path, lowered, shapes: seen.append(shapes) or {"m": ("gemm", True)})
+    weights = {"w": rng.normal(size=(16, 8)).astype(np.float32)}
+    model = parse(f"g (float[{shape}] x) => (float y) {{ [m] y = MatMul(x, w) }}", weights, opset=21)
+
+    quantize(model, [{"x": rng.normal(size=built_for).astype(np.float32)} for _ in range(8)], Recipe(target="tensorrt"))
+
+    assert seen == [{"x": built_for}]
+
+
 def test_the_weight_of_a_product_that_is_cut_into_heads_is_stored_in_float(rng: np.random.Generator):
     """Its runtime cuts the weight instead, which it does once only where the weight is float."""
     body = """[cut] m = MatMul(x, w) r = Reshape(m, heads) q, k = Split<axis = 2, num_outputs = 2>(r) s = Mul(q, k)
