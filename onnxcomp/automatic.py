@@ -52,8 +52,7 @@ def quantize(
 
     Raises BoundError, with what came closest, where no choice keeps the bounds, and DataError for a single sample.
     """
-    specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in runtime.Session(model).inputs]
-    samples = open_data(data, specs, preprocess=recipe.preprocess)
+    samples = open_data(data, InputSpec.of(runtime.Session(model).inputs), preprocess=recipe.preprocess)
     if len(samples) < 2:
         raise DataError("One sample cannot be calibrated on and held out. Give at least two.")
     kept = min(recipe.samples, 3 * len(samples) // 4)

@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxcomp import runtime
 from onnxcomp.data import Feed, InputSpec, open_data
-from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.errors import UsageError
 from onnxcomp.graph import files
 from onnxcomp.numerics import arrays
 from onnxcomp.preprocess import Preprocess
@@ -36,7 +36,7 @@ def bench(
 
     Raises UsageError for models that take different inputs and for a shape that does not fit.
     """
-    specs, *others = [_specs(model) for model in models]
+    specs, *others = [InputSpec.of(runtime.Session(model).inputs) for model in models]
     taken = ", ".join(sorted(spec.name for spec in specs))
     for model, other in zip(models[1:], others, strict=True):
         found = ", ".join(sorted(spec.name for spec in other))
@@ -79,12 +79,3 @@ def made_up(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]], n
         if array.shape != wanted:
             notes.append(f"Input '{spec.name}' is {spec}; timed with {sizes}. Change it with --shape.")
     return feed
-
-
-def _specs(model: str | Path) -> list[InputSpec]:
-    specs = []
-    for name, kind in runtime.Session(model).inputs:
-        if kind.dtype is None or kind.dtype.kind == "O":
-            raise ModelError(f"{model}: input '{name}' is not a tensor of numbers, so it cannot be fed.")
-        specs.append(InputSpec(name, kind.dtype, kind.shape))
-    return specs

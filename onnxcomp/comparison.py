@@ -55,7 +55,7 @@ def compare(
     exposed, chosen = _exposed(models, [name for name, _ in left.outputs])
     if chosen:
         left, right = map(Session, exposed)
-    specs = [InputSpec(name, kind.dtype, kind.shape) for name, kind in left.inputs if kind.dtype is not None]
+    specs = InputSpec.of(left.inputs)
     opened = open_data(data, specs, preprocess=preprocess, labels=labels, limit=limit, seed=seed, skip=skip)
     outputs = [
         _Output(name, name in chosen) for name, kind in left.outputs if kind.dtype is not None and kind.dtype.kind != "O"

@@ -146,7 +146,7 @@ def compress(
     progress("preparing", 0, 1)
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(prepared.model)
-    specs = [InputSpec(name, kind.dtype or np.dtype(np.float32), kind.shape) for name, kind in reference.inputs]
+    specs = InputSpec.of(reference.inputs)
     samples, stackable, size, feeds = None, False, BATCH, []
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)

@@ -31,8 +31,7 @@ def compare_methods(reference: runtime.Model, model: runtime.Model, data: object
     if not methods:
         what = str(model) if isinstance(model, str | Path) else "The model"
         raise UsageError(f"{what} holds no compensation. `onnxcomp inspect` lists what is in a file.")
-    specs = [InputSpec(name, kind.dtype, kind.shape) for name, kind in runtime.Session(model).inputs if kind.dtype is not None]
-    feed = open_data(data, specs, preprocess=how.get("preprocess"))[0]
+    feed = open_data(data, InputSpec.of(runtime.Session(model).inputs), preprocess=how.get("preprocess"))[0]
     found, parts = compare(reference, model, data, **how), list[Worth]()
     for method in methods:
         try:

@@ -58,6 +58,24 @@ def test_without_data_one_line_says_what_is_done_instead(net: Path) -> None:
     assert found.stdout.splitlines()[-1] == f"Next: onnxcomp bench {net} {net.with_name('mlp.w8a8.onnx')}"
 
 
+def test_a_model_that_takes_strings_is_quantized_timed_and_compared(tmp_path: Path) -> None:
+    model, data, rng = tmp_path / "words.onnx", tmp_path / "words.npz", np.random.default_rng(0)
+    text = """<ir_version: 9, opset_import: ["" : 17, "ai.onnx.ml": 3]> g (string[N,4] s) => (float[N,8] y) {
+        e = ai.onnx.ml.LabelEncoder<keys_strings = ["a", "b"], values_floats = [0.5, -1.0], default_float = 0.0>(s)
+        [fc] y = MatMul(e, w) }"""
+    parsed = onnx.parser.parse_model(text)
+    parsed.graph.initializer.append(onnx.numpy_helper.from_array(rng.normal(size=(4, 8)).astype(np.float32), "w"))
+    onnx.save(parsed, model)
+    np.savez(data, s=rng.choice(["a", "b", "other"], (32, 4)))
+
+    made = run("quantize", model, "--data", data, "-o", tmp_path / "out.onnx")
+    compared = run("compare", model, tmp_path / "out.onnx", "--data", data, "--json")
+
+    assert (made.exit_code, made.stderr) == (0, "")
+    assert "Speed" in made.stdout
+    assert json.loads(compared.stdout)["outputs"][0]["sqnr_db"] > 30
+
+
 def test_a_second_run_leaves_the_same_bytes_and_needs_force(net: Path, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.onnx"
     run("quantize", net, "--data", data, "-o", output)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from onnxcomp.data import Data, InputSpec, Preprocess, open_data
-from onnxcomp.errors import UsageError
+from onnxcomp.errors import DataError, UsageError
 
 
 def spec(*shape: int | str | None, name: str = "x", dtype: type = np.float32) -> InputSpec:
@@ -50,6 +50,21 @@ def test_a_sample_is_a_plain_copy_in_c_order(tmp_path: Path):
     assert found.flags.c_contiguous
     assert found.flags.writeable
     np.testing.assert_array_equal(found, ROWS[3:4])
+
+
+def test_strings_are_fed_however_they_are_stored(tmp_path: Path):
+    words = np.array([["a", "bc"], ["", "d"], ["e", "f"]])
+    np.savez(tmp_path / "d.npz", x=words)
+
+    for source in (tmp_path / "d.npz", words, words.astype(object)):
+        found = gather(open_data(source, [spec("N", 2, dtype=object)]))
+        assert found.dtype == object
+        assert found.tolist() == words.tolist()
+
+
+def test_strings_of_another_shape_are_told_in_words():
+    with pytest.raises(DataError, match=r"input 'x' expects string\[N, 3\], found <U1\[1, 2\]"):
+        gather(open_data([{"x": np.array([["a", "b"]])}], [spec("N", 3, dtype=object)]))
 
 
 def test_an_array_of_no_elements_is_fed():

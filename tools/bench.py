@@ -127,7 +127,7 @@ def run(name: str, subject: Subject, folder: Path, samples: int, rounds: int) ->
     """Quantize one model at each of its settings and measure all the files together."""
     path = folder / subject.file
     reference = runtime.Session(path)
-    specs = [InputSpec(n, kind.dtype or np.dtype(np.float32), kind.shape) for n, kind in reference.inputs]
+    specs = InputSpec.of(reference.inputs)
     test = load(subject, folder, "test", specs, None)
     feeds = [test[i] for i in range(len(test))] if subject.language else stacked(test, reference)
 

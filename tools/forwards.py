@@ -185,7 +185,7 @@ def main() -> None:
     given = arguments.parse_args()
     subject = bench.SUBJECTS["vit"]
     model, data = given.data / subject.file, given.data / subject.calibration
-    specs = [InputSpec(n, kind.dtype or np.dtype(np.float32), kind.shape) for n, kind in runtime.Session(model).inputs]
+    specs = InputSpec.of(runtime.Session(model).inputs)
     loaded = bench.load(subject, given.data, "calibration", specs, given.samples)
     feeds = [dict(loaded[i]) for i in range(len(loaded))]
     batches = [{k: np.concatenate([f[k] for f in feeds[i : i + 8]]) for k in feeds[0]} for i in range(0, len(feeds), 8)]

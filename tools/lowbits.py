@@ -80,7 +80,7 @@ class Model:
         source = self.data / subject.calibration
         self.calibration = bench.stories(source) if subject.language else source
         reference = runtime.Session(self.path)
-        specs = [InputSpec(n, kind.dtype or np.dtype(np.float32), kind.shape) for n, kind in reference.inputs]
+        specs = InputSpec.of(reference.inputs)
         test = bench.load(subject, self.data, "test", specs, None)
         if subject.language:
             stories = [dict(test[i]) for i in range(len(test))]

@@ -58,7 +58,7 @@ def rows(name: str, subject: Subject, folder: Path, bits: str, options: argparse
     """Print the lines of one model at one width."""
     path = folder / subject.file
     reference = runtime.Session(path)
-    specs = [InputSpec(n, kind.dtype or np.dtype(np.float32), kind.shape) for n, kind in reference.inputs]
+    specs = InputSpec.of(reference.inputs)
     test = load(subject, folder, "test", specs, None)
     batches = stacked(test, reference)
     whole = accuracy(reference, batches)
@@ -98,7 +98,7 @@ def series(name: str, subject: Subject, folder: Path, options: argparse.Namespac
     """Print what each further 4-bit term of weights and activations brings, without data, and what weight terms cost."""
     path = folder / subject.file
     reference = runtime.Session(path)
-    specs = [InputSpec(n, kind.dtype or np.dtype(np.float32), kind.shape) for n, kind in reference.inputs]
+    specs = InputSpec.of(reference.inputs)
     test = load(subject, folder, "test", specs, None)
     batches, few = stacked(test, reference), [test[i] for i in range(20)]
     expected = [next(iter(reference.run(feed).values())) for feed in few]

@@ -135,7 +135,7 @@ class Place:
 
 def calibration(model: Model, limit: int) -> list[Feed]:
     """The samples that the pipeline calibrates on, in its order."""
-    specs = [InputSpec(n, kind.dtype or np.dtype(np.float32), kind.shape) for n, kind in runtime.Session(model.path).inputs]
+    specs = InputSpec.of(runtime.Session(model.path).inputs)
     data = open_data(model.calibration, specs, preprocess=model.preprocess, limit=limit)
     return [{name: np.ascontiguousarray(array) for name, array in feed.items()} for feed in data]
 

@@ -42,7 +42,7 @@ def load(path: Path, *, exact: bool = False) -> runtime.Session:
 def rows(subject: bench.Subject, folder: Path, samples: int, tests: int, rounds: int) -> Iterator[tuple[str, float, float]]:
     """Of each way: its name, SQNR in dB, and time over fp32."""
     reference = load(folder / subject.file)
-    specs = [InputSpec(n, kind.dtype or np.dtype(np.float32), kind.shape) for n, kind in reference.inputs]
+    specs = InputSpec.of(reference.inputs)
     data = bench.load(subject, folder, "calibration", specs, samples)
     test = bench.load(subject, folder, "test", specs, tests)
     feeds, sessions = [test[i] for i in range(len(test))], [reference]

@@ -4,13 +4,16 @@ Types are changed where nothing is lost that the model would keep: any float to 
 back if the values fit. uint8 pixels become floats only through a Preprocess, since nothing else says what they mean.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from onnxcomp.data.sources import Feed, Row
-from onnxcomp.errors import DataError
+from onnxcomp.errors import DataError, ModelError
 from onnxcomp.numerics.arrays import describe
 from onnxcomp.preprocess import Preprocess, decode_image, suggest
 
@@ -25,12 +28,21 @@ class InputSpec:
     dtype: np.dtype
     shape: tuple[int | str | None, ...] | None
 
+    @staticmethod
+    def of(ports: Iterable[tuple[str, Any]]) -> list[InputSpec]:
+        """Those of a session's inputs. Raises ModelError for one that takes neither numbers nor strings."""
+        found = [InputSpec(name, kind.dtype, kind.shape) for name, kind in ports]
+        other = next((spec.name for spec in found if spec.dtype is None or spec.dtype.kind not in "biufO"), None)
+        if other is not None:
+            raise ModelError(f"Input '{other}' is no tensor of numbers or strings, so it cannot be fed.")
+        return found
+
     def __str__(self) -> str:
-        return describe(self.dtype, self.shape)
+        return describe("string" if self.dtype.kind == "O" else self.dtype, self.shape)
 
     def misfit(self, array: np.ndarray, *, is_whole: bool = True) -> str | None:
         """Why the array cannot be fed, or None. Unless it is whole its rows are shared out later, so they are not compared."""
-        types = {array.dtype, self.dtype}
+        types = {np.dtype(object) if array.dtype.kind == "U" else array.dtype, self.dtype}
         if len(types) > 1 and {t.kind for t in types} != {"f"} and types != {np.dtype(np.int32), np.dtype(np.int64)}:
             return f"{array.dtype} is not safely {self.dtype}"
         if self.shape is not None and array.ndim != len(self.shape):
@@ -140,7 +152,7 @@ class Inputs:
         lengths = {array.shape[:1] for _, array in arrays}
         if len(lengths) != 1 or lengths & {(), (0,)} or any(self._steps(*pair) for pair in arrays):
             return False
-        return all(spec.shape is not None and spec.misfit(array[0]) is None for spec, array in arrays)
+        return all(spec.shape is not None and spec.misfit(array[0, ...]) is None for spec, array in arrays)
 
     def _steps(self, spec: InputSpec, array: np.ndarray) -> Preprocess | None:
         """The preprocess, if these are pixels and the input takes pictures."""

@@ -21,11 +21,11 @@ def describe(dtype: object, shape: Sequence[int | str | None] | None) -> str:
 
 
 def made_up(dtype: np.dtype | None, shape: Sequence[int | str | None], rng: np.random.Generator) -> np.ndarray:
-    """Standard normal numbers for a floating type, else zeros; a size that is no number is 1."""
+    """Standard normal numbers for a floating type, empty strings or zeros else; a size that is no number is 1."""
     sizes = [size if isinstance(size, int) else 1 for size in shape]
     if dtype is not None and dtype.kind == "f":
         return rng.standard_normal(sizes).astype(dtype)
-    return np.zeros(sizes, dtype)
+    return np.full(sizes, "" if dtype is not None and dtype.kind == "O" else 0, dtype)
 
 
 def energies(reference: np.ndarray, other: np.ndarray) -> tuple[float, float]:
