@@ -98,7 +98,8 @@ def decision(place: str, method: str, outcome: Outcome, added_bytes: int = 0) ->
 def bits(site: Site, walk: Walk) -> str:
     """The widths of a site, as `SiteReport.bits` has them."""
     settings = walk.plan.settings.get(site.name)
-    activations = "a8" if settings is None else f"a{settings.activation_bits}"
+    stored = walk.target.encoding.storage(walk.plan.settings.values()).bits
+    activations = f"a{stored if settings is None else settings.activation_bits}"
     if settings is None or site.weight is None:
         return activations
     block = f"b{settings.block}" if settings.block else ""

@@ -17,6 +17,7 @@ from onnxcomp.choose import Choice, choose, open_widths, widened
 from onnxcomp.data import Feed
 from onnxcomp.graph.edit import Graph, Tape, apply, extract, tensors_of
 from onnxcomp.graph.mapped import outside
+from onnxcomp.graph.masks import MASK, bound_masks
 from onnxcomp.graph.prepare import Prepared
 from onnxcomp.graph.sites import matches
 from onnxcomp.methods import equalization, rotation, sensitivity
@@ -52,6 +53,12 @@ def transform(
     Raises RecipeError for a pattern that matches nothing, and for what the target does not take.
     """
     graph, notes, like = prepared.graph.copy(), list(prepared.notes), prepared.model
+    if target.encoding.where == "units":
+        bounded = graph.copy()
+        if count := bound_masks(bounded):
+            agreed = rotation.agreement(graph, bounded, like, single)
+            graph = bounded if agreed > rotation.EQUAL_DB else graph
+            notes.append(f"Masks of attention set to {-MASK:g}: {count}, equal to {agreed:.0f} dB in float.")
     if recipe.rotation != "none":
         graph, said = rotation.rotate_folded(graph, like, single)
         notes += said

@@ -44,6 +44,7 @@ def fit_static(
             seen = [np.array([x.min(), x.max()]) for x in values]
         else:
             seen = [subsample(x, VALUES_PER_SAMPLE) for x in values]
+            seen += [np.array([x.min(), x.max()]) for x in values if scheme.bits > 8]  # which has steps enough for all of them
         return Histogram.of(np.concatenate([np.zeros(0, np.float32), *seen]))
 
     seen = samples.reduce(read)

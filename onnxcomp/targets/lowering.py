@@ -317,7 +317,7 @@ class _Lowering:
         self._read_stored(conv, 2, "int32-bias", stored, axis=0)
 
     def _integer_operand(self, node: Node) -> None:
-        """Store the constant operand of an integer Add or Mul in 8 bits; its kernel takes no float one."""
+        """Store the constant operand of an integer Add or Mul; its kernel takes no float one."""
         constants = [i for i, t in enumerate(node.inputs) if is_operand(node, t)]
         reader = only_reader(tail(node))
         if len(constants) != 1 or not _is_static(node.inputs[1 - constants[0]]) or reader is None or reader.domain != DOMAIN:
@@ -325,13 +325,15 @@ class _Lowering:
         self._store(node, constants[0], node.inputs[constants[0]].values)
 
     def _integer_constants(self, node: Node) -> None:
-        """Store every float constant that the node reads in 8 bits."""
+        """Store every float constant that the node reads."""
         for index, tensor in enumerate(node.inputs):
             if isinstance(tensor, Constant) and tensor.dtype == np.float32:
                 self._store(node, index, tensor.values)
 
     def _store(self, node: Node, index: int, values: np.ndarray) -> None:
-        q = from_range(values.min(), values.max(), Scheme(8, self.encoding.signed, self.encoding.symmetric))
+        """In 8 bits, or beside wider codes in as many; a norm takes 8 bits in any case."""
+        bits = max([8, *(t.inputs[0].attrs["bits"] for t in node.inputs if _is_static(t) and "Norm" not in node.op)])
+        q = from_range(values.min(), values.max(), Scheme(bits, self.encoding.signed, self.encoding.symmetric))
         stored = {"codes": q.quantize(values), "scale": q.scale, "zero_point": q.zero_point}
         self._read_stored(node, index, f"operand-{index}" if self._is_closed else "operand", stored)
 
