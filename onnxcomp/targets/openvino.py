@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxcomp.errors import VerificationError
 from onnxcomp.graph.edit import Graph, Node
 from onnxcomp.targets.rules import LAYERS, in_blocks
 
@@ -43,11 +44,15 @@ def version() -> str:
 
 
 def compile_model(path: Path) -> Any:
-    """The model at `path`, compiled for the CPU."""
+    """The model at `path`, compiled for the CPU. Raises VerificationError for one that OpenVINO does not take."""
     import openvino
 
     core = openvino.Core()
-    return core.compile_model(core.read_model(path), "CPU", CONFIG)
+    try:
+        return core.compile_model(core.read_model(path), "CPU", CONFIG)
+    except RuntimeError as error:  # its last line says what, those before where in its sources
+        reason = str(error).strip().splitlines()[-1].rstrip(".")
+        raise VerificationError(f"{version()} does not take the model: {reason}. Nothing was written.") from error
 
 
 def run(compiled: Any, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 import pytest
 import tiny
-from equality import fitting, of_opset_21, run
+from equality import fitting, of_opset_21, parse, run
 from onnx.reference import ReferenceEvaluator
 
 from onnxcomp import targets
+from onnxcomp.errors import VerificationError
 from onnxcomp.methods.base import Compensation
 from onnxcomp.methods.bias import BiasCompensation
 from onnxcomp.methods.nbc import NonlinearBipolarCompensation
@@ -79,3 +80,12 @@ def test_openvino_computes_the_same(target: str, name: str, how: str, tmp_path: 
     compiled = openvino.compile_model(tmp_path / "model.onnx")
 
     assert agreement(want, [openvino.run(compiled, feed) for feed in feeds]) > LEAST_DB
+
+
+def test_a_model_that_openvino_does_not_take_is_one_line():
+    text = """g (double[N,16] x) => (double[N,8] y) { c = Cast<to = 1>(x) d = MatMul(c, w) y = Cast<to = 11>(d) }"""
+    model = parse(text, {"w": np.ones((16, 8), np.float32)}, opset=17)
+    data = np.random.default_rng(0).normal(size=(16, 16))
+
+    with pytest.raises(VerificationError, match=r"^openvino 20\S+ does not take the model: .*f64.*\. Nothing was written\.$"):
+        quantize(model, data, Recipe(target="openvino"))
