@@ -57,8 +57,8 @@ def transform(
         bounded = graph.copy()
         if count := bound_masks(bounded):
             agreed = rotation.agreement(graph, bounded, like, single)
-            graph = bounded if agreed > rotation.EQUAL_DB else graph
-            notes.append(f"Masks of attention set to {-MASK:g}: {count}, equal to {agreed:.0f} dB in float.")
+            graph, done = (bounded, "set") if agreed > rotation.EQUAL_DB else (graph, "not set")
+            notes.append(f"Masks of attention {done} to {-MASK:g}: {count}, equal to {agreed:.0f} dB in float.")
     if recipe.rotation != "none":
         graph, said = rotation.rotate_folded(graph, like, single)
         notes += said

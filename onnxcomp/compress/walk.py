@@ -230,13 +230,16 @@ class Walk:
         if self.store is None:
             return
         measured, matched = list[Outcome](), self._match(site)
-        is_closed = self.target.encoding.where == "units" and site.op == "MatMul" and site.bias is None  # to an Add of its own
+        is_closed = self.target.encoding.where == "units" and site.op == "MatMul" and site.bias is None
         kept = self.plan.settings[site.name].methods
         for method in self.methods:
             if matched and isinstance(method, BiasCompensation):
                 continue  # it would put the mean of the compressed model's own input back
             is_asked = method.scope == "layer" and site.kind == "layer" and matches(method.where, site)
-            if is_asked and not is_closed and (kept is None or method_name(method) in kept):
+            if is_asked and is_closed:
+                reason = "it has no bias, and an Add of its own would leave floats between two units"
+                self.decisions.append(Decision(site.name, method_name(method), False, reason, None, 0))
+            elif is_asked and (kept is None or method_name(method) in kept):
                 measured.append(self.work.once(lambda method=method: method.fit(site, self._site_cut(site))))
                 self._decide(site, method, measured[-1])
         if not measured:

@@ -29,5 +29,5 @@ def bound_masks(graph: Graph) -> int:
 
 def is_logit(tensor: Tensor) -> bool:
     """Whether all who read the tensor are Softmaxes, at once or behind what passes its values on."""
-    readers = [r.op == "Softmax" or (r.op in _PASSING and all(map(is_logit, r.outputs))) for r in tensor.outputs]
-    return bool(readers) and all(readers)
+    readers = (r.op == "Softmax" or (r.op in _PASSING and all(map(is_logit, r.outputs))) for r in tensor.outputs)
+    return bool(tensor.outputs) and all(readers)

@@ -74,5 +74,20 @@ def test_masked_attention_keeps_its_accuracy_where_every_tensor_is_quantized(bit
     report = made.report
     assert lint(made.model, "qnn").violations == ()  # a bias of a product that has none would stand between codes
     assert report.verification.sqnr_db > (20 if bits == "w8a8" else 30)
+    assert {d.adopted for d in report.decisions if d.method == "bias"} == {False}
     assert any(note.startswith("Masks of attention set to -100: 1, equal to ") for note in report.notes)
     assert {site.bits for site in report.sites if site.kind == "join"} == {bits[2:]}
+
+
+def test_a_row_that_is_masked_whole_keeps_its_mask():
+    body = (
+        "q = MatMul(x, w) t = Transpose<perm = [0, 2, 1]>(q) s = MatMul(q, t) m = Add(s, mask) p = Softmax(m) y = MatMul(p, q)"
+    )
+    low = np.full((4, 4), LOWEST, np.float32)
+    model = parse(
+        f"g (float[N,4,16] x) => (float[N,4,16] y) {{ {body} }}", {"w": np.eye(16, dtype=np.float32), "mask": low}, opset=21
+    )
+
+    report = quantize(model, {"x": RNG.normal(size=(32, 4, 16)).astype(np.float32)}, Recipe(target="qnn")).report
+
+    assert any(note.startswith("Masks of attention not set to -100: 1, equal to ") for note in report.notes)
