@@ -98,9 +98,10 @@ def decision(place: str, method: str, outcome: Outcome, added_bytes: int = 0) ->
 def bits(site: Site, walk: Walk) -> str:
     """The widths of a site, as `SiteReport.bits` has them."""
     settings = walk.plan.settings.get(site.name)
-    stored = walk.target.encoding.storage(walk.plan.settings.values()).bits
-    activations = f"a{stored if settings is None else settings.activation_bits}"
-    if settings is None or site.weight is None:
+    if settings is None:  # it joins what is stored
+        return f"a{walk.target.encoding.storage(walk.plan.settings.values()).bits}"
+    activations = f"a{settings.activation_bits}"
+    if site.weight is None:
         return activations
     block = f"b{settings.block}" if settings.block else ""
     return f"w{settings.weight_bits}{'' if settings.activations == 'float' else activations}{block}"

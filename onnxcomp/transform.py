@@ -1,7 +1,8 @@
 """The equal float model: what computes the same as the one given and loses less when it is quantized.
 
-In order: streams and values are rotated, sensitive layers get more bits, channels are equalized, inputs are mixed. Each step
-says itself what it looks at and when it changes nothing; what is quantized is chosen anew where one has changed the graph.
+In order: masks are bounded, streams and values are rotated, sensitive layers get more bits, channels are equalized, inputs are
+mixed. Each step says itself what it looks at and when it changes nothing; what is quantized is chosen anew where one has
+changed the graph.
 """
 
 import glob

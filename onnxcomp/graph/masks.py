@@ -18,16 +18,14 @@ _PASSING = frozenset({"Add", "Cast", "Concat", "Expand", "Max", "Mul", "Sub", "T
 
 def bound_masks(graph: Graph) -> int:
     """Bound, in place, the constants that nothing but Softmaxes sees in the end, and count them."""
-    found = 0
-    for tensor in tensors_of(graph).values():
-        if isinstance(tensor, Constant) and tensor.dtype == np.float32 and is_logit(tensor):
-            values = tensor.values
-            tensor.values = np.where(np.abs(values) >= LARGE, np.copysign(np.float32(MASK), values), values)
-            found += not np.array_equal(tensor.values, values)
-    return found
+    constants = [t for t in tensors_of(graph).values() if isinstance(t, Constant) and t.dtype == np.float32]
+    masks = [t for t in constants if _is_logit(t) and (np.abs(t.values) >= LARGE).any()]
+    for mask in masks:
+        mask.values = np.where(np.abs(mask.values) >= LARGE, np.copysign(np.float32(MASK), mask.values), mask.values)
+    return len(masks)
 
 
-def is_logit(tensor: Tensor) -> bool:
+def _is_logit(tensor: Tensor) -> bool:
     """Whether all who read the tensor are Softmaxes, at once or behind what passes its values on."""
-    readers = (r.op == "Softmax" or (r.op in _PASSING and all(map(is_logit, r.outputs))) for r in tensor.outputs)
+    readers = (r.op == "Softmax" or (r.op in _PASSING and all(map(_is_logit, r.outputs))) for r in tensor.outputs)
     return bool(tensor.outputs) and all(readers)

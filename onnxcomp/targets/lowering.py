@@ -332,8 +332,8 @@ class _Lowering:
 
     def _store(self, node: Node, index: int, values: np.ndarray) -> None:
         """In 8 bits, or beside wider codes in as many; a norm takes 8 bits in any case."""
-        bits = max([8, *(t.inputs[0].attrs["bits"] for t in node.inputs if _is_static(t) and "Norm" not in node.op)])
-        q = from_range(values.min(), values.max(), Scheme(bits, self.encoding.signed, self.encoding.symmetric))
+        beside = [t.inputs[0].attrs["bits"] for t in node.inputs if _is_static(t)] if "Norm" not in node.op else []
+        q = from_range(values.min(), values.max(), Scheme(max([8, *beside]), self.encoding.signed, self.encoding.symmetric))
         stored = {"codes": q.quantize(values), "scale": q.scale, "zero_point": q.zero_point}
         self._read_stored(node, index, f"operand-{index}" if self._is_closed else "operand", stored)
 
