@@ -13,8 +13,7 @@ from onnxcomp.choose import Choice
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data
 from onnxcomp.graph import files
-from onnxcomp.graph.edit import Graph, Node, tensors_of
-from onnxcomp.graph.fold import is_load_time
+from onnxcomp.graph.edit import tensors_of
 from onnxcomp.graph.sites import Site
 from onnxcomp.graph.strip import dump_folds
 from onnxcomp.graph.tidy import Fold
@@ -23,7 +22,6 @@ from onnxcomp.recipe import Recipe, SiteRule
 from onnxcomp.report.json import to_stored
 from onnxcomp.report.model import Decision, Report, SiteReport, Verification
 from onnxcomp.targets.audit import Kernel
-from onnxcomp.targets.base import Plan
 from onnxcomp.targets.nbits import stored_bits
 from onnxcomp.targets.target import Target
 
@@ -38,29 +36,8 @@ def path_of(model: object) -> Path | None:
 def fingerprint(source: files.ModelProto, model: object, samples: Data | None, recipe: Recipe, target: Target) -> str:
     """What a run's result follows from, in 16 hex digits: model, data, recipe, target and versions."""
     data = None if samples is None else samples.digest
-    parts = __version__, runtime.version(), _sha256(source, model), data, target.name, recipes.dumps(recipe)
+    parts = __version__, runtime.version(), files.sha256(path_of(model) or source), data, target.name, recipes.dumps(recipe)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _sha256(source: files.ModelProto, model: object) -> str:
-    return files.sha256(path_of(model) or source)
-
-
-def audit_sites(lowered: Graph, plan: Plan) -> dict[str, list[str]]:
-    """Every site with the tensors that its kernel may produce: its own output, or the codes right behind it."""
-    nodes, found = {node.name: node for node in lowered.nodes}, {}
-    for site in plan.sites:
-        tensors = [nodes[site.name].outputs[0]]
-        while len(tensors[-1].outputs) == 1 and _is_computed_with(tensors[-1].inputs[0], tensors[-1].outputs[0]):
-            tensors.append(tensors[-1].outputs[0].outputs[0])
-        found[site.name] = [tensor.name for tensor in tensors]
-    return found
-
-
-def _is_computed_with(node: Node, reader: Node) -> bool:
-    """Whether the kernel that computes `node` may compute its only reader too: up to the codes, by constants alone."""
-    by_constant = reader.op in ("Add", "Sum", "Mul") and any(is_load_time(tensor) for tensor in reader.inputs)
-    return node.op != "QuantizeLinear" and (by_constant or reader.op in ("Cast", "Relu", "Clip", "QuantizeLinear"))
 
 
 def report(
@@ -72,7 +49,7 @@ def report(
     return Report(
         version=__version__,
         model_name=path.name if path is not None else (source.graph.name or "model"),
-        model_sha256=_sha256(source, model),
+        model_sha256=files.sha256(path_of(model) or source),
         model_bytes=files.size(path) if path is not None else files.bytes_of(source),
         output_bytes=0,
         data_sha256=None if samples is None else samples.digest,

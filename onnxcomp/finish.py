@@ -15,7 +15,9 @@ from onnxcomp.graph.mapped import embed
 from onnxcomp.graph.weights import remove_if
 from onnxcomp.recipe import Recipe
 from onnxcomp.targets import openvino, tensorrt
-from onnxcomp.targets.audit import Kernel, audit, check, foretell
+from onnxcomp.targets.audit import Kernel, audit, audit_sites, check, foretell
+from onnxcomp.targets.base import Plan
+from onnxcomp.targets.fallback import OF_INTEGERS
 from onnxcomp.targets.target import Target
 from onnxcomp.verify import demand, without
 
@@ -53,8 +55,8 @@ def drop_outputs(model: ModelProto, names: Collection[str]) -> None:
 
 
 def find_kernels(
-    path: Path, target: Target, lowered: Graph, sites: Mapping[str, Sequence[str]], feeds: Sequence[runtime.Feed],
-    single: runtime.Feed, reference: runtime.Session, picked: Collection[str] = (),
+    path: Path, target: Target, lowered: Graph, plan: Plan, feeds: Sequence[runtime.Feed], single: runtime.Feed,
+    reference: runtime.Session, picked: Collection[str] = (),
 ) -> tuple[tuple[Kernel, ...], str, list[str]]:  # fmt: skip
     """What computes each site of the model at `path`; who says so; and what the target's rules object to, or foretold wrongly.
     The model is run on `feeds`, or built for a `single` sample.
@@ -63,9 +65,12 @@ def find_kernels(
     that are `picked`: raises VerificationError if it does not.
     """
     violations = [v for v in check(lowered, target) if v.op != "Input" or not target.fixed]  # axes are fixed at the end
-    foretold, notes = foretell(lowered, violations, sites), []
-    for rule in dict.fromkeys(v.rule for v in violations):
-        first, *others = (v for v in violations if v.rule == rule)
+    sites, notes = audit_sites(lowered, plan), list[str]()
+    foretold = foretell(lowered, violations, sites)
+    meant = {s.name for s in plan.sites if s.name not in plan.settings or plan.settings[s.name].activations != "float"}
+    objections = [v for v in violations if v.node in meant or v.rule not in OF_INTEGERS]  # others are float as was decided
+    for rule in dict.fromkeys(v.rule for v in objections):
+        first, *others = (v for v in objections if v.rule == rule)
         more = f" and {len(others)} more" if others else ""
         notes.append(f"{target.name} would object to {first.node}{more}: {first.reason}")
     kernels: Mapping[str, tuple[str, bool]] = {}

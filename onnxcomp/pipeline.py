@@ -91,7 +91,7 @@ def quantize(
         proving.enter_context(runtime.provider("cpu"))  # whatever calibration ran on
         faithful = outside(prepared.model) > 0 or not target.proves_defaults(walk.plan)  # packed weights would be copies
         verification = verify(proof.path, made.reference, feeds, made.expected, prepared.picked, faithful=faithful)
-        how = account.audit_sites(lowered, walk.plan), feeds, made.single, made.reference, prepared.picked
+        how = walk.plan, feeds, made.single, made.reference, prepared.picked
         kernels, by, said = find_kernels(proof.path, target, lowered, *how)
     for made_model in (finished, *terms):
         drop_outputs(made_model, prepared.watched)

@@ -14,8 +14,9 @@ from pathlib import Path
 from onnxcomp import runtime
 from onnxcomp.graph.edit import Graph, Node
 from onnxcomp.graph.files import NodeProto
+from onnxcomp.graph.fold import is_load_time
 from onnxcomp.graph.offsets import MOVES
-from onnxcomp.targets.base import Violation
+from onnxcomp.targets.base import Plan, Violation
 from onnxcomp.targets.fallback import STORED, explain
 from onnxcomp.targets.target import Target
 
@@ -38,6 +39,23 @@ class Kernel:
     op: str
     integer: bool
     reason: str
+
+
+def audit_sites(lowered: Graph, plan: Plan) -> dict[str, list[str]]:
+    """Every site with the tensors that its kernel may produce: its own output, or the codes right behind it."""
+    nodes, found = {node.name: node for node in lowered.nodes}, {}
+    for site in plan.sites:
+        tensors = [nodes[site.name].outputs[0]]
+        while len(tensors[-1].outputs) == 1 and _is_computed_with(tensors[-1].inputs[0], tensors[-1].outputs[0]):
+            tensors.append(tensors[-1].outputs[0].outputs[0])
+        found[site.name] = [tensor.name for tensor in tensors]
+    return found
+
+
+def _is_computed_with(node: Node, reader: Node) -> bool:
+    """Whether the kernel that computes `node` may compute its only reader too: up to the codes, by constants alone."""
+    by_constant = reader.op in ("Add", "Sum", "Mul") and any(is_load_time(tensor) for tensor in reader.inputs)
+    return node.op != "QuantizeLinear" and (by_constant or reader.op in ("Cast", "Relu", "Clip", "QuantizeLinear"))
 
 
 def audit(model: bytes | Path, lowered: Graph, sites: Mapping[str, Sequence[str]]) -> tuple[Kernel, ...]:

@@ -127,4 +127,6 @@ def _where_meant(rule: Rule) -> Rule:
 
 _RULES = (float_operand, float_addend, float_result, unabsorbed_clip)
 """In the order in which they are asked."""
+OF_INTEGERS = frozenset(rule.__name__.replace("_", "-") for rule in _RULES)
+"""Rules that a node breaks only if it was meant to compute on integers."""
 RULES = (*(_where_meant(rule) for rule in _RULES), dequantized_weight)
