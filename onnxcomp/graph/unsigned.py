@@ -9,7 +9,7 @@ Limits: weights of 8-bit codes in the model itself, with a scale per tensor or c
 from collections.abc import Iterator
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, TensorProto, numpy_helper
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MIDDLE = 128
@@ -48,9 +48,6 @@ def _places(model: ModelProto, signed: set[str]) -> Iterator[tuple[int, int, int
         at, behind = {"DequantizeLinear": (0, 2), "MatMulInteger": (1, 3)}.get(node.op_type, (0, 0))
         is_weight = node.op_type == "MatMulInteger" or not read.isdisjoint(node.output)
         zero = [name for name in node.input[behind : behind + 1] if name]
-        if behind and is_weight and node.input[at] in signed and signed.issuperset(zero) and not _has_blocks(node):
+        in_blocks = any(a.name == "block_size" and a.i for a in node.attribute)
+        if behind and is_weight and node.input[at] in signed and signed.issuperset(zero) and not in_blocks:
             yield index, at, behind
-
-
-def _has_blocks(node: NodeProto) -> bool:
-    return any(a.name == "block_size" and a.i for a in node.attribute)

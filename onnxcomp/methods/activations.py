@@ -5,7 +5,7 @@
     token     scale = c * max|x| / qmax over the last axis, at run time; the clip ratio c by least squared error
     auto      token where that lowers the tensor's squared error enough to be worth its price, else static
 
-Every sample contributes a fixed number of evenly spread values to the histogram; min-max looks at all of them.
+Every sample contributes about as many evenly spread values to the histogram; min-max looks at all of them.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from onnxcomp.graph.edit import Tape
 from onnxcomp.methods.base import Array, Batch, Samples
 from onnxcomp.numerics.affine import QParams, Scheme
 from onnxcomp.numerics.ranges import choose, whole_steps
-from onnxcomp.numerics.statistics import Histogram, subsample
+from onnxcomp.numerics.statistics import Histogram, spread, subsample
 
 VALUES_PER_SAMPLE = 1 << 14
 ROWS_PER_SAMPLE, GAIN_SAMPLES = 64, 32
@@ -39,12 +39,10 @@ def fit_static(
     """
 
     def read(batch: Batch) -> Histogram:
-        values = [x for x in batch.read("xh") if x.size]
-        if ranges == "minmax":
-            seen = [np.array([x.min(), x.max()]) for x in values]
-        else:
-            seen = [subsample(x, VALUES_PER_SAMPLE) for x in values]
-            seen += [np.array([x.min(), x.max()]) for x in values if scheme.bits > 8]  # which has steps enough for all of them
+        values = [(number, x) for number, x in zip(batch.indices, batch.read("xh"), strict=False) if x.size]
+        seen = [] if ranges == "minmax" else [subsample(x, VALUES_PER_SAMPLE, number) for number, x in values]
+        if ranges == "minmax" or scheme.bits > 8:  # which has steps enough for all of them
+            seen += [np.array([x.min(), x.max()]) for _, x in values]
         return Histogram.of(np.concatenate([np.zeros(0, np.float32), *seen]))
 
     seen = samples.reduce(read)
@@ -104,9 +102,8 @@ def _errors(samples: Samples, fakes: Sequence[Fake], rows_per_sample: int | None
     """
 
     def read(batch: Batch) -> Array:
-        numbered = zip(batch.indices, batch.read("xh"), strict=False)
-        rows = [x.reshape(-1, x.shape[-1]) for number, x in numbered if number % step == 0]
-        seen = [r[:: max(1, len(r) // (rows_per_sample or len(r)))] for r in rows]
+        rows = [(n, x.reshape(-1, x.shape[-1])) for n, x in zip(batch.indices, batch.read("xh"), strict=False) if n % step == 0]
+        seen = [r[spread(len(r), rows_per_sample or len(r) or 1, number)] for number, r in rows]
         return np.array([sum(np.square(f(x) - x).sum(dtype=np.float64) for x in seen) for f in fakes])
 
     return samples.reduce(read)

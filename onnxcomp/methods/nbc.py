@@ -38,6 +38,7 @@ from onnxcomp.methods.bias import TRIM
 from onnxcomp.numerics.affine import NOT_FINITE, QParams, Scheme, from_range, weight_qparams
 from onnxcomp.numerics.prices import X86
 from onnxcomp.numerics.regression import Regression, products, rows, times
+from onnxcomp.numerics.statistics import spread
 from onnxcomp.runtime import each
 
 INF = math.inf
@@ -322,8 +323,8 @@ def _samples(batch: Batch, block: Block, limit: int) -> Iterator[Rows]:
     for index, x, f, g in zip(batch.indices[: len(reads[0])], *reads, strict=True):
         x = x[(..., *(slice(None, None, stride) for stride in block.strides))]
         x, f, g = (np.moveaxis(a, block.channel_axis, -1).reshape(-1, a.shape[block.channel_axis]) for a in (x, f, g))
-        step = max(round(len(f) / limit), 1)
-        yield Rows(index, len(f), np.ascontiguousarray(x[::step]), f[::step] - g[::step], _squares(f[::step]))
+        seen = spread(len(f), limit, index)
+        yield Rows(index, len(f), np.ascontiguousarray(x[seen]), f[seen] - g[seen], _squares(f[seen]))
 
 
 def _errors(s: Rows, branches: Iterable[Fit]) -> Array:

@@ -31,7 +31,7 @@ from onnxcomp.graph.sites import Site
 from onnxcomp.methods.base import Array, Batch, Fit, Samples, is_held_out
 from onnxcomp.numerics import saturation
 from onnxcomp.numerics.affine import SMALLEST_SCALE, QParams, Scheme, along, weight_qparams
-from onnxcomp.numerics.statistics import Highest
+from onnxcomp.numerics.statistics import Highest, spread
 
 ROWS_PER_SAMPLE, ROWS, EACH = 256, 1 << 13, 32
 """Tokens that are looked at: of a sample at most, of all at least, and per input of a MatMul."""
@@ -241,10 +241,13 @@ def _moments(
     targets, w = 0 if site.op == "Conv" else outputs if gram is None else size, w.astype(np.float32)
     seen: tuple[list[tuple[Array, Array]], ...] = ([], [])
     for number, sample in zip(batch.indices, batch.read("xh"), strict=False):
-        x = _rows(fake(sample), site, groups, kernel, attrs, limit)
-        root, target = np.ones((x.shape[1], 1), np.float32), np.zeros((groups, x.shape[1], 0), np.float32)
-        if targets:
-            raw = _rows(sample, site, groups, kernel, attrs, limit)
+        if site.op == "Conv":
+            x = patches(fake(sample), kernel, attrs, limit, number)
+            x = x.reshape(len(x), groups, -1).swapaxes(0, 1)
+            root, target = np.ones((x.shape[1], 1), np.float32), np.zeros((*x.shape[:2], 0), np.float32)
+        else:
+            rows = (a.reshape(-1, size) for a in (fake(sample), sample))
+            x, raw = (a[spread(len(a), limit, number)][None] for a in rows)
             target = raw @ w if gram is None else raw
             energy = np.einsum("gtk,gtk->t", target, target if gram is None else raw @ gram.astype(np.float32))
             root = np.sqrt(np.minimum(1.0, energy.mean() / np.maximum(energy, 1e-30)))[:, None]
@@ -259,25 +262,10 @@ def _moments(
     return sums
 
 
-def _rows(x: Array, site: Site, groups: int, kernel: tuple[int, ...], attrs: Mapping[str, Any], limit: int) -> Array:
-    """What the weight is multiplied with, at some tokens of a sample: float32 [groups, n, K]."""
-    if site.op != "Conv":
-        return x[_spread(x.shape[:-1], limit)][None]
-    found = patches(x, kernel, attrs, limit)
-    return found.reshape(len(found), groups, -1).swapaxes(0, 1)
-
-
-def _spread(shape: tuple[int, ...], limit: int) -> tuple[Array, ...]:
-    """Indices of at most about `limit` positions, evenly spread over `shape`."""
-    count = math.prod(shape)
-    stride = max(count // limit, 1)
-    while math.gcd(stride, count) > 1 and stride > 1:
-        stride -= 1
-    return np.unravel_index(np.arange(0, count, stride), shape)
-
-
-def patches(x: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any], limit: int = ROWS_PER_SAMPLE) -> Array:
-    """What a convolution multiplies its weight with, at some of its positions: [n, C, kernel]."""
+def patches(
+    x: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any], limit: int = ROWS_PER_SAMPLE, number: int = 0
+) -> Array:  # fmt: skip
+    """What a convolution multiplies its weight with, at some positions of sample `number`: [n, C, kernel]."""
     rank = len(kernel)
     pads = attrs.get("pads") or [0] * 2 * rank
     dilations, strides = (attrs.get(name) or [1] * rank for name in ("dilations", "strides"))
@@ -286,4 +274,5 @@ def patches(x: Array, kernel: tuple[int, ...], attrs: Mapping[str, Any], limit: 
     windows = np.lib.stride_tricks.sliding_window_view(x, reach, axis=tuple(range(2, 2 + rank)))
     windows = windows[(slice(None), slice(None), *(slice(None, None, step) for step in (*strides, *dilations)))]
     windows = np.moveaxis(windows, 1, 1 + rank)  # [N, positions, C, kernel]
-    return windows[_spread(windows.shape[: 1 + rank], limit)]
+    count = math.prod(windows.shape[: 1 + rank])
+    return windows[np.unravel_index(np.arange(count)[spread(count, limit, number)], windows.shape[: 1 + rank])]

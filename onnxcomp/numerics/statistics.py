@@ -19,6 +19,7 @@ from onnxcomp.numerics.affine import NOT_FINITE
 BINS = 1 << 15
 """The most bins of a histogram, at least 2, so that values on both sides of zero never share one."""
 _FINEST = -126  # 2^126 is the largest power of two whose inverse is a normal float32
+_GOLDEN = 0.6180339887498949
 _UNSEEN = 1e-9
 """Of the weight of the heaviest bin: what counts for less is rounding."""
 _WIDEST_INDEX = 24  # bits of a bin number: bins are not finer than the float32 spacing of the largest value
@@ -100,16 +101,22 @@ class Highest:
         return Highest(tuple(map(np.maximum, self.arrays, other.arrays)))
 
 
-def subsample(x: NDArray, limit: int) -> NDArray:
-    """At most `limit` values [m] of a sample, evenly spread: every stride-th in C order, a view where x is contiguous.
+def spread(count: int, limit: int, number: int = 0) -> slice:
+    """At least `limit` of the `count` places of sample `number`, if there are so many, evenly spread: every stride-th.
 
-    The stride is the smallest one that fits and has no divisor in common with the number of values, so that no channel,
-    token or pixel is left out in step with it.
+    The stride is the largest without a divisor in common with the count, so that no channel, token or pixel is left out in
+    step with it. The first place goes evenly from 0 to stride - 1 over the samples, and over every n-th of them: what lies at
+    the same few places in each, as the massive activations of a vision transformer do, would else be seen always or never.
     """
-    stride = max(-(-x.size // limit), 1)
-    while math.gcd(stride, x.size) > 1 and stride < x.size:
-        stride += 1
-    return x.reshape(-1)[::stride]
+    stride = max(count // limit, 1)
+    while math.gcd(stride, count) > 1 and stride > 1:
+        stride -= 1
+    return slice(int(number * _GOLDEN % 1.0 * stride), None, stride)
+
+
+def subsample(x: NDArray, limit: int, number: int = 0) -> NDArray:
+    """At least `limit` values [m], or all, of sample `number`, by `spread`, in C order; a view where x is contiguous."""
+    return x.reshape(-1)[spread(x.size, limit, number)]
 
 
 def _layout(low: float, high: float) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from onnxcomp.methods import nbc
 from onnxcomp.methods.base import Fit, Outcome
 from onnxcomp.methods.nbc import NonlinearBipolarCompensation, _deviation, compensation
 from onnxcomp.numerics.affine import NOT_FINITE
+from onnxcomp.numerics.statistics import spread
 from onnxcomp.recipe import Recipe
 from onnxcomp.targets import find
 
@@ -166,16 +167,19 @@ def test_the_size_of_a_batch_changes_nothing(rng: np.random.Generator):
 
 
 def test_of_many_samples_fewer_tokens_are_held(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(nbc, "TOTAL", 40 * TOKENS // 2)
+    monkeypatch.setattr(nbc, "TOTAL", 40 * 4)
     monkeypatch.setattr(nbc, "EACH", 1)
     x = tokens(rng)
     errors = linear_error(rng, x)
-    others = errors.copy()
-    others[:, 1::2] = 100.0
+    others = np.full_like(errors, 100.0)
+    for number in range(len(x)):
+        held = spread(TOKENS, 4, number)  # 5 tokens of 24, others in each sample
+        others[number, held] = errors[number, held]
 
     found = NBC(weight="float").fit(BLOCK, cut(x, errors))
 
     assert np.array_equal(fitted(found)["weight"], fitted(NBC(weight="float").fit(BLOCK, cut(x, others)))["weight"])
+    assert all((others == errors).any(axis=(0, 2)))
 
 
 def test_noise_is_declined(rng: np.random.Generator):

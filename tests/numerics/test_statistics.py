@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from onnxcomp.errors import DataError
 from onnxcomp.numerics import statistics
-from onnxcomp.numerics.statistics import Histogram, subsample
+from onnxcomp.numerics.statistics import Histogram, spread, subsample
 
 NOT_FINITE = "^" + re.escape(
     "The values to quantize hold NaN or infinity, so they have no range. Check the samples and the model."
@@ -110,11 +110,11 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
 
 @pytest.mark.parametrize("shape", [(197, 192), (64, 56, 56), (768,), (16, 16), (1000, 3), (1,), (5, 0)])
 @pytest.mark.parametrize("limit", [1, 7, 1000, 1 << 20])
-def test_a_subsample_is_small_and_a_strided_view(shape: tuple[int, ...], limit: int) -> None:
+def test_a_subsample_is_large_enough_and_a_strided_view(shape: tuple[int, ...], limit: int) -> None:
     x = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
     kept = subsample(x, limit)
     assert kept.ndim == 1
-    assert (1 if x.size else 0) <= kept.size <= limit
+    assert min(x.size, limit) <= kept.size <= max(4 * limit, 1)
     assert kept.size == x.size or np.shares_memory(kept, x)
     assert np.unique(np.diff(kept)).size <= 1
     if x.size <= limit:
@@ -142,3 +142,20 @@ def test_weights_are_squares_of_slopes_and_where_nothing_counts_nothing_is_left(
 def test_a_constant_function_changes_no_histogram() -> None:
     for h in (Histogram.of(np.arange(5, dtype=np.float32)), Histogram.of(np.zeros(0, np.float32))):
         assert h.weighted(np.zeros_like) is h
+
+
+@pytest.mark.parametrize("stride", [2, 3, 9, 37])
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_samples_are_first_seen_at_each_place_alike(stride: int, every: int) -> None:
+    seen = [spread(1009 * stride - 1, 1008, number) for number in range(0, 64 * stride * every, every)]
+    counts = np.bincount([places.start for places in seen], minlength=stride)
+    assert {places.step for places in seen} == {stride}
+    assert counts.size == stride
+    assert np.abs(counts - 64).max() <= 4
+
+
+def test_a_place_that_is_skipped_in_one_sample_is_seen_in_another() -> None:
+    x = np.zeros((197, 768), np.float32)
+    x[14, 417] = 200  # in every sample, as a massive activation is
+    seen = np.concatenate([subsample(x, 1 << 14, number) for number in range(128)])
+    assert np.mean(seen == 200) == pytest.approx(1 / x.size, rel=0.2)
