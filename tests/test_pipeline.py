@@ -71,7 +71,7 @@ def test_the_proof_has_as_many_samples_whatever_their_batches(monkeypatch: pytes
 
 
 def test_what_is_left_in_float_on_purpose_is_no_objection(rng: np.random.Generator):
-    """The Add joins codes and floats into what a Conv reads as codes and another Add as floats: it was never meant to be one."""
+    """The Add joins codes and floats into what a Conv reads as codes and another Add as floats: it is no integer one."""
     pads, weights = "<pads = [1,1,1,1]>", {f"w{i}": rng.normal(size=(8, 8, 3, 3)).astype(np.float32) for i in range(3)}
     text = f"a = Conv{pads}(x, w0) b = Conv{pads}(a, w1) c = Erf(b) [join] d = Add(a, c) e = Conv{pads}(d, w2) f = Erf(e)"
     model = parse(f"g (float[N,8,8,8] x) => (float[N,8,8,8] y) {{ {text} y = Add(d, f) }}", weights)
