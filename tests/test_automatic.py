@@ -9,7 +9,7 @@ import pytest
 import tiny
 from click.testing import CliRunner, Result
 
-from onnxcomp import automatic, pipeline, recipe, targets
+from onnxcomp import account, automatic, pipeline, recipe, targets
 from onnxcomp.analysis import analyze
 from onnxcomp.cli import main
 from onnxcomp.errors import BoundError, DataError, RecipeError
@@ -165,6 +165,17 @@ def test_a_frozen_recipe_stays_as_it_is(net: Path, data: Path, tmp_path: Path) -
     run("quantize", net, "--data", data, "--recipe", frozen, "-o", second)
 
     assert run("recipe", "show", second).stdout == frozen.read_text()
+
+
+@pytest.mark.parametrize(("name", "products"), [("linear_3d", {"fc"}), ("embedding", {"up", "head"})])
+def test_for_qnn_a_product_without_a_bias_gets_none_and_the_frozen_recipe_asks_for_none(name: str, products: set[str]) -> None:
+    model = tiny.models()[name]
+    first = pipeline.quantize(model.model, model.samples, Recipe(bits=Bits(8, 16), target="qnn"))
+
+    again = pipeline.quantize(model.model, model.samples, account.frozen(first.report))
+
+    said = [{d.site for d in r.report.decisions if d.reason.startswith("it has no bias")} for r in (first, again)]
+    assert said == [products, set()]
 
 
 def test_a_method_that_a_rule_keeps_must_exist() -> None:

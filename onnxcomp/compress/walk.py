@@ -235,11 +235,12 @@ class Walk:
         for method in self.methods:
             if matched and isinstance(method, BiasCompensation):
                 continue  # it would put the mean of the compressed model's own input back
-            is_asked = method.scope == "layer" and site.kind == "layer" and matches(method.where, site)
+            is_asked = method.scope == "layer" == site.kind and matches(method.where, site)
+            is_asked = is_asked and (kept is None or method_name(method) in kept)
             if is_asked and is_closed:
                 reason = "it has no bias, and an Add of its own would leave floats between two units"
                 self.decisions.append(Decision(site.name, method_name(method), False, reason, None, 0))
-            elif is_asked and (kept is None or method_name(method) in kept):
+            elif is_asked:
                 measured.append(self.work.once(lambda method=method: method.fit(site, self._site_cut(site))))
                 self._decide(site, method, measured[-1])
         if not measured:
