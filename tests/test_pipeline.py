@@ -26,7 +26,7 @@ from onnxcomp.errors import (
 )
 from onnxcomp.graph import files
 from onnxcomp.pipeline import quantize
-from onnxcomp.recipe import NAMED, Recipe, dumps
+from onnxcomp.recipe import NAMED, Bits, Recipe, dumps
 
 TINY = tiny.linear()
 DATA = np.concatenate([feed["x"] for feed in TINY.samples])
@@ -80,6 +80,16 @@ def test_what_is_left_in_float_on_purpose_is_no_objection(rng: np.random.Generat
 
     assert [site.op for site in report.sites] == ["Conv"] * 3
     assert not any("object" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+def test_a_tensor_without_a_range_is_named(bits: str, rng: np.random.Generator):
+    weights = {name: rng.normal(size=(8, 8)).astype(np.float32) for name in ("w", "v")}
+    text = "a = MatMul(x, w) r = Relu(a) logs = Log(r) y = MatMul(logs, v)"
+    model = parse(f"g (float[N,8] x) => (float[N,8] y) {{ {text} }}", weights)
+
+    with pytest.raises(DataError, match=r"^logs: The values to quantize hold NaN or infinity, so they have no range\. "):
+        quantize(model, rng.normal(size=(16, 8)).astype(np.float32), replace(Recipe(), bits=Bits.parse(bits)))
 
 
 # --- the result ------------------------------------------------------------------------------------------------------

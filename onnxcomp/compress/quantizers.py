@@ -79,7 +79,7 @@ class Quantizers:
         granularity, source, q, fake = point.granularity, point.tensor, None, None
         if granularity in ("static", "auto") and point.same_as is None:
             assert cut is not None, "without samples every range is measured at run time"
-            how = point.scheme, point.ranges, point.percentile, point.highest, self._behind(point), point.divides
+            how = point.scheme, point.ranges, point.percentile, point.highest, self._behind(point), point.divides, point.tensor
             q = self.once(lambda: activations.fit_static(cut, *how))
             if granularity == "auto":
                 granularity = self._granularity(point, q, cut)
@@ -112,7 +112,7 @@ class Quantizers:
     def store_again(self, block: Block, label: str, point: Point, cut: Cut) -> None:
         """Quantize a stored tensor a second time, behind what a method has added to it."""
         tape = Tape(f"{block.name}/{label}/range")
-        q = self.once(lambda: activations.fit_static(cut, point.scheme, point.ranges, point.percentile))
+        q = self.once(lambda: activations.fit_static(cut, point.scheme, point.ranges, point.percentile, name=point.tensor))
         self._write(tape, point, activations.build_static(tape, point.tensor, q))
 
     def _write(self, tape: Tape, point: Point, new: str) -> None:

@@ -31,11 +31,11 @@ Function = Callable[[Array], Array]
 
 def fit_static(
     samples: Samples, scheme: Scheme, ranges: str, percentile: float, highest: float = np.inf, behind: Function | None = None,
-    divides: float | None = None,
+    divides: float | None = None, name: str = "",
 ) -> QParams:  # fmt: skip
-    """Scale and zero point of the tensor read as `xh`; the largest code stands for no more than `highest`. Where only what a
-    function `behind` makes of its values counts, least squared error is that of the function's, to first order. `divides`: see
-    `Point`.
+    """Scale and zero point of the tensor called `name` and read as `xh`; the largest code stands for no more than `highest`.
+    Where only what a function `behind` makes of its values counts, least squared error is that of the function's, to first
+    order. `divides`: see `Point`. Raises DataError for values that are not finite.
     """
 
     def read(batch: Batch) -> Histogram:
@@ -43,7 +43,7 @@ def fit_static(
         seen = [] if ranges == "minmax" else [subsample(x, VALUES_PER_SAMPLE, number) for number, x in values]
         if ranges == "minmax" or scheme.bits > 8:  # which has steps enough for all of them
             seen += [np.array([x.min(), x.max()]) for _, x in values]
-        return Histogram.of(np.concatenate([np.zeros(0, np.float32), *seen]))
+        return Histogram.of(np.concatenate([np.zeros(0, np.float32), *seen]), name)
 
     seen = samples.reduce(read)
     seen = seen if behind is None or ranges != "mse" else seen.weighted(behind)

@@ -163,9 +163,11 @@ def _mix_input(graph: Graph, node: Node, r: Array) -> str:
     return x
 
 
-def nearest(x: Array, scheme: Scheme, *, token: bool = True, mixed: bool = False) -> Array:
-    """What the best quantizer that is open makes of x: of a static range, one per `token`, and both behind mixing."""
-    found = [choose(Histogram.of(_few(x)), scheme, "mse", 100.0).fake(x)]
+def nearest(x: Array, scheme: Scheme, *, token: bool = True, mixed: bool = False, name: str = "") -> Array:
+    """What the best quantizer that is open makes of x: of a static range, one per `token`, and both behind mixing. Raises
+    DataError, about `name`, for values that are not finite.
+    """
+    found = [choose(Histogram.of(_few(x), name), scheme, "mse", 100.0).fake(x)]
     if token:
         found.append(fake(x, scheme=replace(scheme, signed=True, symmetric=True), granularity="token"))
     if mixed:

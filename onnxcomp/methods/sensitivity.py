@@ -185,7 +185,7 @@ def measure(
             bits = min(asked[name][1] or WIDE for name in readers)
             if is_asked(bits) and readers[0] in lost:
                 how = {"token": open_to.issuperset(readers), "mixed": mixed and all(can_mix(nodes[name]) for name in readers)}
-                values = nearest(passed[x], Scheme(bits), **how) - passed[x]
+                values = nearest(passed[x], Scheme(bits), **how, name=x) - passed[x]
                 errors.append(Error(x, readers, False, values, for_all=False))
         errors += [_stored(like, site, passed[site.y], part) for site, part in functions.items()]
         damages = _damages(graph, like, errors, live, least)

@@ -43,15 +43,15 @@ class Histogram:
     """The smallest and the largest value."""
 
     @staticmethod
-    def of(x: NDArray[np.floating]) -> Histogram:
-        """The histogram of all values of x, without bins where there are none."""
+    def of(x: NDArray[np.floating], name: str = "") -> Histogram:
+        """The histogram of all values of x, without bins where there are none; errors are about `name`."""
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, which is refused
             flat = np.asarray(x, np.float32).reshape(-1)
         if not flat.size:
             return Histogram(np.zeros(0, np.int64), 0, 2.0**_FINEST, 0.0, 0.0)
         low, high = float(flat.min()), float(flat.max())
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise DataError(NOT_FINITE)
+            raise DataError(f"{name}: {NOT_FINITE}" if name else NOT_FINITE)
         exponent, first, bins = _layout(low, high)
         # float32 products are exact up to exponent 0; beyond, a tiny negative value could vanish and leave bin -1
         kind = np.float32 if exponent <= 0 else np.float64
