@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from onnxcomp.numerics.arrays import EQUAL_DB
 from onnxcomp.report import model
 
+LOW_DB, LOW = 6.0, "That is little. More bits may help; `onnxcomp analyze` tells which layers lose most."
+"""From a quarter of the output's energy on, what is lost changes answers."""
 LONGEST = 20
 """Sites shown where not all of them were asked for."""
 Facts = Mapping[str, Iterable[str]]
@@ -229,7 +231,7 @@ def report_facts(value: model.Report) -> Facts:
         "Kernels": _kernels(value.sites, value.kernels_by),
         "Left float": _grouped((f"{{}} {one.op}", one.reason, one.name) for one in value.skipped),
         "Compensation": _decisions(value.decisions),
-        "Output": [f"{difference} the float model on {fed}"],
+        "Output": [f"{difference} the float model on {fed}", *([LOW] if proof.sqnr_db < LOW_DB else [])],
         "Size": [change(value.model_bytes, value.output_bytes)],
         "Verified": [f"{proof.checker}; {proof.runtime}: {agreement}{expected}"],
         "Needs": value.requirements,

@@ -133,3 +133,12 @@ def test_provenance_names_the_model_and_the_data() -> None:
         "Data": ["128 samples, sha256 cd34"],
     }
     assert text.provenance(dataclasses.replace(REPORT, data_sha256=None))["Data"] == ["none"]
+
+
+@pytest.mark.parametrize(("sqnr_db", "lines"), [(5.9, 2), (6.0, 1)])
+def test_an_output_that_is_mostly_error_says_what_to_do(sqnr_db: float, lines: int) -> None:
+    low = dataclasses.replace(REPORT, verification=dataclasses.replace(REPORT.verification, sqnr_db=sqnr_db))
+
+    found = text.report_facts(low)["Output"]
+
+    assert [found[0], *([text.LOW] * (lines - 1))] == list(found)
