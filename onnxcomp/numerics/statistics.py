@@ -20,7 +20,7 @@ BINS = 1 << 15
 """The most bins of a histogram, at least 2, so that values on both sides of zero never share one."""
 _FINEST = -126  # 2^126 is the largest power of two whose inverse is a normal float32
 _GOLDEN = 0.6180339887498949
-"""The golden ratio less one: the fractions of its multiples fill [0, 1) evenly, whichever are left out in step."""
+"""The golden ratio less one: the fractions of its multiples, and of every n-th of them, fill [0, 1) evenly."""
 _UNSEEN = 1e-9
 """Of the weight of the heaviest bin: what counts for less is rounding."""
 _WIDEST_INDEX = 24  # bits of a bin number: bins are not finer than the float32 spacing of the largest value
