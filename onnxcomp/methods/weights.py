@@ -275,4 +275,4 @@ def patches(
     windows = windows[(slice(None), slice(None), *(slice(None, None, step) for step in (*strides, *dilations)))]
     windows = np.moveaxis(windows, 1, 1 + rank)  # [N, positions, C, kernel]
     count = math.prod(windows.shape[: 1 + rank])
-    return windows[np.unravel_index(np.arange(count)[spread(count, limit, number)], windows.shape[: 1 + rank])]
+    return windows[np.unravel_index(np.arange(*spread(count, limit, number).indices(count)), windows.shape[: 1 + rank])]
