@@ -22,6 +22,7 @@ from onnxcomp.graph.edit import Constant, Graph, Node, Nodes, Tensor, Variable, 
 from onnxcomp.graph.fold import is_load_time
 from onnxcomp.graph.offsets import MOVES
 from onnxcomp.targets.regions import clip_bounds
+from onnxcomp.targets.rules import maker
 
 FLOAT = 1
 """ONNX's number of float32."""
@@ -41,11 +42,10 @@ def settle(graph: Graph, *, biased: bool) -> None:
         is_product = node.op == "MatMul" and is_load_time(node.inputs[1]) and any(t.inputs for t in node.inputs[1:])
         if is_product and (_reads_codes(node) or _is_in_blocks(node)) and not (biased and _to_integer(graph, node)):
             _keep_integer(graph, node)
-        if node.op in ("Conv", "Gemm") and _would_be_quantized(node):
-            put_behind(graph, node, "Sum", "float")
         if node.op == "HardSwish" and _reads_codes(node):
             _gate(graph, node)
-        if node.op == "MaxPool" and not _reads_codes(node) and _leads_to_codes(node.outputs[0]):
+        is_pool = node.op == "MaxPool" and not _reads_codes(node) and _leads_to_codes(node.outputs[0])
+        if is_pool or (node.op in ("Conv", "ConvTranspose", "Gemm") and _would_be_quantized(node)):
             put_behind(graph, node, "Sum", "float")
         if node.op == "Shape" and _reads_codes(node):
             node.inputs[0] = node.inputs[0].inputs[0].inputs[0]
@@ -163,10 +163,15 @@ def _reads_codes(node: Node) -> bool:
     return [maker.op for maker in node.inputs[0].inputs] == ["DequantizeLinear"]
 
 
+def _comes_from_codes(tensor: Tensor) -> bool:
+    """Whether codes make the tensor, at once or in front of moves and pools."""
+    makers = [m for m in tensor.inputs if m.op in ("DequantizeLinear", "MaxPool", *MOVES)]
+    return any(m.op == "DequantizeLinear" or _comes_from_codes(m.inputs[0]) for m in makers)
+
+
 def _leads_to_codes(tensor: Tensor) -> bool:
     """Whether a quantizer reads the tensor, at once or behind moves."""
-    readers = tensor.outputs
-    return any(r.op == "QuantizeLinear" or (r.op in MOVES and _leads_to_codes(r.outputs[0])) for r in readers)
+    return any(r.op == "QuantizeLinear" or (r.op in MOVES and _leads_to_codes(r.outputs[0])) for r in tensor.outputs)
 
 
 def _is_in_blocks(node: Node) -> bool:
@@ -176,9 +181,8 @@ def _is_in_blocks(node: Node) -> bool:
 
 def _would_be_quantized(node: Node) -> bool:
     """Whether the runtime would take a float layer between integers, weight per tensor, for one that should be integer."""
-    reader = only_reader(tail(node))
-    is_float = isinstance(node.inputs[1], Constant) and _reads_codes(node)
-    return is_float and reader is not None and reader.op == "QuantizeLinear"
+    x, w = node.inputs[:2]
+    return is_load_time(w) and maker(w) != "DequantizeLinear" and _comes_from_codes(x) and _leads_to_codes(tail(node))
 
 
 def put_behind(graph: Graph, node: Node, op: str, suffix: str, *others: Tensor, name: str = "") -> None:

@@ -253,15 +253,28 @@ def test_a_float_gemm_stays_as_it_is():
     assert ops(matmul("y = Gemm(x, F, b)", F=np.eye(4, dtype=np.float32), **BIAS)) == ["Gemm"]
 
 
-@pytest.mark.parametrize("is_clipped", [True, False])
-def test_a_float_convolution_between_integers_stays_float(rng: np.random.Generator, is_clipped: bool):
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "r = Conv(a, F)",
+        "c = Conv(a, F) r = Relu(c)",
+        "F1 = Cast<to = 1>(W) F2 = Mul(F1, s) r = Conv(a, F2)",
+        "p = MaxPool<kernel_shape = [1, 1]>(a) r = Conv(p, F)",
+        "c = Conv(a, F) r = Transpose<perm = [0, 1, 3, 2]>(c)",
+        "c = Conv(a, F) p = Relu(c) r = MaxPool<kernel_shape = [1, 1]>(p)",
+        "r = ConvTranspose(a, F)",
+    ],
+)
+def test_a_float_layer_between_integers_stays_float(rng: np.random.Generator, layer: str):
     """The runtime would quantize its weight on its own, with one scale for all channels."""
-    layer = "c = Conv(a, F) r = Relu(c)" if is_clipped else "r = Conv(a, F)"
     body = static("x", "a") + layer + static("r", "q") + "y = Neg(q)"
-    weights = {"F": rng.normal(size=(4, 4, 1, 1)).astype(np.float32), "s": np.float32(0.5), "z": np.uint8(0)}
+    weight = rng.normal(size=(4, 4, 1, 1)).astype(np.float32)
+    weights = {"F": weight, "W": (weight * 40).astype(np.int8), "s": np.float32(0.5), "z": np.uint8(0)}
     model = lower(f"(float[N,4,3,3] x) => (float[N,4,3,3] y) {{ {body} }}", weights)
+    executed = [n.op_type for n in runtime.optimized(model.SerializeToString())]
 
-    assert "QLinearConv" not in [n.op_type for n in runtime.optimized(model.SerializeToString())]
+    assert "QLinearConv" not in executed
+    assert executed.count("DequantizeLinear") == 2
     both(model, rng.normal(size=(2, 4, 3, 3)).astype(np.float32))
 
 
