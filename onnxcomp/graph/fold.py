@@ -80,7 +80,9 @@ def fold_constants(graph: gs.Graph) -> int:
 
 
 def drop_pass_through(graph: gs.Graph) -> int:
-    """Remove Identity nodes and inference Dropouts where every output of the graph and its bodies keeps its name."""
+    """Remove Identity nodes, inference Dropouts and Casts to the type that a tensor is known to have, where every output of
+    the graph and its bodies keeps its name.
+    """
     leaving = names_leaving(graph)
     own = {tensor.name for tensor in graph.outputs}
     return sum(_passes_through(node, leaving) and _bypass(node, leaving, own) for node in graph.nodes)
@@ -104,6 +106,8 @@ def _fold(node: gs.Node, leaving: set[str], opset: int) -> bool:
 
 
 def _passes_through(node: gs.Node, leaving: set[str]) -> bool:
+    if is_op(node, "Cast"):
+        return node.inputs[0].dtype == helper.tensor_dtype_to_np_dtype(node.attrs["to"])
     if not is_op(node, "Dropout"):
         return is_op(node, "Identity")
     training = input_at(node, 2)

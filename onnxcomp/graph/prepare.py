@@ -57,6 +57,10 @@ def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, 
         graph.cleanup(recurse_subgraphs=False)
     unfused = to_model(graph, model)
     set_types(graph, infer_types(unfused))
+    casts = fold.drop_pass_through(graph)  # now that the types are known
+    if casts:
+        unfused = to_model(graph, model)
+        notes.append(f"Casts to the type that is there removed: {casts}.")
     fused = fuse_primitives(graph, unfused)
     if fused:
         notes.append(f"GELU, HardSwish and LayerNormalization in primitive operators became single nodes: {fused}.")

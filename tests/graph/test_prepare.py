@@ -179,57 +179,6 @@ def test_packed_int4_weights_survive():
     np.testing.assert_array_equal(stored(prepared.model)["q"].astype(np.int8), codes)
 
 
-@pytest.mark.parametrize(
-    ("body", "left"),
-    [
-        ("h = Identity(x) y = Relu(h)", [("Relu", ["x"], ["y"])]),
-        ("h = Relu(x) y = Identity(h)", [("Relu", ["x"], ["y"])]),
-        ("a = Relu(x) b = Identity(a) c = Identity(b) y = Neg(c)", [("Relu", ["x"], ["a"]), ("Neg", ["a"], ["y"])]),
-        ("y = Identity(x)", [("Identity", ["x"], ["y"])]),
-        ("h = Dropout(x, ratio) y = Neg(h)", [("Neg", ["x"], ["y"])]),
-        ("h, m = Dropout(x, ratio, off) y = Neg(h)", [("Neg", ["x"], ["y"])]),
-        ("v = Identity(w) y = MatMul(x, v)", [("MatMul", ["x", "w"], ["y"])]),
-        ("a = Relu(x) y = Identity(a) b = Neg(a) z = Abs(b)", [("Relu", ["x"], ["y"])]),
-    ],
-)
-def test_identity_and_dropout_are_removed(body: str, left: list[tuple[str, list[str], list[str]]]):
-    weights = {"ratio": np.float32(0.5), "off": np.array(False), "w": W}
-    model = parse(f"g (float[N,3] x) => (float[N,3] y) {{ {body} }}", weights)
-
-    nodes = prepare_and_compare(model, X).model.graph.node
-
-    assert [(node.op_type, [*node.input], [*node.output]) for node in nodes] == left
-
-
-def test_two_names_of_one_tensor_both_stay_outputs():
-    text = "g (float[N,3] x) => (float[N,3] a, float[N,3] b) { a = Relu(x) b = Identity(a) }"
-
-    assert ops(prepare_and_compare(parse(text), X).model) == ["Relu", "Identity"]
-
-
-def test_a_dropout_that_trains_or_whose_mask_is_read_stays():
-    text = "g (float[N,3] x) => (float[N,3] y) { h, m = Dropout(x, ratio) k = Cast<to = 1>(m) y = Mul(h, k) }"
-
-    assert "Dropout" in ops(prepare_and_compare(parse(text, {"ratio": np.float32(0.5)}), X).model)
-
-
-def test_identity_in_front_of_and_around_bodies_keeps_the_bodies_working():
-    text = """g (float[N,3] x, bool c) => (float[N,3] y) {
-        h = Identity(x)
-        v = Transpose(w)
-        u = Identity(v)
-        r = If<
-            then_branch = t () => (float[N,3] p) { p = MatMul(h, u) },
-            else_branch = e () => (float[N,3] q) { k = Identity(h) q = Add(k, k) }
-        >(c)
-        y = Identity(r)
-    }"""
-    for choice in (True, False):
-        prepared = prepare_and_compare(parse(text, {"w": W}), {**X, "c": np.array(choice)})
-        assert ops(prepared.model) == ["If"]
-        assert [*stored(prepared.model)] == ["v"]
-
-
 def test_a_shared_initializer_stays_shared():
     model = parse("g (float[N,3] x) => (float[N,3] y) { v = Identity(w) h = MatMul(x, v) y = MatMul(h, w) }", {"w": W})
 
