@@ -1,7 +1,7 @@
 """Time models against each other: the same feeds, one process, in turn, ratios round by round.
 
-Without data, the inputs are made up: normal numbers for floats, zeros for integers. A dimension that varies is 1 unless
-a shape is given; what was assumed is said in the notes.
+Without data, the inputs are made up: normal numbers for floats, zeros for integers. A dimension that varies is 1, or
+what it takes for the model to run, unless a shape is given; what was assumed is said in the notes.
 
 Limits: made-up numbers time the operators, not branches that depend on values.
 """
@@ -16,10 +16,10 @@ from onnxcomp import runtime
 from onnxcomp.data import Feed, InputSpec, open_data
 from onnxcomp.errors import UsageError
 from onnxcomp.graph import files
-from onnxcomp.numerics import arrays
 from onnxcomp.preprocess import Preprocess
 from onnxcomp.report.model import Benchmark, Operator, Timing
 from onnxcomp.targets.audit import INTEGER_KERNELS
+from onnxcomp.verify import made_up_feed
 
 FEEDS = 8
 """Samples that are run in turn, where there are data."""
@@ -43,7 +43,11 @@ def bench(
         if found != taken:
             raise UsageError(f"{model} takes {found}, but {models[0]} takes {taken}.")
     notes: list[str] = []
-    opened = [made_up(specs, shapes or {}, notes)] if data is None else open_data(data, specs, preprocess=preprocess)
+    opened = (
+        [made_up(runtime.Session(models[0]), shapes or {}, notes)]
+        if data is None
+        else open_data(data, specs, preprocess=preprocess)
+    )
     feeds = list(islice(opened, count))
     latencies = runtime.measure(models, feeds, threads=threads, rounds=rounds)
     timings = []
@@ -60,22 +64,22 @@ def _floor(operators: Sequence[Operator], reference: Sequence[Operator]) -> floa
     return sum(o.milliseconds if o.op in INTEGER_KERNELS else min(o.milliseconds, before.get(o.op, 0.0)) for o in operators)
 
 
-def made_up(specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int, ...]], notes: list[str]) -> Feed:
+def made_up(session: runtime.Session, shapes: Mapping[str, tuple[int, ...]], notes: list[str]) -> Feed:
     """One feed of made-up numbers, the same at every call; what had to be assumed is added to `notes`."""
+    specs = InputSpec.of(session.inputs)
     known = [spec.name for spec in specs]
     for name in shapes:
         if name not in known:
             raise UsageError(f"--shape {name}: the model has no such input. Its inputs are: {', '.join(known)}.")
-    rng = np.random.default_rng(0)
-    feed: Feed = {}
     for spec in specs:
-        wanted = shapes.get(spec.name, spec.shape)
-        if wanted is None:
+        if spec.shape is None and spec.name not in shapes:
             raise UsageError(f"Input '{spec.name}' has no known rank. Pass its shape as --shape {spec.name}=1x3x224x224.")
-        feed[spec.name] = array = arrays.made_up(spec.dtype, wanted, rng)
-        sizes = "x".join(map(str, array.shape))
-        if spec.misfit(array) is not None:
-            raise UsageError(f"--shape {spec.name}={sizes} does not fit the model's {spec}.")
-        if array.shape != wanted:
+        given = shapes.get(spec.name, ())
+        if given and spec.misfit(np.empty(given, spec.dtype)) is not None:
+            raise UsageError(f"--shape {spec.name}={'x'.join(map(str, given))} does not fit the model's {spec}.")
+    feed = made_up_feed(session, shapes)
+    for spec in specs:
+        sizes = "x".join(map(str, feed[spec.name].shape))
+        if feed[spec.name].shape not in (spec.shape, shapes.get(spec.name)):
             notes.append(f"Input '{spec.name}' is {spec}; timed with {sizes}. Change it with --shape.")
     return feed

@@ -53,8 +53,7 @@ def strip(model: runtime.Model, methods: Collection[str], *, output: str | Path 
         replace(d, adopted=False, reason="stripped", added_bytes=0) if d in adopted else d for d in report.decisions
     )
     account.stamp(stripped, replace(report, decisions=decisions), folds)
-    session = runtime.Session(stripped)
-    session.run(made_up_feed(session))
+    made_up_feed(runtime.Session(stripped))
     if output is not None:
         files.save(stripped, output, force=force, source=account.path_of(model))
     return Stripped(stripped, tuple(dict.fromkeys(d.site for d in adopted)))

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx.parser
 import pytest
 
 from onnxcomp.bench import bench, made_up
-from onnxcomp.data import InputSpec
 from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.graph.types import TensorType
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
 
@@ -23,8 +25,10 @@ def save(path: Path, text: str) -> Path:
     return path
 
 
-def spec(name: str = "x", kind: type = np.float32, shape: tuple[int | str | None, ...] | None = ("N", 4)) -> InputSpec:
-    return InputSpec(name, np.dtype(kind), shape)
+def session(*inputs: tuple[str, type, tuple[int | str | None, ...] | None]) -> Any:
+    """What takes such inputs and runs on anything."""
+    ports = [(name, TensorType(np.dtype(kind), shape)) for name, kind, shape in inputs]
+    return SimpleNamespace(inputs=ports, run=lambda feed: {})
 
 
 def test_models_are_timed_against_the_first(net: Path) -> None:
@@ -55,14 +59,9 @@ def test_given_shapes_and_data_need_no_note(net: Path) -> None:
 
 def test_made_up_numbers_are_normal_for_floats_and_zero_for_integers() -> None:
     notes: list[str] = []
-    specs = [
-        spec("a", shape=(100, 100)),
-        spec("b", np.int64, (2, 3)),
-        spec("c", np.bool_, (2,)),
-        spec("d", np.float16, ()),
-    ]
+    inputs = [("a", np.float32, (100, 100)), ("b", np.int64, (2, 3)), ("c", np.bool_, (2,)), ("d", np.float16, ())]
 
-    feed = made_up(specs, {}, notes)
+    feed = made_up(session(*inputs), {}, notes)
 
     assert notes == []
     # Of n standard normal numbers the mean has a standard error of 1/sqrt(n), the spread one of 1/sqrt(2n): 5 of them.
@@ -70,7 +69,7 @@ def test_made_up_numbers_are_normal_for_floats_and_zero_for_integers() -> None:
     assert abs(feed["a"].std() - 1) < 5 / 141
     assert not feed["b"].any()
     assert not feed["c"].any()
-    assert [array.dtype for array in feed.values()] == [s.dtype for s in specs]
+    assert [array.dtype for array in feed.values()] == [np.dtype(kind) for _, kind, _ in inputs]
     assert feed["d"].shape == ()
 
 
@@ -87,7 +86,7 @@ def test_shapes_that_do_not_fit_are_refused(
     shapes: dict[str, tuple[int, ...]], shape: tuple[int | str | None, ...] | None, message: str
 ) -> None:
     with pytest.raises(UsageError) as error:
-        made_up([spec(shape=shape)], shapes, [])
+        made_up(session(("x", np.float32, shape)), shapes, [])
 
     assert str(error.value) == message
 

@@ -14,7 +14,7 @@ from equality import parse
 from onnx import ModelProto
 
 from onnxcomp import runtime
-from onnxcomp.errors import VerificationError
+from onnxcomp.errors import ModelError, VerificationError
 from onnxcomp.report.model import Verification
 from onnxcomp.verify import demand_equal, made_up_feed, sqnr, verify
 
@@ -238,6 +238,28 @@ def test_a_made_up_feed_has_the_models_own_shapes_with_free_dimensions_one():
     assert not feed["ids"].any()
     assert np.all(feed["x"] != 0)
     session.run(feed)
+
+
+CACHE = """g (float[B,seq,2] x, float[B,past,2] cache, float[B,total,2] mask) => (float[B,total,2] y) {
+    all = Concat<axis = 1>(cache, x) second = Gather<axis = 1>(mask, one) y = Mul(all, second)
+}"""
+
+
+def test_a_made_up_feed_fits_a_cache_and_what_is_new():
+    """What attends to both is as long as the two together: with sizes of 1 throughout it would not run."""
+    session = runtime.Session(model(CACHE, one=np.array([1])).SerializeToString())
+
+    feed = made_up_feed(session)
+
+    assert {name: a.shape for name, a in feed.items()} == {"x": (1, 1, 2), "cache": (1, 1, 2), "mask": (1, 2, 2)}
+
+
+def test_sizes_that_are_given_stay_in_a_made_up_feed():
+    session = runtime.Session(model(CACHE, one=np.array([1])).SerializeToString())
+
+    assert made_up_feed(session, {"x": (1, 3, 2), "mask": (1, 4, 2)})["mask"].shape == (1, 4, 2)
+    with pytest.raises(ModelError, match=r"cannot run .* It was fed made-up inputs; pass some that it takes with --data\.$"):
+        made_up_feed(session, {"x": (1, 3, 2), "mask": (1, 1, 2)})
 
 
 def test_a_made_up_feed_is_the_same_every_time():

@@ -5,7 +5,7 @@
 Limits: where the reference is not finite (a mask, say) there is no signal, and what the other holds does not matter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -20,9 +20,13 @@ def describe(dtype: object, shape: Sequence[int | str | None] | None) -> str:
     return f"{dtype}[{', '.join('?' if size is None else str(size) for size in shape)}]"
 
 
-def made_up(dtype: np.dtype | None, shape: Sequence[int | str | None], rng: np.random.Generator) -> np.ndarray:
-    """Standard normal numbers for a floating type, empty strings or zeros else; a size that is no number is 1."""
-    sizes = [size if isinstance(size, int) else 1 for size in shape]
+def made_up(
+    dtype: np.dtype | None, shape: Sequence[int | str | None], rng: np.random.Generator, longer: Collection[str] = (),
+) -> np.ndarray:  # fmt: skip
+    """Standard normal numbers for a floating type, empty strings or zeros else; a size that is no number is 1, or 2 if it is
+    one of the names in `longer`.
+    """
+    sizes = [size if isinstance(size, int) else 1 + (size in longer) for size in shape]
     if dtype is not None and dtype.kind == "f":
         return rng.standard_normal(sizes).astype(dtype)
     return np.full(sizes, "" if dtype is not None and dtype.kind == "O" else 0, dtype)
