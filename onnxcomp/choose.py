@@ -159,24 +159,30 @@ def _block(tensors: Mapping[str, Tensor], site: Site, recipe: Recipe, target: Ta
     Raises RecipeError for blocks that the target, or what else the recipe asks for, does not take.
     """
     encoding, shape = target.encoding, tensors[site.weight].shape if site.weight is not None else [0, 0]
+    bits, taken = recipe.bits.weights, ", ".join(map(str, encoding.blocks))
+    has_terms = any(method.scope == "terms" and matches(method.where, site) for method in recipe.compensate)
+    block = recipe.block
+    if block == "auto":  # above 4 bits a scale per channel is enough
+        is_alone = recipe.activations == "float" or recipe.bits.activations is None
+        takes = is_alone and bits <= min(4, encoding.block_bits) and not has_terms
+        block = next((size for size in encoding.blocks if size >= 32), 0) if takes else 0
     if site.kind == "table" and not encoding.embeddings:
         raise RecipeError(f"{target.name} takes no embedding tables of codes. Leave embeddings = true out.")
-    if recipe.zero_points and (not recipe.block or encoding.symmetric):
-        why = f"{target.name} takes symmetric weights" if recipe.block else "Only weights in blocks have them"
+    if recipe.zero_points and (not block or encoding.symmetric):
+        why = f"{target.name} takes symmetric weights" if block else "Only weights in blocks have them"
         raise RecipeError(f"zero_points = true cannot be written: {why}. Leave it out.")
     if site.kind == "table":
-        return recipe.block if recipe.block and shape[1] % recipe.block == 0 else shape[1]
-    if not recipe.block or site.op == "Conv" or site.kind == "product":
+        return block if block and shape[1] % block == 0 else shape[1]
+    if not block or site.op == "Conv" or site.kind == "product":
         return 0
-    bits, taken = recipe.bits.weights, ", ".join(map(str, encoding.blocks))
-    if recipe.block not in encoding.blocks or bits > encoding.block_bits:
+    if block not in encoding.blocks or bits > encoding.block_bits:
         which = f", only blocks of {taken} and {encoding.block_bits} bits or fewer" if taken else ". Leave block out"
-        raise RecipeError(f"{target.name} takes no weights of {bits} bits in blocks of {recipe.block}{which}.")
+        raise RecipeError(f"{target.name} takes no weights of {bits} bits in blocks of {block}{which}.")
     if activations != "float":
         raise RecipeError(f"{site.name}: weights in blocks stand beside float activations alone. Write bits = 'w{bits}'.")
-    if any(method.scope == "terms" and matches(method.where, site) for method in recipe.compensate):
+    if has_terms:
         raise RecipeError(f"{site.name}: the terms of xint have one scale per output channel. Leave xint or block out.")
-    return recipe.block if encoding.partial or shape[0] % recipe.block == 0 else 0
+    return block if encoding.partial or shape[0] % block == 0 else 0
 
 
 def _skipped(graph: Graph, every: tuple[Site, ...], chosen: tuple[Site, ...]) -> tuple[Skipped, ...]:

@@ -26,8 +26,9 @@ Ranges = Literal["mse", "percentile", "minmax"]
 Activations = Literal["auto", "static", "dynamic", "token", "float"]
 """Activation ranges: static or per token, whichever suits the site; fixed at calibration; per tensor at run time; per token
 at run time; or not quantized."""
-Block = Literal[0, 16, 32, 64, 128]
-"""How many inputs of an output channel share a scale; 0: all."""
+Block = Literal["auto", 0, 16, 32, 64, 128]
+"""How many inputs of an output channel share a scale; 0: all; auto: 32, or the fewest from there on that the target takes, of
+weights of 4 bits or fewer."""
 Rounding = Literal["auto", "nearest", "gptq"]
 
 
@@ -93,7 +94,7 @@ class Recipe:
     """How weights are rounded; auto: gptq below 8 bits where there are data."""
     rotation: Literal["auto", "folded", "none"] = "auto"
     """Mix channels by orthogonal matrices first; folded: only what costs nothing at run time."""
-    block: Block = 0
+    block: Block = "auto"
     """Weights of MatMul and Gemm with a scale per so many inputs, beside float activations; 0: one per output channel."""
     zero_points: bool = False
     """Asymmetric weights: a zero point per block too."""

@@ -24,7 +24,9 @@ LARGE, ROUNDS = 1 << 30, 5
 @click.option(
     "--bits", metavar="wXaY", help="Width of weights and activations, 2 to 8 bits each; w8a8 by default. auto: per site."
 )
-@click.option("--block", type=int, metavar="N", help="A scale per 16, 32, 64 or 128 inputs of a weight; for --bits wX.")
+@click.option(
+    "--block", type=int, metavar="N", help="For --bits wX: a scale per N inputs (16, 32, 64, 128) or, 0, per channel."
+)
 @click.option("--embeddings", is_flag=True, default=None, help="Quantize embedding tables too.")
 @click.option("--recipe", "recipe_name", default="auto", metavar="NAME|FILE.toml", help="See `onnxcomp recipe list`.")
 @click.option("--compensate", metavar="auto|none|NAME,...", help="Exactly these methods, in this order.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from abstract import attribute, lower, node
@@ -172,6 +174,26 @@ def test_a_target_that_takes_blocks_reads_their_codes_and_foretells_it(target: s
     assert (
         report.sites[1].weight_bytes == 128 * 64 * (stored if 128 * 64 * (4 - bits) > 8000 or bits > 3 else 4) // 8 + 4 * 64 * 4
     )
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "bits"),
+    [
+        ("ort-x86", {}, "w4b32"),
+        ("openvino", {"bits": Bits(3, None)}, "w3b32"),
+        ("tensorrt", {}, "w4b64"),
+        ("ort-x86", {"bits": Bits(4, 8), "activations": "float"}, "w4b32"),
+        ("ort-x86", {"block": 0}, "w4"),
+        ("ort-x86", {"bits": Bits(5, None)}, "w5"),
+        ("ort-x86", {"compensate": (XInt(),)}, "w4"),
+        ("qnn", {}, "w4"),
+        ("ort-x86", {"bits": Bits(4, 8), "activations": "dynamic"}, "w4a8"),
+    ],
+)
+def test_narrow_weights_beside_float_activations_are_in_blocks_by_default(target: str, options: dict, bits: str):
+    recipe = replace(Recipe(bits=Bits(4, None), target=target, sensitive="asked"), **options)
+
+    assert {site.bits.split(" ")[0] for site in quantize(WIDE.model, WIDE.samples, recipe).report.sites} == {bits}
 
 
 def test_tensorrt_takes_int4_in_blocks_of_64_and_128():
