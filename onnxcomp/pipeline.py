@@ -23,6 +23,7 @@ from onnxcomp.finish import drop_outputs, find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph
+from onnxcomp.graph.half import narrow
 from onnxcomp.graph.mapped import embed, outside
 from onnxcomp.graph.prepare import Prepared, correct_ranks, prepare
 from onnxcomp.recipe import Recipe
@@ -81,8 +82,10 @@ def quantize(
     made = compress(model, data, recipe, progress, memory=memory, work=work, cluster=cluster, announce=announce)
     recipe, walk, target, feeds, prepared = made.recipe, made.walk, made.walk.target, made.feeds, made.prepared
 
-    terms = tuple(embed(to_model(target.lower(part), prepared.model)) for part in (walk.split() if split else ()))
-    lowered = target.lower(walk.compressed)
+    lowered, *parts = (target.lower(part) for part in (walk.compressed, *(walk.split() if split else ())))
+    for part in (lowered, *parts) if prepared.is_half else ():
+        narrow(part, prepared.half_ends)
+    terms = tuple(embed(to_model(part, prepared.model)) for part in parts)
     finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
     progress("verifying", 0, 1)
     with ExitStack() as proving:
@@ -158,7 +161,7 @@ def compress(
     feeds = feeds or [single]
     outputs = reference.run(single)
     if not outside(prepared.model):  # a second session of another model would take its memory once more
-        demand_equal(source, outputs, single, prepared.picked)
+        demand_equal(source, outputs, single, prepared.picked, is_half=prepared.is_half)
     corrected = correct_ranks(prepared, {name: array.ndim for name, array in outputs.items()})
     equal = transform(prepared, recipe, target, single, samples, stackable=stackable)
     graph, recipe, choice = equal.graph, equal.recipe, equal.choice

@@ -29,8 +29,9 @@ from onnxcomp.runtime import Feed, Model, Session, version
 FLOOR = 1e-4
 APART = 4.0
 """Energy of the difference of two errors, at most, over that of either: they may point in opposite directions."""
-ROUNDINGS, ROUNDED = 100.0, 1e-6
-"""Energy of what rewriting does, at most, over that of what optimizing does, and over that of the output."""
+ROUNDINGS, ROUNDED, ROUNDED_HALF = 100.0, 1e-6, 1e-4
+"""Energy of what rewriting does, at most, over that of what optimizing does, and over that of the output; the last where a
+model in float16 was computed in float32."""
 
 
 def verify(
@@ -69,14 +70,15 @@ def without(outputs: Feed, left_out: Collection[str]) -> Feed:
     return {name: array for name, array in outputs.items() if name not in left_out}
 
 
-def demand_equal(given: Model, rewritten: Feed, feed: Feed, picked: Collection[str] = ()) -> None:
+def demand_equal(given: Model, rewritten: Feed, feed: Feed, picked: Collection[str] = (), *, is_half: bool = False) -> None:
     """Raise VerificationError where the outputs `rewritten`, of the float model in standard form, are not those of `given`, but
-    for those that are `picked`.
+    for those that are `picked`. `is_half`: which computes in float16.
     """
     want, plain = without(Session(given).run(feed), picked), None
     for name in (name for name, array in want.items() if np.issubdtype(array.dtype, np.floating)):
         energy, difference = energies(want[name], rewritten[name])
-        if difference <= ROUNDED * energy:
+        vanishing = want[name].size * float(np.finfo(np.float16).smallest_normal) ** 2
+        if difference <= (ROUNDED_HALF * energy + vanishing if is_half else ROUNDED * energy):
             continue
         plain = plain or Session(given, optimize=False).run(feed)
         if not difference <= ROUNDINGS * energies(want[name], plain[name])[1]:

@@ -281,6 +281,14 @@ def test_the_rewritten_model_may_differ_from_the_one_given_by_roundings_alone(fa
     assert str(caught.value) == f"{text} of onnxcomp, please report it. Nothing was written."
 
 
+@pytest.mark.parametrize(
+    ("x", "factor", "holds"), [(X, 1.005, True), (X, 1.02, False), (X * 0, 1e-5, True), (X * 0, 0.1, False)]
+)
+def test_float16_rounds_more_and_loses_what_is_smallest(x: Array, factor: float, holds: bool):
+    with nullcontext() if holds else pytest.raises(VerificationError):
+        demand_equal(scale(1), {"y": factor * x if x.any() else x + factor}, {"x": x}, is_half=True)
+
+
 @pytest.mark.parametrize(("own", "holds"), [(0.0, False), (0.01, True), (0.001, False)])
 def test_the_rewritten_model_may_round_as_the_given_one_does(monkeypatch: pytest.MonkeyPatch, own: float, holds: bool):
     class Rounding:

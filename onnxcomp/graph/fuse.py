@@ -22,7 +22,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import ModelProto, NodeProto, helper
 
-from onnxcomp.graph.edit import detach, insert_after
+from onnxcomp.graph.edit import Nodes, detach, insert_after, insert_before, remove
 from onnxcomp.graph.fold import evaluate, input_at, is_op, names_leaving
 from onnxcomp.graph.types import Tensor
 
@@ -31,7 +31,7 @@ _SPREAD = 8.0
 _LONGEST = 5
 """Nodes of a HardSwish at most: Add, Clip, Mul and two that divide or multiply by constants."""
 _ROUNDINGS = 16
-"""Roundings to float32 on the longest way through a pattern, each of half a unit in the last place of `_SPREAD`."""
+"""Roundings on the longest way through a pattern, each of half a unit in the last place of `_SPREAD`."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,17 @@ class _Match:
     inside: set[str]
 
 
-def fuse_primitives(graph: gs.Graph, model: ModelProto) -> int:
-    """Replace the patterns found in `model`, the model of this graph (with types set); returns how many."""
+def fuse_primitives(graph: gs.Graph, model: ModelProto, *, is_half: bool = False) -> int:
+    """Replace the patterns found in `model`, the model of this graph (with types set); returns how many. `is_half`: its
+    constants were float16, so they are right to 11 bits only.
+    """
     leaving = names_leaving(graph)
     tensors: dict[str, Tensor] = graph.tensors()
     count = 0
     for match in (*_matches(model), *_hard_swishes(model)):
-        if _is_closed(match, tensors, leaving) and _is_equal(match, tensors, graph.opset):
+        if _is_closed(match, tensors, leaving) and _is_equal(
+            match, tensors, graph.opset, np.float16 if is_half else np.float32
+        ):
             _replace(match, tensors)
             count += 1
     return count
@@ -66,6 +70,24 @@ def pool_means(graph: gs.Graph) -> int:
             whole = [*x.shape[:2], *[1] * (len(x.shape) - 2)]
             node.outputs = [gs.Variable(f"{y.name}/pooled", y.dtype, whole)]
             insert_after(graph, node, [gs.Node("Flatten", f"{node.name}/Flatten", {"axis": 1}, list(node.outputs), [y])])
+    return len(found)
+
+
+def write_out_norms(graph: gs.Graph) -> int:
+    """Write ONNX Runtime's SimplifiedLayerNormalization, which is in no standard, as x / sqrt(mean(x^2) + epsilon) * scale: it
+    makes its own of that again. How many.
+    """
+    found = [n for n in graph.nodes if is_op(n, "SimplifiedLayerNormalization") and len(n.outputs) == 1]
+    for node in found:
+        (x, scale), (y,), new = node.inputs, node.outputs, Nodes(node.name)
+        constants = {"two": np.float32(2), "axes": np.array([node.attrs.get("axis", -1)]), "epsilon": np.float32(1e-5)}
+        constants |= {key: np.float32(value) for key, value in node.attrs.items() if key == "epsilon"}
+        two, axes, epsilon = (gs.Constant(f"{node.name}.{key}", np.asarray(value)) for key, value in constants.items())
+        mean = new("ReduceMean", "mean", new("Pow", "square", x, two), axes)
+        root = new("Sqrt", "root", new("Add", "sum", mean, epsilon))
+        new("Mul", y, new("Div", "normed", x, root), scale)
+        insert_before(graph, node, new.made)
+        remove(graph, node)
     return len(found)
 
 
@@ -146,8 +168,8 @@ def _is_closed(match: _Match, tensors: dict[str, Tensor], leaving: set[str]) -> 
     return not hidden & leaving and readers <= match.inside
 
 
-def _is_equal(match: _Match, tensors: dict[str, Tensor], opset: int) -> bool:
-    """Whether the standard node does what the replaced nodes do, on trial values of the input's rank."""
+def _is_equal(match: _Match, tensors: dict[str, Tensor], opset: int, precision: type[np.floating]) -> bool:
+    """Whether the standard node does what the replaced nodes do, on trial values of the input's rank, but for roundings."""
     inputs, x = match.node.input, tensors[match.node.input[0]]
     outside = {name for node in (*match.replaced, match.node) for name in node.input} - match.inside - {x.name, ""}
     constants = {name: t.values for name in sorted(outside) if isinstance(t := tensors[name], gs.Constant)}
@@ -158,7 +180,7 @@ def _is_equal(match: _Match, tensors: dict[str, Tensor], opset: int) -> bool:
     trial = np.linspace(-_SPREAD, _SPREAD, math.prod(shape), dtype=np.float32)
     feeds = {x.name: np.random.default_rng(0).permutation(trial).reshape(shape), **constants}
     before, after = (evaluate(nodes, match.node.output[0], feeds, opset) for nodes in (match.replaced, [match.node]))
-    bound = _ROUNDINGS * _SPREAD * np.finfo(np.float32).eps / 2
+    bound = _ROUNDINGS * _SPREAD * np.finfo(precision).eps / 2
     return before.shape == after.shape and bool(np.max(np.abs(before - after)) <= bound)
 
 

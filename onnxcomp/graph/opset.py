@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, defs, helper, numpy_helper, version_converter
 from onnx.inliner import inline_local_functions
+from onnx.shape_inference import InferenceError
 from onnx.version_converter import ConvertError
 
 from onnxcomp.errors import ModelError
@@ -21,6 +22,8 @@ from onnxcomp.graph.weights import declare_inputs, walk_nodes
 
 OLDEST = 7
 TARGET = 21
+_ADDED = "onnxcomp.added"
+"""Domain of what is in no standard, as long as the converter sees it."""
 _IR_VERSION = 10
 """The first IR version with opset 21."""
 
@@ -59,12 +62,18 @@ def _convert(skeleton: ModelProto, version: int) -> GraphProto:
     wrong = next((node for node in walk_nodes(skeleton.graph) if _is_misconverted(node, version)), None)
     if wrong is not None:
         raise _refusal(version, f"{wrong.op_type} '{wrong.name}' has no equal there")
+    for node in walk_nodes(skeleton.graph):
+        if node.domain in STANDARD and not defs.has(node.op_type):  # ONNX Runtime adds some to the standard ones
+            node.domain = _ADDED
+    skeleton.opset_import.append(helper.make_opsetid(_ADDED, 1))
     try:
         converted = version_converter.convert_version(skeleton, TARGET).graph
-    except (ConvertError, RuntimeError) as error:
+    except (ConvertError, RuntimeError, InferenceError) as error:
         raise _refusal(version, _reason(str(error))) from error
     for node, original in matching_nodes(converted, skeleton.graph):
         copy_notes(original, node)
+    for node in walk_nodes(converted):
+        node.domain = "" if node.domain == _ADDED else node.domain
     if version <= 10:
         _keep_resize_grid(converted, version)
     return converted

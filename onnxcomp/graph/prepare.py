@@ -1,12 +1,11 @@
 """Bring any float model to the one form that the rest assumes, equal to it in float.
 
-In this form the opset is at least 21, weights are constants of the graph, Gemms are plain products, BatchNormalization
-and arithmetic with constants per channel are part of the layer before them, GELU, HardSwish and LayerNormalization are
-single standard nodes, and every node has a name of its own. Tensors that remain keep their names; the model's inputs and
-outputs keep names, types and shapes.
+In this form the opset is at least 21, what was float16 is float32, weights are constants of the graph, Gemms are plain
+products, BatchNormalization and arithmetic with constants per channel are part of the layer before them, GELU, HardSwish and
+LayerNormalization are single standard nodes, and every node has a name of its own. Tensors that remain keep their names; the
+model's inputs and outputs keep names, shapes and, but for float16, types.
 
-Limits: bodies of If, Loop and Scan are left as they are. Float16 models are prepared no further than their opset and
-constants, for arithmetic on their weights would round twice.
+Limits: bodies of If, Loop and Scan are left as they are.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +18,8 @@ from onnx import ModelProto, NodeProto, TensorProto, TensorShapeProto, helper, n
 from onnxcomp.graph import fold, merge, selection
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.edit import fresh_name, tensors_of
-from onnxcomp.graph.fuse import fuse_primitives, pool_means
+from onnxcomp.graph.fuse import fuse_primitives, pool_means, write_out_norms
+from onnxcomp.graph.half import widen
 from onnxcomp.graph.opset import TARGET, raise_opset, standard_opset
 from onnxcomp.graph.types import TensorType
 from onnxcomp.graph.weights import remove_if, split_weights
@@ -40,6 +40,10 @@ class Prepared:
     """Outputs that cannot be compared place by place (`graph.selection`)."""
     watched: tuple[str, ...] = ()
     """The outputs that were added for that."""
+    is_half: bool = False
+    """Whether the model given computes in float16; the prepared one does not."""
+    half_ends: tuple[str, ...] = ()
+    """Inputs and outputs that were float16 and are float32."""
 
 
 def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, TensorType]]) -> Prepared:
@@ -51,6 +55,9 @@ def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, 
     notes: list[str] = []
     model = _standardized(model, notes)
     graph = to_graph(model)
+    halves, ends = widen(graph)
+    if halves:
+        notes.append(f"Computed in float32: {halves} constants were float16.")
     for step, text in _STEPS:
         count = step(graph)
         notes += [text.format(count)] if count else []
@@ -61,7 +68,7 @@ def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, 
     if casts:
         unfused = to_model(graph, model)
         notes.append(f"Casts to the type that is there removed: {casts}.")
-    fused = fuse_primitives(graph, unfused)
+    fused = fuse_primitives(graph, unfused, is_half=halves > 0)
     if fused:
         notes.append(f"GELU, HardSwish and LayerNormalization in primitive operators became single nodes: {fused}.")
     pooled = pool_means(graph)
@@ -74,13 +81,11 @@ def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, 
     bodies = sum(1 for node in graph.nodes for _ in node.subgraphs())
     if bodies:
         notes.append(f"Bodies of If, Loop and Scan left as they are: {bodies}.")
-    if _is_float16(graph):
-        notes.append("The weights are float16 and stay so.")
     picked, sources = selection.find_picked(graph)
     watched = tuple(name for name in sources if all(name != t.name for t in graph.outputs))
     tensors = tensors_of(graph)
     graph.outputs += [tensors[name] for name in watched]
-    return Prepared(graph, to_model(graph, model), tuple(notes), picked, watched)
+    return Prepared(graph, to_model(graph, model), tuple(notes), picked, watched, halves > 0, ends)
 
 
 def correct_ranks(prepared: Prepared, ranks: Mapping[str, int]) -> list[str]:
@@ -98,6 +103,7 @@ def correct_ranks(prepared: Prepared, ranks: Mapping[str, int]) -> list[str]:
 
 
 _STEPS = (
+    (write_out_norms, "SimplifiedLayerNormalization written in standard operators: {}."),
     (fold.drop_pass_through, "Identity and Dropout nodes removed: {}."),
     (fold.fold_constants, "Nodes with constant inputs only, computed: {}."),
     (merge.canonical_gemms, "Gemm nodes brought to plain form: {}."),
@@ -167,8 +173,3 @@ def set_types(graph: gs.Graph, types: Mapping[str, TensorType]) -> None:
         # The runtime gives a scalar and a tensor of unknown rank the same empty shape.
         if known.shape and not (keeps and tensor.shape is not None):
             tensor.shape = list(known.shape)
-
-
-def _is_float16(graph: gs.Graph) -> bool:
-    dtypes = {t.dtype for t in graph.tensors().values() if isinstance(t, gs.Constant) and len(t.shape) > 1}
-    return np.dtype(np.float16) in dtypes and np.dtype(np.float32) not in dtypes

@@ -190,3 +190,22 @@ def test_metadata_and_doc_strings_survive():
     assert (prepared.doc_string, prepared.producer_name, prepared.graph.doc_string) == ("a model", "maker", "a graph")
     assert prepared.graph.node[0].doc_string == "squashes"
     assert prepared.graph.node[0].metadata_props[0].value == "/squash"
+
+
+@pytest.mark.parametrize("opset", [14, 17, 21])
+@pytest.mark.parametrize("epsilon", ["<epsilon = 0.01>", ""])
+def test_what_onnx_runtime_adds_to_the_standard_is_written_in_it(opset: int, epsilon: str):
+    weights = {"w": np.float32([1, 2, 3]), "v": np.float32([2, 1, 2])}
+    body = f"h = SimplifiedLayerNormalization{epsilon}(x, w) k = Hardmax<axis = -1>(h) y = Mul(h, v) z = Neg(k)"
+    text = f"g (float[N,3] x) => (float[N,3] y, float[N,3] z) {{ {body} }}"
+
+    x = {"x": np.float32([[1, -2, 3], [-4, 5, 0.5]])}
+    model = prepare_and_compare(parse(text, weights, opset), x, tolerance=1e-5).model
+
+    assert ops(model) == ["Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul", "Hardmax", "Mul", "Neg"]
+    assert "SimplifiedLayerNormalization" in [n.op_type for n in runtime.optimized(model.SerializeToString())]
+
+
+def test_an_operator_that_nobody_knows_is_refused_in_one_line():
+    with pytest.raises(ModelError, match="cannot load the model"):
+        prepare(parse("g (float[N,3] x) => (float[N,3] y) { y = Frobnicate(x) }"), runtime.infer_types)
