@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,8 @@ from onnxcomp.targets import regions
 from onnxcomp.targets.base import Settings
 from onnxcomp.targets.target import Target
 
+LARGE = 1 << 16
+"""Numbers from which a table is worth an operator or two for each of its readers."""
 NO_DATA = "No data were given, so activations are quantized at run time and nothing is calibrated or compensated"
 NO_SAMPLES = "No data were given, so weights are rounded to nearest and nothing is compensated. Pass --data for GPTQ."
 
@@ -63,8 +66,12 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
         if places:
             check_pattern(method.where, places, names, required=False)
     chosen = select(every, recipe.include, recipe.exclude, names)
-    wanted = {"layer": True, "product": recipe.products, "table": recipe.embeddings}
-    chosen = tuple(s for s in chosen if wanted[s.kind] or (s.kind == "product" and _is_included(s, recipe)))
+    wanted = {"layer": True, "product": recipe.products, "table": recipe.embeddings is True}
+    named = {s.name for s in chosen if s.kind == "product" and _is_included(s, recipe)}
+    if recipe.embeddings == "auto" and target.encoding.embeddings:
+        tables = [(s.name, tensors[s.weight].shape) for s in chosen if s.kind == "table" and s.weight is not None]
+        named |= {name for name, shape in tables if math.prod(shape) >= LARGE}
+    chosen = tuple(s for s in chosen if wanted[s.kind] or s.name in named)
     if any(node.op in ("QuantizeLinear", "DynamicQuantizeLinear") for node in graph.nodes):
         raise ModelError("The model is quantized already. Give the float model that it was made from.")
     if not chosen:
@@ -124,6 +131,8 @@ def _settings(
     for rule in recipe.site:
         if matches(rule.where, site):
             own |= {key: value for key, value in vars(rule).items() if value is not None}
+    if site.kind == "table" and recipe.embeddings == "auto":
+        own = {"bits": Bits(8, None), "block": 0, "zero_points": False} | own
     decided = {key: own.pop(key) for key in ("mixed", "methods") if key in own}
     recipe = replace(recipe, **{key: value for key, value in own.items() if key != "where"})
     activations, rounding = "float" if recipe.bits.activations is None else recipe.activations, recipe.rounding

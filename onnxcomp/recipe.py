@@ -98,8 +98,8 @@ class Recipe:
     """Weights of MatMul and Gemm with a scale per so many inputs, beside float activations; 0: one per output channel."""
     zero_points: bool = False
     """Asymmetric weights: a zero point per block too."""
-    embeddings: bool = False
-    """Quantize the tables that Gather reads rows of too."""
+    embeddings: Literal["auto"] | bool = "auto"
+    """Quantize the tables that Gather reads rows of too; auto: the larger ones, to 8 bits, where the target takes them."""
     sensitive: Literal["auto", "asked"] = "auto"
     """The bits of the few layers that the outputs lose most by: 8, or those asked for."""
     equalization: Literal["auto", "none"] = "auto"

@@ -27,7 +27,9 @@ LARGE, ROUNDS = 1 << 30, 5
 @click.option(
     "--block", type=int, metavar="N", help="For --bits wX: a scale per N inputs (16, 32, 64, 128) or, 0, per channel."
 )
-@click.option("--embeddings", is_flag=True, default=None, help="Quantize embedding tables too.")
+@click.option(
+    "--embeddings/--no-embeddings", default=None, help="Embedding tables with --bits, or in float; by default in 8 bits."
+)
 @click.option("--recipe", "recipe_name", default="auto", metavar="NAME|FILE.toml", help="See `onnxcomp recipe list`.")
 @click.option("--compensate", metavar="auto|none|NAME,...", help="Exactly these methods, in this order.")
 @click.option("--reconstruct", is_flag=True, default=None, help="Refine every block by gradients; needs torch, and minutes.")
