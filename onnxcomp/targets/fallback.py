@@ -108,6 +108,9 @@ def dequantized_weight(node: Node, results: Results) -> Iterator[tuple[str, str]
         yield f"{start}it has blocks of {block}.", "Use blocks of 16, 32, 64 or 128."
     if any(reader.op == "QuantizeLinear" for reader in node.outputs[0].outputs):
         yield f"{start}the result is quantized.", "Leave the result in float."
+    readers = [reader.op for reader in node.outputs[0].outputs]
+    if readers in (["Relu"], ["Clip"]) and tail(node).outputs:
+        yield f"{start}a {readers[0]} reads the result.", f"Put a Sum of one in front of the {readers[0]}."
 
 
 def _where_meant(rule: Rule) -> Rule:

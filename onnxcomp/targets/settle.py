@@ -154,7 +154,7 @@ def _keep_integer(graph: Graph, node: Node) -> None:
         reader = only_reader(reader.outputs[0])
     if first is not None and first.op == "Add":
         first.op = "Sum"
-    elif node.outputs[0].outputs and (first is None or first.op in ("Relu", "Clip")) and not _is_in_blocks(node):
+    elif node.outputs[0].outputs and (not _is_in_blocks(node) if first is None else first.op in ("Relu", "Clip")):
         put_behind(graph, node, "Sum", "product")
 
 

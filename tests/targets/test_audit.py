@@ -165,6 +165,8 @@ FLOAT = (
           N4 + "[site] h = MatMul(x, w) g = MatMul(x, w) y = Sum(g, h)", "MatMul",
           NARROW + "its codes or scales have another reader."),
     Probe("blocks of 8", BLOCKS.format(8, "W4", "bs4") + "[site] y = MatMul(x, w)", "MatMul", NARROW + "it has blocks of 8."),
+    Probe("a ReLU behind a weight in blocks", N4 + "[site] h = MatMul(x, w) act = Relu(h) y = Neg(act)", "MatMul",
+          NARROW + "a Relu reads the result."),
     Probe("a weight in blocks and a quantized result", N4 + "[site] h = MatMul(x, w)" + OUT, "MatMul",
           NARROW + "the result is quantized."),
     Probe("Conv without QuantizeLinear", CONV + "y = Tanh(h)", "FusedConv",

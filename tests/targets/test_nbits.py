@@ -176,6 +176,19 @@ def test_a_target_that_takes_blocks_reads_their_codes_and_foretells_it(target: s
     )
 
 
+@pytest.mark.parametrize("function", ["Relu(h)", "Clip(h, low, high)", "LeakyRelu(h)"])
+def test_a_function_behind_a_product_in_blocks_does_not_hide_its_codes(function: str):
+    rng = np.random.default_rng(0)
+    body = f"[fc] h = MatMul(x, w) r = {function} y = Neg(r)"
+    text = f'<ir_version: 10, opset_import: ["" : 21]> g (float[N,64] x) => (float[N,64] y) {{ {body} }}'
+    weights = {"w": weight(rng, 64, 64, fan_in=64), "low": np.float32(-1), "high": np.float32(1)}
+    tiny = build("function", text, weights, feeds(rng, 64))
+
+    (site,) = quantize(tiny.model, tiny.samples, Recipe(bits=Bits(4, None), target="ort-x86")).report.sites
+
+    assert (site.kernel, site.reason) == ("MatMulNBits", "")
+
+
 @pytest.mark.parametrize(
     ("target", "options", "bits"),
     [
