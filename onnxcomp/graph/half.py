@@ -10,7 +10,8 @@ from itertools import chain
 import numpy as np
 
 from onnxcomp.graph.edit import Constant, Graph, Node, Nodes, Variable, insert_after, insert_before, replace_uses, tensors_of
-from onnxcomp.graph.mapped import keep
+from onnxcomp.graph.files import INLINE_LIMIT
+from onnxcomp.graph.mapped import SPILL_BYTES, spill
 from onnxcomp.graph.types import Tensor
 
 FLOAT, FLOAT16 = 1, 10
@@ -37,8 +38,10 @@ def widen(graph: Graph) -> tuple[int, tuple[str, ...]]:
     for tensor in tensors:
         if isinstance(tensor, Variable) and tensor.dtype == HALF:
             tensor.dtype = SINGLE
+    is_large = 2 * sum(t.values.nbytes for t in halves) > INLINE_LIMIT
     for constant in halves:
-        constant.to_constant(keep(constant.values.astype(SINGLE), constant.values))
+        wide = constant.values.astype(SINGLE)
+        constant.to_constant(spill(wide) if is_large and wide.nbytes >= SPILL_BYTES else wide)
     return len(halves), ends
 
 
@@ -58,8 +61,8 @@ def narrow(graph: Graph, ends: Collection[str]) -> None:
         if not end.inputs:
             graph.nodes[:0] = _widened(end)
             continue
-        (maker,), new = end.inputs, Nodes(end.name)
-        inside = Variable(f"{end.name}/float32", SINGLE, end.shape)
+        (maker,), inside = end.inputs, Variable(f"{end.name}/float32", SINGLE, end.shape)
+        new = Nodes(inside.name)
         replace_uses(end, inside)
         maker.outputs[[t is end for t in maker.outputs].index(True)] = inside
         new("Cast", end, inside, to=FLOAT16)
@@ -68,7 +71,8 @@ def narrow(graph: Graph, ends: Collection[str]) -> None:
 
 def _widened(tensor: Tensor) -> list[Node]:
     """A Cast to float32 that everybody reads in the tensor's place."""
-    new, wide = Nodes(tensor.name), Variable(f"{tensor.name}/float32", SINGLE, tensor.shape)
+    wide = Variable(f"{tensor.name}/float32", SINGLE, tensor.shape)
+    new = Nodes(wide.name)
     replace_uses(tensor, wide)
     new("Cast", wide, tensor, to=FLOAT)
     return new.made

@@ -82,6 +82,15 @@ def keep(values: np.ndarray, *old: np.ndarray) -> np.ndarray:
     homes = [home for home in map(_home, old) if home is not None]
     if values.nbytes < SPILL_BYTES or not homes:
         return values
+    kept = spill(values)
+    for _, read in homes:
+        if isinstance(read.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            read.base.madvise(mmap.MADV_DONTNEED)
+    return kept
+
+
+def spill(values: np.ndarray) -> np.ndarray:
+    """The values in a temporary file that is mapped, and goes when they do. Raises ResourceError where there is no room."""
     try:
         with ExitStack() as made:
             path = made.enter_context(scratch.folder()) / "weight"
@@ -92,9 +101,6 @@ def keep(values: np.ndarray, *old: np.ndarray) -> np.ndarray:
     except OSError as error:
         text = f"{tempfile.gettempdir()} cannot hold the model's weights: {reason(error)}."
         raise ResourceError(f"{text} Point $TMPDIR to a folder on a larger disk.") from error
-    for _, read in homes:
-        if isinstance(read.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            read.base.madvise(mmap.MADV_DONTNEED)
     return np.asarray(whole).view(values.dtype).reshape(values.shape)
 
 

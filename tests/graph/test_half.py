@@ -9,6 +9,7 @@ from equality import Feeds, ops, parse, prepare_and_compare, run, stored
 from onnx import ModelProto, TensorProto, checker
 
 from onnxcomp import runtime
+from onnxcomp.graph import mapped
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.half import narrow, widen
 from onnxcomp.graph.prepare import Prepared, prepare
@@ -149,3 +150,15 @@ def test_only_what_is_a_weight_is_stored_in_float16():
     narrow(graph, ())
 
     assert [node.op for node in graph.nodes] == ["Add"]
+
+
+def test_weights_too_large_for_one_message_are_mapped(monkeypatch: pytest.MonkeyPatch):
+    model = parse("g (float16[N,64] x) => (float16[N,64] y) { h = MatMul(x, w) y = MatMul(h, v) }", {"w": W, "v": W.T.copy()})
+    plain = quantize(model, [X], Recipe())
+    for name in ("INLINE_LIMIT", "SPILL_BYTES"):
+        monkeypatch.setattr(f"onnxcomp.graph.half.{name}", 1000)
+
+    prepared = prepare(model, runtime.infer_types)
+
+    assert mapped.outside(prepared.model) == 2 * 64 * 64 * 4
+    assert quantize(model, [X], Recipe()).model.graph == plain.model.graph
