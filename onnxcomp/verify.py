@@ -14,7 +14,7 @@ optimizations and without, are the measure:
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import chain, combinations
+from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
 
@@ -26,6 +26,8 @@ from onnxcomp.numerics.arrays import EQUAL_DB, energies, made_up, sqnr_db
 from onnxcomp.report.model import Verification
 from onnxcomp.runtime import Feed, Model, Session, version
 
+SIDES, LENGTHS = (32, 256), (32, 1024, 16384)
+"""Tried for images and for what is long; the last is a second of speech."""
 FLOOR = 1e-4
 APART = 4.0
 """Energy of the difference of two errors, at most, over that of either: they may point in opposite directions."""
@@ -102,13 +104,16 @@ def made_up_feed(session: Session, shapes: Mapping[str, Sequence[int]] = Mapping
     """One feed on which the model runs, for showing that it does and how fast; never for calibration.
 
     Of the model's own shapes, or of `shapes` by input. Free dimensions are 1, or, where it does not run so, those of one or two
-    names 2: what a decoder attends to is as long as its cache and the new tokens together. Raises ModelError if nothing runs.
+    names 2, for what a decoder attends to is as long as its cache and the new tokens together, or all but the first more, for
+    images, or those of one name, for what is cut into frames. Raises ModelError if nothing runs.
     """
     wanted = {name: (kind.dtype, shapes.get(name, kind.shape or ())) for name, kind in session.inputs}
-    names, errors = dict.fromkeys(n for _, shape in wanted.values() for n in shape if isinstance(n, str)), []
-    for longer in chain.from_iterable(combinations(names, count) for count in range(3)):
+    names, errors = dict.fromkeys(n for _, shape in wanted.values() for n in shape if isinstance(n, str)), list[ModelError]()
+    tried = [dict.fromkeys(some, 2) for count in range(3) for some in combinations(names, count)]
+    tried += [dict.fromkeys([*names][1:], side) for side in SIDES] + [{name: n} for n in LENGTHS for name in names]
+    for lengths in tried:
         rng = np.random.default_rng(0)
-        feed = {name: made_up(dtype, shape, rng, longer) for name, (dtype, shape) in wanted.items()}
+        feed = {name: made_up(dtype, shape, rng, lengths) for name, (dtype, shape) in wanted.items()}
         try:
             session.run(feed)
         except ModelError as error:

@@ -254,6 +254,22 @@ def test_a_made_up_feed_fits_a_cache_and_what_is_new():
     assert {name: a.shape for name, a in feed.items()} == {"x": (1, 1, 2), "cache": (1, 1, 2), "mask": (1, 2, 2)}
 
 
+@pytest.mark.parametrize(("kernel", "length"), [(2, 2), (30, 32), (400, 1024)])
+def test_a_made_up_feed_is_as_long_as_the_frames_that_it_is_cut_into(kernel: int, length: int):
+    text = "g (float[B,1,T] x) => (float[B,1,F] y) { y = Conv(x, w) }"
+    session = runtime.Session(model(text, w=np.ones((1, 1, kernel), np.float32)).SerializeToString())
+
+    assert made_up_feed(session)["x"].shape == (1, 1, length)
+
+
+@pytest.mark.parametrize(("kernel", "side"), [(1, 1), (2, 2), (30, 32), (60, 256)])
+def test_a_made_up_image_is_large_enough(kernel: int, side: int):
+    text = "g (float[B,1,H,W] x) => (float[B,1,G,V] y) { y = Conv(x, w) }"
+    session = runtime.Session(model(text, w=np.ones((1, 1, kernel, kernel), np.float32)).SerializeToString())
+
+    assert made_up_feed(session)["x"].shape == (1, 1, side, side)
+
+
 def test_sizes_that_are_given_stay_in_a_made_up_feed():
     session = runtime.Session(model(CACHE, one=np.array([1])).SerializeToString())
 

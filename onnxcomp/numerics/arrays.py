@@ -5,7 +5,7 @@
 Limits: where the reference is not finite (a mask, say) there is no signal, and what the other holds does not matter.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,12 +21,15 @@ def describe(dtype: object, shape: Sequence[int | str | None] | None) -> str:
 
 
 def made_up(
-    dtype: np.dtype | None, shape: Sequence[int | str | None], rng: np.random.Generator, longer: Collection[str] = (),
-) -> np.ndarray:  # fmt: skip
-    """Standard normal numbers for a floating type, empty strings or zeros else; a size that is no number is 1, or 2 if it is
-    one of the names in `longer`.
+    dtype: np.dtype | None,
+    shape: Sequence[int | str | None],
+    rng: np.random.Generator,
+    lengths: Mapping[str, int] | None = None,
+) -> np.ndarray:
+    """Standard normal numbers for a floating type, empty strings or zeros else; a size that is no number is what `lengths` says
+    of its name, or 1.
     """
-    sizes = [size if isinstance(size, int) else 1 + (size in longer) for size in shape]
+    sizes = [size if isinstance(size, int) else (lengths or {}).get(size or "", 1) for size in shape]
     if dtype is not None and dtype.kind == "f":
         return rng.standard_normal(sizes).astype(dtype)
     return np.full(sizes, "" if dtype is not None and dtype.kind == "O" else 0, dtype)
