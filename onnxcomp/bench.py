@@ -1,6 +1,6 @@
 """Time models against each other: the same feeds, one process, in turn, ratios round by round.
 
-Without data, the inputs are made up: normal numbers for floats, zeros for integers. A dimension that varies is 1, or
+Without data, the inputs are made up: normal numbers for floats, ones or zeros for integers. A dimension that varies is 1, or
 what it takes for the model to run, unless a shape is given; what was assumed is said in the notes.
 
 Limits: made-up numbers time the operators, not branches that depend on values.

@@ -14,7 +14,7 @@ optimizations and without, are the measure:
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from types import MappingProxyType
 
@@ -101,7 +101,8 @@ def _length(feed: Feed) -> int:
 
 
 def made_up_feed(session: Session, shapes: Mapping[str, Sequence[int]] = MappingProxyType({})) -> dict[str, np.ndarray]:
-    """One feed on which the model runs, for showing that it does and how fast; never for calibration.
+    """One feed on which the model runs, for showing that it does and how fast; never for calibration. Integers are 1, where it
+    runs so, for a mask of zeros hides everything, else 0.
 
     Of the model's own shapes, or of `shapes` by input. Free dimensions are 1, or, where it does not run so, those of one or two
     names 2, for what a decoder attends to is as long as its cache and the new tokens together, or all but the first more, for
@@ -111,9 +112,9 @@ def made_up_feed(session: Session, shapes: Mapping[str, Sequence[int]] = Mapping
     names, errors = dict.fromkeys(n for _, shape in wanted.values() for n in shape if isinstance(n, str)), list[ModelError]()
     tried = [dict.fromkeys(some, 2) for count in range(3) for some in combinations(names, count)]
     tried += [dict.fromkeys([*names][1:], side) for side in SIDES] + [{name: n} for n in LENGTHS for name in names]
-    for lengths in tried:
+    for lengths, whole in product(tried, (1, 0)):
         rng = np.random.default_rng(0)
-        feed = {name: made_up(dtype, shape, rng, lengths) for name, (dtype, shape) in wanted.items()}
+        feed = {name: made_up(dtype, shape, rng, lengths, whole) for name, (dtype, shape) in wanted.items()}
         try:
             session.run(feed)
         except ModelError as error:

@@ -235,7 +235,7 @@ def test_a_made_up_feed_has_the_models_own_shapes_with_free_dimensions_one():
     assert {name: (a.shape, a.dtype.name) for name, a in feed.items()} == {
         "x": ((1, 3), "float32"), "ids": ((1, 2), "int64"), "m": ((), "bool"), "h": ((2,), "float16"),
     }  # fmt: skip
-    assert not feed["ids"].any()
+    assert (feed["ids"] == 1).all()
     assert np.all(feed["x"] != 0)
     session.run(feed)
 
@@ -268,6 +268,12 @@ def test_a_made_up_image_is_large_enough(kernel: int, side: int):
     session = runtime.Session(model(text, w=np.ones((1, 1, kernel, kernel), np.float32)).SerializeToString())
 
     assert made_up_feed(session)["x"].shape == (1, 1, side, side)
+
+
+def test_made_up_integers_are_zero_where_one_does_not_run():
+    session = runtime.Session(model("g (int64[N] i) => (float[N,2] y) { y = Gather(t, i) }", t=X[:, :2]).SerializeToString())
+
+    assert made_up_feed(session)["i"].tolist() == [0]
 
 
 def test_sizes_that_are_given_stay_in_a_made_up_feed():

@@ -21,18 +21,16 @@ def describe(dtype: object, shape: Sequence[int | str | None] | None) -> str:
 
 
 def made_up(
-    dtype: np.dtype | None,
-    shape: Sequence[int | str | None],
-    rng: np.random.Generator,
-    lengths: Mapping[str, int] | None = None,
-) -> np.ndarray:
-    """Standard normal numbers for a floating type, empty strings or zeros else; a size that is no number is what `lengths` says
-    of its name, or 1.
+    dtype: np.dtype | None, shape: Sequence[int | str | None], rng: np.random.Generator,
+    lengths: Mapping[str, int] | None = None, whole: int = 1,
+) -> np.ndarray:  # fmt: skip
+    """Standard normal numbers for a floating type, empty strings or `whole` else; a size that is no number is what `lengths`
+    says of its name, or 1.
     """
     sizes = [size if isinstance(size, int) else (lengths or {}).get(size or "", 1) for size in shape]
     if dtype is not None and dtype.kind == "f":
         return rng.standard_normal(sizes).astype(dtype)
-    return np.full(sizes, "" if dtype is not None and dtype.kind == "O" else 0, dtype)
+    return np.full(sizes, "" if dtype is not None and dtype.kind == "O" else whole, dtype)
 
 
 def energies(reference: np.ndarray, other: np.ndarray) -> tuple[float, float]:

@@ -18,13 +18,13 @@ def test_a_type_and_shape_in_words(shape: tuple[int | str | None, ...] | None, t
     assert describe(np.dtype(np.float32), shape) == text
 
 
-def test_what_is_made_up_is_normal_for_floats_and_zero_for_the_rest(rng: np.random.Generator):
+def test_what_is_made_up_is_normal_for_floats_and_one_for_the_rest(rng: np.random.Generator):
     expected = np.random.default_rng(0).standard_normal((1, 3)).astype(np.float16)
 
     found = made_up(np.dtype(np.float16), ("N", 3), np.random.default_rng(0))
 
     np.testing.assert_array_equal(found, expected, strict=True)
-    np.testing.assert_array_equal(made_up(np.dtype(bool), (None, 2), rng), np.zeros((1, 2), bool), strict=True)
+    np.testing.assert_array_equal(made_up(np.dtype(bool), (None, 2), rng), np.ones((1, 2), bool), strict=True)
 
 
 def test_energies_leave_out_what_is_not_finite_in_the_reference():
