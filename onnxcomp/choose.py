@@ -205,7 +205,8 @@ def _why_none(graph: Graph, skipped: Sequence[Skipped]) -> str:
     inside = sum(node.op in LAYER_OPS for body in graph.subgraphs(recursive=True) for node in body.nodes)
     if skipped:
         return f"The first of {len(skipped)}, {skipped[0].name}: {skipped[0].reason}."
-    return f"There are {inside} inside bodies of If, Loop and Scan, which are left as they are." if inside else "It has none."
+    text = f"There are {inside} inside bodies of If, Loop and Scan, which are left as they are"
+    return f"{text}: quantize the models that were merged into this one." if inside else "It has none."
 
 
 def _reason(node: Node, site: Site | None) -> str:

@@ -178,9 +178,10 @@ def test_a_refusal_says_where_the_layers_are(rng: np.random.Generator):
     computed = parse("g (float[N,4] x, float[4,4] v) => (float[N,4] y) { u = Neg(v) [fc] y = Gemm(x, u) }")
     plain = parse("g (float[N,4] x) => (float[N,4] y) { [fc] y = MatMul(x, w) }", {"w": w})
     left = "No Conv, Gemm or MatMul with a constant float32 weight is left to quantize."
+    merged = "which are left as they are: quantize the models that were merged into this one"
 
     for model, recipe, why in (
-        (inside, BASE, "There are 1 inside bodies of If, Loop and Scan, which are left as they are."),
+        (inside, BASE, f"There are 1 inside bodies of If, Loop and Scan, {merged}."),
         (computed, BASE, "The first of 1, fc: weight 'u' is not a constant of type float32."),
         (plain, replace(BASE, exclude=("fc",)), "The first of 1, fc: not included by the recipe."),
     ):
