@@ -43,12 +43,10 @@ def bench(
         if found != taken:
             raise UsageError(f"{model} takes {found}, but {models[0]} takes {taken}.")
     notes: list[str] = []
-    opened = (
-        [made_up(runtime.Session(models[0]), shapes or {}, notes)]
-        if data is None
-        else open_data(data, specs, preprocess=preprocess)
-    )
-    feeds = list(islice(opened, count))
+    if data is None:
+        feeds = [made_up(runtime.Session(models[0]), shapes or {}, notes)]
+    else:
+        feeds = list(islice(open_data(data, specs, preprocess=preprocess), count))
     latencies = runtime.measure(models, feeds, threads=threads, rounds=rounds)
     timings = []
     for model, latency in zip(models, latencies, strict=True):

@@ -107,7 +107,7 @@ def _fold(node: gs.Node, leaving: set[str], opset: int) -> bool:
 
 def _passes_through(node: gs.Node, leaving: set[str]) -> bool:
     if is_op(node, "Cast"):
-        return node.inputs[0].dtype == helper.tensor_dtype_to_np_dtype(node.attrs["to"])
+        return "to" in node.attrs and node.inputs[0].dtype == helper.tensor_dtype_to_np_dtype(node.attrs["to"])
     if not is_op(node, "Dropout"):
         return is_op(node, "Identity")
     training = input_at(node, 2)

@@ -50,11 +50,9 @@ def fuse_primitives(graph: gs.Graph, model: ModelProto, *, is_half: bool = False
     """
     leaving = names_leaving(graph)
     tensors: dict[str, Tensor] = graph.tensors()
-    count = 0
+    count, precision = 0, np.float16 if is_half else np.float32
     for match in (*_matches(model), *_hard_swishes(model)):
-        if _is_closed(match, tensors, leaving) and _is_equal(
-            match, tensors, graph.opset, np.float16 if is_half else np.float32
-        ):
+        if _is_closed(match, tensors, leaving) and _is_equal(match, tensors, graph.opset, precision):
             _replace(match, tensors)
             count += 1
     return count
@@ -77,12 +75,12 @@ def write_out_norms(graph: gs.Graph) -> int:
     """Write ONNX Runtime's SimplifiedLayerNormalization, which is in no standard, as x / sqrt(mean(x^2) + epsilon) * scale: it
     makes its own of that again. How many.
     """
-    found = [n for n in graph.nodes if is_op(n, "SimplifiedLayerNormalization") and len(n.outputs) == 1]
+    norms = [node for node in graph.nodes if is_op(node, "SimplifiedLayerNormalization")]
+    found = [node for node in norms if len(node.outputs) == 1 and node.attrs.get("axis", -1) == -1]
     for node in found:
         (x, scale), (y,), new = node.inputs, node.outputs, Nodes(node.name)
-        constants = {"two": np.float32(2), "axes": np.array([node.attrs.get("axis", -1)]), "epsilon": np.float32(1e-5)}
-        constants |= {key: np.float32(value) for key, value in node.attrs.items() if key == "epsilon"}
-        two, axes, epsilon = (gs.Constant(f"{node.name}.{key}", np.asarray(value)) for key, value in constants.items())
+        values = {"two": np.float32(2), "axes": [-1], "epsilon": np.float32(node.attrs.get("epsilon", 1e-5))}
+        two, axes, epsilon = (gs.Constant(f"{node.name}.{key}", np.array(value)) for key, value in values.items())
         mean = new("ReduceMean", "mean", new("Pow", "square", x, two), axes)
         root = new("Sqrt", "root", new("Add", "sum", mean, epsilon))
         new("Mul", y, new("Div", "normed", x, root), scale)

@@ -9,7 +9,7 @@ from itertools import chain
 
 import numpy as np
 
-from onnxcomp.graph.edit import Constant, Graph, Node, Nodes, Variable, insert_after, insert_before, replace_uses, tensors_of
+from onnxcomp.graph.edit import Constant, Graph, Node, Nodes, Variable, insert_after, replace_uses, tensors_of
 from onnxcomp.graph.files import INLINE_LIMIT
 from onnxcomp.graph.mapped import SPILL_BYTES, spill
 from onnxcomp.graph.types import Tensor
@@ -53,10 +53,9 @@ def narrow(graph: Graph, ends: Collection[str]) -> None:
         with np.errstate(over="ignore"):
             half = constant.values.astype(HALF)
         if np.isfinite(half).all() and not any(n.op in QUANTIZING for n in constant.outputs):
-            first = constant.outputs[0]
-            insert_before(graph, first, _widened(constant))
+            graph.nodes[:0] = _widened(constant)
             constant.to_constant(half)
-    for end in [t for t in (*graph.inputs, *graph.outputs) if t.name in ends]:
+    for end in {t.name: t for t in (*graph.inputs, *graph.outputs) if t.name in ends}.values():
         end.dtype = HALF
         if not end.inputs:
             graph.nodes[:0] = _widened(end)

@@ -93,6 +93,25 @@ def test_bodies_are_widened_too():
         widened(parse(text, {"w": W, "v": np.ones(64, HALF)}), {**X, "c": np.array(choice)})
 
 
+def test_what_a_body_reads_too_is_stored_in_float16():
+    text = """g (float[N,64] x, bool c) => (float[N,64] y) {
+        h = If<
+            then_branch = t () => (float[N,64] p) { p = MatMul(x, w) },
+            else_branch = e () => (float[N,64] q) { q = Neg(x) }
+        >(c)
+        y = MatMul(h, w)
+    }"""
+    model = parse(text, {"w": W.astype(np.float32)}, opset=21)
+    graph = to_graph(model)
+
+    narrow(graph, ("x", "y"))
+
+    found, feeds = to_model(graph, model), {"x": X["x"], "c": np.array(True)}
+    assert stored(found)["w"].dtype == HALF
+    y = run(found, feeds)["y"]
+    np.testing.assert_array_equal(y, run(model, {**feeds, "x": X["x"].astype(np.float32)})["y"].astype(HALF), strict=True)
+
+
 def test_a_float32_model_is_left_alone():
     graph = to_graph(parse("g (float[N,64] x) => (float[N,64] y) { y = MatMul(x, w) }", {"w": W.astype(np.float32)}))
 
