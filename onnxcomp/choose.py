@@ -47,7 +47,7 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     float activations, and no method is fitted. Raises RecipeError for a pattern that matches nothing, and for what the
     target does not take.
     """
-    if recipe.half and not target.half:
+    if recipe.half is True and not target.half:
         raise RecipeError(f"{target.name} takes no float16 beside codes. Leave --half out, or use --target tensorrt.")
     sites, tensors = find_sites(graph), tensors_of(graph)
     results = {t.name for t in graph.outputs}

@@ -13,7 +13,6 @@ from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.finish import fix_axes, to_half, to_oldest_opset
 from onnxcomp.graph.mapped import embed
 from onnxcomp.graph.weights import remove_if
-from onnxcomp.recipe import Recipe
 from onnxcomp.targets import openvino, tensorrt
 from onnxcomp.targets.audit import Kernel, audit, audit_sites, check, foretell
 from onnxcomp.targets.base import Plan
@@ -22,9 +21,9 @@ from onnxcomp.targets.target import Target
 from onnxcomp.verify import demand, without
 
 
-def finish(model: ModelProto, target: Target, recipe: Recipe, feeds: Sequence[runtime.Feed]) -> ModelProto:
-    """The lowered model in float16, or in an older opset that computes the same on `feeds`."""
-    if recipe.half:
+def finish(model: ModelProto, target: Target, feeds: Sequence[runtime.Feed], *, half: bool) -> ModelProto:
+    """The lowered model in float16 if it is to be `half`, or in an older opset that computes the same on `feeds`."""
+    if half:
         return to_half(embed(model))
     if not target.oldest:
         return model

@@ -86,7 +86,8 @@ def quantize(
     for part in (lowered, *parts) if prepared.is_half else ():
         narrow(part, prepared.half_ends)
     terms = tuple(embed(to_model(part, prepared.model)) for part in parts)
-    finished = finish(to_model(lowered, prepared.model), target, recipe, feeds)
+    half = prepared.is_half and target.half if recipe.half == "auto" else recipe.half
+    finished = finish(to_model(lowered, prepared.model), target, feeds, half=half)
     progress("verifying", 0, 1)
     with ExitStack() as proving:
         folder = proving.enter_context(scratch.folder())

@@ -116,8 +116,8 @@ class Recipe:
     """Calibration samples at most; 0 calibrates nothing, even where data are given."""
     seed: NonNegativeInt = 0
     target: str = "auto"
-    half: bool = False
-    """Everything but codes in float16, on targets that take it."""
+    half: Literal["auto"] | bool = "auto"
+    """Everything but codes in float16, on targets that take it; auto: where the model given is."""
     preprocess: Preprocess | None = None
     site: tuple[SiteRule, ...] = ()
     compensate: tuple[Compensation, ...] = (BiasCompensation(),)

@@ -34,7 +34,7 @@ LARGE, ROUNDS = 1 << 30, 5
 @click.option("--compensate", metavar="auto|none|NAME,...", help="Exactly these methods, in this order.")
 @click.option("--reconstruct", is_flag=True, default=None, help="Refine every block by gradients; needs torch, and minutes.")
 @click.option("--target", metavar="NAME", help="The runtime to write for (see `onnxcomp targets`); this machine's by default.")
-@click.option("--half", is_flag=True, default=None, help="Write float16 beside the codes, where the target takes it.")
+@click.option("--half/--no-half", default=None, help="Float16 beside the codes, or not; by default if MODEL is, for tensorrt.")
 @click.option("--samples", type=int, metavar="N", help="Calibrate on at most N samples; 128 by default.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only sites that match: a glob, re: or op:.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave sites that match in float.")

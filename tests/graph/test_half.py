@@ -93,6 +93,15 @@ def test_bodies_are_widened_too():
         widened(parse(text, {"w": W, "v": np.ones(64, HALF)}), {**X, "c": np.array(choice)})
 
 
+@pytest.mark.parametrize(("half", "dtype"), [("auto", HALF), (True, HALF), (False, np.dtype(np.float32))])
+def test_a_float16_model_stays_float16_for_tensorrt(half: bool, dtype: np.dtype):
+    text = "g (float16[N,64] x) => (float16[N,64] y) { h = MatMul(x, w) m = Mul(h, x) y = Tanh(m) }"
+
+    result = quantize(parse(text, {"w": W}), [X], Recipe(target="tensorrt", half=half))
+
+    assert {a.dtype for a in stored(result.model).values() if a.dtype.kind == "f"} == {dtype}
+
+
 def test_what_a_body_reads_too_is_stored_in_float16():
     text = """g (float[N,64] x, bool c) => (float[N,64] y) {
         h = If<
