@@ -9,10 +9,9 @@ from itertools import chain
 
 import numpy as np
 
-from onnxcomp.graph.edit import Constant, Graph, Node, Nodes, Variable, insert_after, replace_uses, tensors_of
+from onnxcomp.graph.edit import Constant, Graph, Node, Nodes, Tensor, Variable, insert_after, replace_uses, tensors_of
 from onnxcomp.graph.files import INLINE_LIMIT
-from onnxcomp.graph.mapped import SPILL_BYTES, spill
-from onnxcomp.graph.types import Tensor
+from onnxcomp.graph.mapped import keep
 
 FLOAT, FLOAT16 = 1, 10
 """ONNX's numbers of the two types."""
@@ -40,8 +39,7 @@ def widen(graph: Graph) -> tuple[int, tuple[str, ...]]:
             tensor.dtype = SINGLE
     is_large = 2 * sum(t.values.nbytes for t in halves) > INLINE_LIMIT
     for constant in halves:
-        wide = constant.values.astype(SINGLE)
-        constant.to_constant(spill(wide) if is_large and wide.nbytes >= SPILL_BYTES else wide)
+        constant.to_constant(keep(constant.values.astype(SINGLE), constant.values, always=is_large))
     return len(halves), ends
 
 

@@ -75,22 +75,13 @@ def stored(name: str, values: np.ndarray) -> np.ndarray | LazyValues:
     return LazyValues(tensor)
 
 
-def keep(values: np.ndarray, *old: np.ndarray) -> np.ndarray:
-    """What was made of `old` weights: mapped if one of them is, which then lets go of the pages that it has read. Raises
-    ResourceError where there is no room for it.
+def keep(values: np.ndarray, *old: np.ndarray, always: bool = False) -> np.ndarray:
+    """What was made of `old` weights: mapped if one of them is, which then lets go of the pages that it has read, or `always`.
+    Raises ResourceError where there is no room for it.
     """
     homes = [home for home in map(_home, old) if home is not None]
-    if values.nbytes < SPILL_BYTES or not homes:
+    if values.nbytes < SPILL_BYTES or not (homes or always):
         return values
-    kept = spill(values)
-    for _, read in homes:
-        if isinstance(read.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            read.base.madvise(mmap.MADV_DONTNEED)
-    return kept
-
-
-def spill(values: np.ndarray) -> np.ndarray:
-    """The values in a temporary file that is mapped, and goes when they do. Raises ResourceError where there is no room."""
     try:
         with ExitStack() as made:
             path = made.enter_context(scratch.folder()) / "weight"
@@ -101,6 +92,9 @@ def spill(values: np.ndarray) -> np.ndarray:
     except OSError as error:
         text = f"{tempfile.gettempdir()} cannot hold the model's weights: {reason(error)}."
         raise ResourceError(f"{text} Point $TMPDIR to a folder on a larger disk.") from error
+    for _, read in homes:
+        if isinstance(read.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            read.base.madvise(mmap.MADV_DONTNEED)
     return np.asarray(whole).view(values.dtype).reshape(values.shape)
 
 

@@ -183,8 +183,8 @@ def test_only_what_is_a_weight_is_stored_in_float16():
 def test_weights_too_large_for_one_message_are_mapped(monkeypatch: pytest.MonkeyPatch):
     model = parse("g (float16[N,64] x) => (float16[N,64] y) { h = MatMul(x, w) y = MatMul(h, v) }", {"w": W, "v": W.T.copy()})
     plain = quantize(model, [X], Recipe())
-    for name in ("INLINE_LIMIT", "SPILL_BYTES"):
-        monkeypatch.setattr(f"onnxcomp.graph.half.{name}", 1000)
+    for name in ("half.INLINE_LIMIT", "mapped.SPILL_BYTES"):
+        monkeypatch.setattr(f"onnxcomp.graph.{name}", 1000)
 
     prepared = prepare(model, runtime.infer_types)
 
