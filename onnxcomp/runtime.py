@@ -102,12 +102,13 @@ class Session:
             what = str(model) if isinstance(model, str | Path) else "the model"
             raise ModelError(f"ONNX Runtime cannot load {what}: {_sentence(error)}") from error
         self.inputs, self.outputs = _ports(self.native.get_inputs()), _ports(self.native.get_outputs())
+        self._halves = frozenset(name for name, kind in self.inputs if kind.dtype == np.float16)
 
     def run(self, feeds: Feed) -> dict[str, np.ndarray]:
         """The outputs for one feed, by name; a float16 input takes float32 too. Raises ModelError where the run fails."""
-        halves = [name for name, kind in self.inputs if kind.dtype == np.float16 and name in feeds]
+        given = {name: array.astype(np.float16) if name in self._halves else array for name, array in feeds.items()}
         try:
-            values: Sequence[Any] = self.native.run(None, {**feeds, **{k: feeds[k].astype(np.float16) for k in halves}})
+            values: Sequence[Any] = self.native.run(None, given)
         except _FAILURES as error:
             raise ModelError(f"ONNX Runtime cannot run the model: {_sentence(error)}") from error
         return dict(zip([name for name, _ in self.outputs], values, strict=True))

@@ -160,7 +160,7 @@ def _keep_integer(graph: Graph, node: Node) -> None:
 
 def _reads_codes(node: Node) -> bool:
     """Whether what a node reads is made from codes."""
-    return [maker.op for maker in node.inputs[0].inputs] == ["DequantizeLinear"]
+    return maker(node.inputs[0]) == "DequantizeLinear"
 
 
 def _comes_from_codes(tensor: Tensor) -> bool:
