@@ -11,6 +11,8 @@ The float model is the one given, rewritten. The two may differ by roundings, of
 optimizations and without, are the measure:
 
     |y_float - y_given|^2 <= max(100 |y_given,off - y_given|^2, 1e-6 |y_given|^2)
+
+with 1e-4 in place of 1e-6, and what float16 cannot hold besides, where the model given computes in float16.
 """
 
 from collections.abc import Collection, Mapping, Sequence

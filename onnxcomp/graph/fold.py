@@ -1,4 +1,4 @@
-"""Exact rewrites that only take away: nodes of constants are computed, Identity and Dropout removed.
+"""Exact rewrites that only take away: nodes of constants are computed, those that change nothing removed.
 
 Nodes that have become idle are detached; the graph's `cleanup` takes them out.
 

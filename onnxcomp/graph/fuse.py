@@ -1,4 +1,5 @@
 """GELU, HardSwish and LayerNormalization spelled out in primitive operators become single standard nodes, and so does pooling.
+A norm that is in no standard becomes primitive operators.
 
     Gelu(x) = x/2 · (1 + erf(x/√2)),    with approximate = "tanh": x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))
     HardSwish(x) = x · min(max(x/6 + 1/2, 0), 1)

@@ -67,7 +67,7 @@ def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, 
     casts = fold.drop_pass_through(graph)  # now that the types are known
     if casts:
         unfused = to_model(graph, model)
-        notes.append(f"Casts to the type that is there removed: {casts}.")
+        notes.append(_IDLE.format(casts))
     fused = fuse_primitives(graph, unfused, is_half=halves > 0)
     if fused:
         notes.append(f"GELU, HardSwish and LayerNormalization in primitive operators became single nodes: {fused}.")
@@ -102,9 +102,10 @@ def correct_ranks(prepared: Prepared, ranks: Mapping[str, int]) -> list[str]:
     ]
 
 
+_IDLE = "Identity, Dropout and Cast nodes that change nothing removed: {}."
 _STEPS = (
     (write_out_norms, "SimplifiedLayerNormalization written in standard operators: {}."),
-    (fold.drop_pass_through, "Identity and Dropout nodes removed: {}."),
+    (fold.drop_pass_through, _IDLE),
     (fold.fold_constants, "Nodes with constant inputs only, computed: {}."),
     (merge.canonical_gemms, "Gemm nodes brought to plain form: {}."),
     (merge.merge_affine, "BatchNormalization and arithmetic with constants merged into the layers before them: {}."),
