@@ -78,7 +78,9 @@ def fake(x: Array, *, scheme: Scheme, granularity: str, ratio: float = 1.0) -> A
     top = 2 ** (scheme.bits - 1) - 1
     largest = np.abs(x).max(axis=-1 if granularity == "token" else None, keepdims=True, initial=0.0)
     scale = np.maximum(largest * np.float32(ratio / top), np.float32(1e-12))
-    return np.clip(np.rint(x / scale), -top - 1, top).astype(np.float32) * scale
+    values = x / scale
+    np.clip(np.rint(values, out=values), -top - 1, top, out=values)
+    return np.multiply(values, scale, out=values)
 
 
 def build_static(op: Tape, x: str, q: QParams) -> str:

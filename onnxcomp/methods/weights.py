@@ -113,19 +113,28 @@ def hold(site: Site, w: Array, fitted: Fit, quantize: Node, groups: int, samples
     """
     codes, is_conv, static = fitted["codes"], site.op == "Conv", quantize.attrs["granularity"] == "static"
     channels, bits = groups * codes.shape[1] if is_conv else len(codes), quantize.attrs["bits"]
-    worst = np.full((1, channels), 2**bits - 1)
-    seen = Highest((worst[0], saturation.reach(worst)))
+    top = np.full(channels, 2**bits - 1)
+    pairs = saturation.reach(top[None])
     if samples is not None and static and not saturation.is_exact(codes, groups):
         q = QParams(Scheme(bits), *(t.values for t in quantize.inputs[1:3]))
-        around = np.full((1, channels), q.zero_point if is_conv else 0)  # what a Conv is padded with
+        padding, axis = q.zero_point if is_conv else 0, 1 if is_conv else -1
 
-        def read(batch: Batch) -> Highest:
-            rows = [np.moveaxis(x, 1 if is_conv else -1, -1).reshape(-1, channels) for x in batch.read("xh")]
-            found = (Highest((a.max(axis=0), saturation.reach(a))) for a in map(q.quantize, rows))
+        def highest(batch: Batch) -> Highest:
+            found = (np.moveaxis(x, axis, -1).reshape(-1, channels).max(axis=0) for x in batch.read("xh"))
+            return functools.reduce(Highest.__add__, (Highest((a,)) for a in found))
+
+        top = np.maximum(q.quantize(samples.reduce(highest).arrays[0]), padding)
+        pairs, asked = saturation.reach(top[None]), saturation.crowded(codes, top, groups)
+        some = np.flatnonzero(np.repeat(asked, 2)[:channels])
+
+        def reached(batch: Batch) -> Highest:
+            rows = (np.moveaxis(x.take(some, axis), axis, -1).reshape(-1, len(some)) for x in batch.read("xh"))
+            found = (Highest((saturation.reach(q.quantize(a)),)) for a in rows)
             return functools.reduce(Highest.__add__, found)
 
-        seen = samples.reduce(read) + Highest((around[0], saturation.reach(around)))
-    top, pairs = seen.arrays
+        if some.size:
+            around = saturation.reach(np.full((1, len(some)), padding))
+            pairs[asked] = np.maximum(samples.reduce(reached).arrays[0], around)
     held, scale = saturation.hold(w, codes, fitted["scale"], top, pairs, groups)
     reason = "sums of two products of 8-bit codes may leave 16 bits, so some of the weight's were changed"
     return {"codes": held, "scale": scale}, "" if np.array_equal(held, codes) else reason

@@ -40,6 +40,21 @@ def is_exact(codes: Codes, groups: int) -> bool:
     return codes.ndim > 2 and codes.shape[1] == 1 < groups == len(codes)
 
 
+def crowded(codes: Codes, highest: np.ndarray, groups: int) -> np.ndarray:
+    """The pairs of channels, bool [pairs], whose products would leave 16 bits were both at their `highest`: those whose `reach`
+    matters to `hold`.
+    """
+    pairs, rows = reach(highest[None]), _rows(codes, groups)
+    if groups > 1 and codes.shape[1] % 2:  # neighbours are of two groups
+        return np.zeros(len(pairs), bool)
+    orders = _orders(codes, highest, pairs, groups)[0]
+    found = np.zeros((groups, len(orders[0].places)), bool)
+    for over, mine, order in zip(found, rows, orders, strict=True):
+        for some in np.array_split(mine, -(-mine.size // CHUNK) or 1):
+            over[_over(some, order)[1]] = True
+    return found.reshape(groups, -1, len(pairs) // groups).any(axis=1).reshape(-1)
+
+
 def hold(
     w: NDArray[np.floating], codes: Codes, scale: NDArray[np.float32], highest: np.ndarray, pairs: Reach, groups: int = 1
 ) -> tuple[Codes, NDArray[np.float32]]:

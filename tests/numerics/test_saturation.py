@@ -11,7 +11,7 @@ from tiny import Tiny, build
 
 from onnxcomp.graph.convert import to_graph
 from onnxcomp.graph.edit import Node
-from onnxcomp.numerics.saturation import LIMIT, hold, reach
+from onnxcomp.numerics.saturation import LIMIT, crowded, hold, reach
 from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import Bits, Recipe
 
@@ -180,6 +180,29 @@ def test_what_is_held_of_a_conv_is_not_suspected_again(rng: np.random.Generator,
         assert np.abs(held * steps.reshape(-1, *[1] * (w.ndim - 1)) - w).max() <= 0.6
         found += (held != before).sum()
     assert found
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((20, 6), 1), ((21, 6), 1), ((4, 6, 2, 1), 1), ((4, 5, 2, 1), 1), ((4, 6, 1, 2), 2), ((4, 5, 2), 2)]
+)
+def test_the_reach_of_pairs_that_are_not_crowded_does_not_matter(rng: np.random.Generator, shape: tuple[int, ...], groups: int):
+    changed = spared = 0
+    for _ in range(20):
+        channels = shape[0] if len(shape) == 2 else groups * shape[1]
+        w, a = rng.normal(0, 0.5, shape), activations(rng, 6, channels)
+        before, scale = rounded(w, 1 if len(shape) == 2 else 0)
+        highest, pairs = a.max(axis=0), reach(a.max(axis=0)[None])
+        asked = crowded(before, highest, groups)
+        pairs[asked] = reach(a)[asked]
+
+        held, steps = hold(w, before, scale, highest, pairs, groups)
+
+        wanted, wanted_steps = hold(w, before, scale, highest, reach(a), groups)
+        assert (held == wanted).all()
+        assert (steps == wanted_steps).all()
+        changed, spared = changed + (held != before).sum(), spared + (~asked).sum()
+    assert spared
+    assert changed
 
 
 def test_channels_that_fit_are_left_as_they_are(rng: np.random.Generator):
