@@ -76,7 +76,7 @@ def bits(site: Site, walk: Walk) -> str:
     """The widths of a site, as `SiteReport.bits` has them."""
     settings = walk.plan.settings.get(site.name)
     if settings is None:  # it joins what is stored
-        return f"a{walk.target.encoding.storage(walk.plan.settings.values()).bits}"
+        return f"a{walk.plan.joined[site.name]}"
     activations = f"a{settings.activation_bits}"
     if site.weight is None:
         return activations

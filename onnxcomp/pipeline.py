@@ -166,7 +166,7 @@ def compress(
     corrected = correct_ranks(prepared, {name: array.ndim for name, array in outputs.items()})
     equal = transform(prepared, recipe, target, single, samples, stackable=stackable)
     graph, recipe, choice = equal.graph, equal.recipe, equal.choice
-    plan = target.plan(graph, choice.sites, choice.settings)
+    plan = target.plan(graph, choice.sites, choice.settings, equal.wide)
 
     if outside(prepared.model):
         reference = runtime.Session(prepared.model)  # which has read nothing yet

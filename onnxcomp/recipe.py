@@ -101,7 +101,7 @@ class Recipe:
     embeddings: Literal["auto"] | bool = "auto"
     """Quantize the tables that Gather reads rows of too; auto: the larger ones, to 8 bits, where the target takes them."""
     sensitive: Literal["auto", "asked"] = "auto"
-    """The bits of the few layers that the outputs lose most by: 8, or those asked for."""
+    """The bits of the few layers that the outputs lose most by: 8, and of tensors 16 where those are taken; or as asked."""
     equalization: Literal["auto", "none"] = "auto"
     """Scale and mix the channels between layers first, where that costs nothing at run time."""
     moments: Literal["auto", "none"] = "auto"

@@ -42,6 +42,8 @@ class Equal:
     choice: Choice
     notes: list[str]
     decisions: list[Decision] = field(default_factory=list)
+    wide: frozenset[str] = frozenset()
+    """The stored tensors that have 16 bits."""
 
 
 def transform(
@@ -91,6 +93,8 @@ def transform(
         sites, mixed = rotation.rotate_inputs(found.graph, like, sites, bits, few, decided)
         found.decisions += [account.decision(name, "rotation", outcome) for name, outcome in mixed.items()]
     found.choice = replace(choice, sites=sites, blocks=blocks)
+    if recipe.sensitive == "auto" and target.encoding.where == "units" and not outside(like):
+        _store_wide(found, prepared, target, {k: array[: sensitivity.ROWS] if stackable else array for k, array in few.items()})
     return found
 
 
@@ -131,6 +135,20 @@ def _widen(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> None
     found.recipe = widened(found.recipe, {name: layer.widths for name, layer in wide.items()})
     found.choice = choose(found.graph, found.recipe, target, with_data=True)
     found.decisions += [account.decision(name, "8 bits", layer.outcome, layer.added_bytes) for name, layer in wide.items()]
+
+
+def _store_wide(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> None:
+    """Let tensors that 8 bits do not hold have 16, where nothing was asked to."""
+    points = target.plan(found.graph, found.choice.sites, found.choice.settings).points
+    if not target.encoding.wide or any(point.scheme.bits > sensitivity.WIDE for point in points):
+        return
+    stored = [p for p in points if p.consumers is None and p.same_as is None and p.scheme.bits == sensitivity.WIDE]
+    given = [s for s in found.choice.sites if s.kind == "layer" and s.name not in open_widths(found.recipe, found.choice)]
+    closed = {name for site in given for name in (*site.inputs, site.raw, site.y)}  # whose bits a rule gives
+    names = [point.tensor for point in stored if point.tensor not in closed]
+    wide = sensitivity.store(found.graph, prepared.model, found.choice.sites, names, rows)
+    found.wide = frozenset(wide)
+    found.decisions += [account.decision(name, "16 bits", outcome) for name, outcome in wide.items()]
 
 
 def _rescue(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> bool:

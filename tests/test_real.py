@@ -11,6 +11,7 @@ import pytest
 from scripts import load_tool
 
 from onnxcomp import runtime
+from onnxcomp.comparison import compare
 from onnxcomp.data import InputSpec
 from onnxcomp.methods.bias import BiasCompensation
 from onnxcomp.pipeline import Result, quantize
@@ -55,6 +56,19 @@ def test_w8a8_keeps_the_accuracy_on_integer_kernels(name: str, data_dir: Path, t
     before, after = scores(name, data_dir, data_dir / bench.SUBJECTS[name].file, output)
     drop = 100 * (after / before - 1) if bench.SUBJECTS[name].language else before - after
     assert drop <= DROPS[name]
+
+
+def test_a_transformer_with_massive_activations_keeps_its_accuracy_where_all_is_stored(data_dir: Path, tmp_path: Path):
+    output = tmp_path / "out.onnx"
+
+    report = make("vit", data_dir, output, "w8a8", dataclasses.replace(find("auto"), target="qnn")).report
+
+    assert {site.bits for site in report.sites if site.kind == "layer"} == {"w8a8", "w8a16"}
+    assert report.verification.sqnr_db > 14
+    subject = bench.SUBJECTS["vit"]
+    found = compare(data_dir / subject.file, output, data_dir / subject.test, preprocess=subject.preprocess, limit=256)
+    assert found.accuracy is not None
+    assert found.accuracy.drop_points <= DROPS["vit"]
 
 
 TARGETS = ("ort-x86", "ort-arm", "openvino")

@@ -55,6 +55,8 @@ class Quantizers:
     """Site, or tensor that is quantized for everyone -> what quantizing it does to one sample."""
     _parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Tensor -> the names of its static scale and zero point."""
+    _read_as: dict[str, str] = field(default_factory=dict)
+    """Input of the model that is quantized for everyone -> what is read in its place; of any other tensor that has its name."""
     _done: set[Point] = field(default_factory=set)
     entries: dict[str, str] = field(default_factory=dict)
     """Tensor that is quantized for everyone -> what holds, in the compressed graph, the value that the store keeps: the one
@@ -65,8 +67,7 @@ class Quantizers:
         missing = [point for point in self.plan.points if point not in self._done]
         if step is None:
             return missing
-        site = None if step.site is None else step.site.name
-        return [p for p in missing if p.tensor in step.reads and (p.consumers is None or site in p.consumers)]
+        return [p for p in missing if p.tensor in step.reads and (p.consumers is None or step.head in p.consumers)]
 
     def fake(self, site: Site) -> Fake:
         """What quantizing the site's input does to one sample, as far as it is not in the input already."""
@@ -76,7 +77,7 @@ class Quantizers:
         """Quantize one tensor; `cut` offers it as `xh`, and is None where there are no samples."""
         earlier = sum(p.tensor == point.tensor for p in self._done)
         tape = Tape(f"{point.tensor}/quantized" + (f"-{earlier + 1}" if earlier else ""))
-        granularity, source, q, fake = point.granularity, point.tensor, None, None
+        granularity, source, q, fake = point.granularity, self._read_as.get(point.tensor, point.tensor), None, None
         if granularity in ("static", "auto") and point.same_as is None:
             assert cut is not None, "without samples every range is measured at run time"
             how = point.scheme, point.ranges, point.percentile, point.highest, self._behind(point), point.divides, point.tensor
@@ -84,7 +85,8 @@ class Quantizers:
             if granularity == "auto":
                 granularity = self._granularity(point, q, cut)
         if cut is not None:
-            source, q, fake = self._change(point, q if granularity == "static" else None, cut, tape.prefix)
+            changed, q, fake = self._change(point, q if granularity == "static" else None, cut, tape.prefix)
+            source = source if changed == point.tensor else changed
         if granularity != "static":
             ratio = 1.0
             if granularity == "token" and cut is not None:
@@ -117,9 +119,11 @@ class Quantizers:
 
     def _write(self, tape: Tape, point: Point, new: str) -> None:
         """Write the quantizer on the tape, whose output is `new`, into the graph."""
-        apply(self.compressed, "quantize", tape, {point.tensor: new}, point.consumers)
+        apply(self.compressed, "quantize", tape, {self._read_as.get(point.tensor, point.tensor): new}, point.consumers)
         if tape.nodes[-1].inputs[1:]:
             self._parameters[point.tensor] = tape.nodes[-1].inputs[1:]
+        if point.consumers is None and any(t.name == point.tensor for t in self.compressed.inputs):
+            self._read_as[point.tensor] = new
         if point.consumers is None:
             self.entries[point.tensor] = next(n for n in self.compressed.nodes if n.name == new).inputs[0].name
 

@@ -20,6 +20,8 @@ class Step:
     """One stretch of the model between two cuts. Names are tensors of the float model."""
 
     index: int
+    head: str
+    """The node that the cut was made in front of; empty for the first stretch."""
     site: Site | None
     """The site at the head of the stretch, if the cut was made for one."""
     reads: tuple[str, ...]
@@ -52,6 +54,6 @@ def schedule(graph: gs.Graph, heads: Mapping[str, Site | None]) -> tuple[Step, .
         seen = [] if head is None else [*head.inputs, *outer_reads(head, tensors)]
         reads = tuple(t.name for t in seen if isinstance(t, gs.Variable))
         site = None if head is None else heads[head.name]
-        steps.append(Step(index, site, reads, tuple(alive), tuple(computed)))
+        steps.append(Step(index, "" if head is None else head.name, site, reads, tuple(alive), tuple(computed)))
         alive += computed
     return tuple(steps)

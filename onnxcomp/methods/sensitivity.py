@@ -9,7 +9,8 @@ codes of 8 bits at every width take wide activations for nothing, and others hav
 
 What has 8 bits already is looked at where its range is fixed. Where the activations of a layer do more damage than they have
 of the multiplications they stay float, and rough weights are rounded by GPTQ. What a Conv stores counts with it where an
-activation reads that, for a float layer stores nothing.
+activation reads that, for a float layer stores nothing. Where every tensor is stored and may have 16 bits, those that 8 bits
+do not hold get them, such as the residual stream behind massive activations.
 
 Source  the sensitivity of layers alone, as in HAWQ (arXiv:1905.03696) and ZeroQ (arXiv:2001.00281), by running the errors
         themselves through the model: at 4 bits they are too large for a second derivative.
@@ -19,7 +20,8 @@ Limits  errors are those of rounding to nearest, in front of equalization and co
         2 GiB, which every stretch would read again, stay as they are.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,8 +48,10 @@ ROUGH, FLOAT = 0.001, 0.25
 """Damage of a part of 8 bits from which something is done: weights are rounded by GPTQ, and activations stay float where
 they do more damage than they have of all multiplications, of which no more than `FLOAT` may.
 """
+ENOUGH = 0.01
+"""Damage of all that is stored in 8 bits that is left: 20 dB."""
 SEEN = 1 << 16
-"""Values that the range of what a Conv stores is chosen by."""
+"""Values that the range of what is stored is chosen by."""
 ROWS = 4
 """Samples."""
 STRETCHES, SHORTEST = 8, 6
@@ -158,6 +162,47 @@ def rescue(
     return found
 
 
+def store(
+    graph: Graph, like: ModelProto, sites: Sequence[Site], tensors: Collection[str], feed: Mapping[str, Array]
+) -> dict[str, Outcome]:
+    """Those of the `tensors`, stored in 8 bits each, that get 16: the ones that the float outputs lose most by on the samples
+    of `feed`, until the rest does no more than `ENOUGH` damage. The layers of `sites` that make or read them do no more than
+    `FLOAT` of the multiplications.
+    """
+    if all(t.dtype != np.float32 for t in compared(graph)):
+        return {}
+    homes = {t.name: node.name for node in graph.nodes for t in node.outputs if t.name in tensors}
+    nodes, layers = {node.name: node for node in graph.nodes}, [site for site in sites if site.kind == "layer"]
+    steps = schedule(graph, dict.fromkeys([*homes.values(), *(site.name for site in layers)]))
+    length, live, macs, found = -(-len(steps) // STRETCHES), dict(feed), dict[str, int](), dict[str, float]()
+    for start in range(0, len(steps), length):
+        stretch, behind = steps[start : start + length], steps[start + length : start + length + 1]
+        live = {name: live[name] for name in stretch[0].live_in}
+        heads = {step.head for step in stretch}  # an input has no home, and the first stretch no head
+        here = [name for name in tensors if homes.get(name, "") in heads]
+        made = [site for site in layers if site.name in heads]
+        needed = [*(site.raw for site in made), *(name for step in behind for name in step.live_in)]
+        part = extract(graph, list(live), [name for name in dict.fromkeys([*here, *needed]) if name not in live])
+        passed = {**live, **(run_part(part, live, like) if part.outputs else {})}
+        errors = [Error(name, (), False, _rounding(passed[name], name), for_all=True) for name in here]
+        found |= zip(here, _damages(graph, like, errors, live, ENOUGH / 10), strict=True)
+        for site in made:
+            shape = nodes[site.name].inputs[1].shape
+            macs[site.name] = passed[site.raw].size * math.prod(shape) // shape[site.weight_axis]
+        live = passed
+    total, taken, wide = sum(found.values()), dict[str, Outcome](), set[str]()
+    left, budget = total, FLOAT * sum(macs.values())
+    for name in sorted(found, key=lambda name: -found[name]):
+        more = wide | {site.name for site in layers if name in (site.x, site.raw, site.y)}
+        if left <= ENOUGH or not found[name]:
+            break
+        if sum(macs[site] for site in more) <= budget:
+            wide, left = more, left - found[name]
+            reason = f"stored in {WIDE} bits it costs the outputs {-10 * np.log10(found[name]):.0f} dB alone"
+            taken[name] = Outcome({}, reason, float(-10 * np.log10(max(1 - found[name] / total, TINY))))
+    return taken
+
+
 def measure(
     graph: Graph, like: ModelProto, layers: Sequence[Site], asked: Mapping[str, Widths], feed: Mapping[str, Array],
     open_to: frozenset[str] = frozenset(), *, mixed: bool = False, least: float = 0.0,
@@ -220,6 +265,12 @@ def _run(
     part.cleanup()
     found = {**live, **(run_part(part, live, like) if part.outputs else {})}
     return {name: found[name] for name in read}, {name: found[twin] for name, twin in twins.items()}
+
+
+def _rounding(values: Array, name: str) -> Array:
+    """What storing the values of a tensor in 8 bits does to them."""
+    q = choose(Histogram.of(subsample(values, SEEN), name), Scheme(WIDE))
+    return np.asarray(q.fake(values) - values)  # also of a single one
 
 
 def _activation(graph: Graph, site: Site) -> Graph | None:

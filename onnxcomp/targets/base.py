@@ -60,7 +60,11 @@ class Plan:
     points: tuple[Point, ...]
     """In the order in which they are to be fitted on a tensor."""
     heads: Mapping[str, Site | None] = field(default_factory=dict)
-    """The nodes in front of which the walk stops: every site, and the first reader of every stored tensor."""
+    """The nodes in front of which the walk stops: every site, the first reader of every stored tensor, and whoever reads one in
+    another width.
+    """
+    joined: Mapping[str, int] = field(default_factory=dict)
+    """Bits of what each join makes."""
 
 
 Results = frozenset[str]
@@ -137,4 +141,4 @@ class Encoding:
 
     def storage(self, settings: Iterable[Settings]) -> Scheme:
         """The scheme of what nobody asks to be narrower: of 16 bits where these are asked for at all."""
-        return Scheme(max(8, *(s.activation_bits for s in settings)), False, self.symmetric)
+        return Scheme(max([8, *(s.activation_bits for s in settings)]), False, self.symmetric)

@@ -332,7 +332,8 @@ class _Lowering:
 
     def _store(self, node: Node, index: int, values: np.ndarray) -> None:
         """In 8 bits, or beside wider codes in as many; a norm takes 8 bits in any case."""
-        beside = [t.inputs[0].attrs["bits"] for t in node.inputs if _is_static(t)] if "Norm" not in node.op else []
+        around = [*node.inputs, *(t for made in node.outputs for n in made.outputs for t in n.outputs)]
+        beside = [t.inputs[0].attrs["bits"] for t in around if _is_static(t)] if "Norm" not in node.op else []
         q = from_range(values.min(), values.max(), Scheme(max([8, *beside]), self.encoding.signed, self.encoding.symmetric))
         stored = {"codes": q.quantize(values), "scale": q.scale, "zero_point": q.zero_point}
         self._read_stored(node, index, f"operand-{index}" if self._is_closed else "operand", stored)

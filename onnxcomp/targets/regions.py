@@ -5,23 +5,30 @@ quantized Convs are *stored* as integers, and so is whatever joins, pools or mov
 kernel: a residual Add, a Concat, a MaxPool. Everything else around a layer needs its input quantized, nothing more.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, outer_reads, tensors_of
 from onnxcomp.graph.sites import LAYER_OPS, PASS_THROUGH_OPS, Site, join
+from onnxcomp.numerics.affine import Scheme
 from onnxcomp.targets.base import Encoding, Plan, Point, Settings
 
 JOIN_OPS = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "HardSwish"})
 """Operators without weights that have an integer kernel when inputs and output are quantized, or are written as such."""
+WIDE = 16
+"""Bits of the tensors that 8 bits do not hold."""
 _Stored = dict[str, str | None]
 """Stored tensor -> the tensor whose parameters it shares, or None for its own."""
 
 
-def plan(graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], encoding: Encoding) -> Plan:
-    """Points for `sites`: stored tensors of 8 bits, and the sites' inputs at their own bits; see `Encoding.where`."""
+def plan(
+    graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], encoding: Encoding, wide: Collection[str] = ()
+) -> Plan:  # fmt: skip
+    """Points for `sites`: stored tensors of 8 bits, and the sites' inputs at their own bits; see `Encoding.where`. Stored
+    tensors that are `wide` have 16, and so has all that their makers and readers make and read.
+    """
     static = {s.name: s for s in sites if settings[s.name].activations in ("static", "auto")}
     tensors, results = tensors_of(graph), {t.name for t in graph.outputs}
     find = {"regions": _find_region, "units": _find_units, "inputs": _find_skips, "layers": lambda *_: ({}, [])}[encoding.where]
@@ -29,11 +36,15 @@ def plan(graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], 
     if encoding.where == "inputs":
         settings = dict(settings) | {site.name: _of_skip(site, tensors, static, settings) for site in joins}
     points: dict[str, Point] = {}
+    storage, wider = encoding.storage(settings.values()), _wider(graph, stored, results, wide)
     for tensor, same_as in stored.items():
         if same_as is None:
-            points[tensor] = _storage_point(tensors[tensor], stored, settings, results, encoding)
+            point = _storage_point(tensors[tensor], stored, settings, results, encoding)
+            is_wide = tensor in wide or any(node.name in wider for node in tensors[tensor].inputs)
+            points[tensor] = replace(point, scheme=replace(point.scheme, bits=WIDE)) if is_wide else point
         else:  # the same values, so the same codes
             points[tensor] = replace(points[same_as], tensor=tensor, highest=float("inf"), same_as=same_as)
+    settings = {name: replace(s, activation_bits=WIDE) if name in wider else s for name, s in settings.items()}
     order = {node.name: index for index, node in enumerate(graph.nodes)}
     every = sorted([*sites, *joins], key=lambda site: order[site.name])
     heads, unread = dict[str, Site | None]({site.name: site for site in every}), set(stored)
@@ -42,7 +53,49 @@ def plan(graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], 
         if read:
             heads.setdefault(node.name, None)
             unread.difference_update(read)
-    return Plan(tuple(every), dict(settings), (*points.values(), *_input_points(every, settings, points, encoding)), heads)
+    between = _conversions(graph, points, settings, wider, storage) if wider else []
+    for name in (name for point in between for name in point.consumers or ()):
+        heads.setdefault(name, None)
+    made = {site.name: points.get(tail(tensors[site.y], results).name) for site in joins}
+    bits = {name: point.scheme.bits for name, point in made.items() if point is not None}
+    return Plan(
+        tuple(every), settings, (*points.values(), *_input_points(every, settings, points, encoding), *between), heads, bits
+    )
+
+
+def _wider(graph: Graph, stored: _Stored, results: set[str], wide: Collection[str]) -> set[str]:
+    """The operators that make or read a `wide` tensor, and those that end what they make."""
+    sources, found = dict[str, str](), set[str]()
+    for name, same_as in stored.items():
+        sources[name] = name if same_as is None else sources[same_as]
+    for node in graph.nodes if wide else ():
+        read, made = [t.name for t in _activations(node)], [tail(t, results).name for t in node.outputs]
+        is_begun = any(maker.name in found for t in node.inputs if t.name not in stored for maker in t.inputs)
+        if not _is_move(node, stored) and (is_begun or any(sources.get(name) in wide for name in (*read, *made))):
+            found.add(node.name)
+    return found
+
+
+def _is_move(node: Node, stored: _Stored) -> bool:
+    return node.op in PASS_THROUGH_OPS and node.inputs[0].name in stored
+
+
+def _conversions(
+    graph: Graph, stored: Mapping[str, Point], settings: Mapping[str, Settings], wider: Collection[str], storage: Scheme
+) -> list[Point]:
+    """One point per stored tensor for what is no site and reads it in another width than it is stored in."""
+    shared: dict[tuple[str, int], list[str]] = {}
+    for node in graph.nodes:
+        bits = WIDE if node.name in wider else storage.bits
+        if node.name in settings or node.op in PASS_THROUGH_OPS or all(t.dtype != np.float32 for t in node.outputs):
+            continue
+        for name in dict.fromkeys(t.name for t in _activations(node)):
+            if name in stored and stored[name].scheme.bits != bits:
+                shared.setdefault((name, bits), []).append(node.name)
+    return [
+        Point(name, replace(storage, bits=bits), "static", "mse", 99.99, tuple(readers))
+        for (name, bits), readers in shared.items()
+    ]
 
 
 def _find_region(graph: Graph, static: Mapping[str, Site], results: set[str]) -> tuple[_Stored, list[Site]]:

@@ -5,7 +5,7 @@ quantizers of the compressed graph to the operators that its runtime runs fastes
 backwards: what is wrong with a file, ours or another's, node by node.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -56,9 +56,11 @@ class Target:
         more = "; float16" if self.half else "; fixed shapes" if self.fixed else ""
         return f"activations {kind}, ranges {measured}; narrow weights stored as {weights}; bias {e.bias}{more}"
 
-    def plan(self, graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings]) -> Plan:
-        """Place the quantizers around `sites` in the float `graph`, which is only read."""
-        return regions.plan(graph, sites, settings, self.encoding)
+    def plan(self, graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], wide: Collection[str] = ()) -> Plan:
+        """Place the quantizers around `sites` in the float `graph`, which is only read; stored tensors that are `wide` have 16
+        bits.
+        """
+        return regions.plan(graph, sites, settings, self.encoding, wide)
 
     def requirements(self, plan: Plan) -> tuple[str, ...]:
         """What the file needs where it runs."""

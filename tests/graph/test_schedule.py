@@ -97,7 +97,7 @@ def test_a_head_without_a_site_is_a_cut():
 def test_without_heads_the_whole_model_is_one_step():
     graph = to_graph(parse("g (float[2] x) => (float[2] y) { [a] h = Neg(x) [b] y = Exp(h) }"))
 
-    assert schedule(graph, {}) == (Step(0, None, (), ("x",), ("y",)),)
+    assert schedule(graph, {}) == (Step(0, "", None, (), ("x",), ("y",)),)
 
 
 def test_graph_outputs_are_alive_to_the_end():

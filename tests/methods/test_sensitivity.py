@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import tiny
 from equality import parse
+from onnx import ModelProto
 
 from onnxcomp import account
 from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.prepare import Prepared, prepare
 from onnxcomp.graph.sites import find_sites
 from onnxcomp.methods import sensitivity
-from onnxcomp.methods.sensitivity import Rescued, Wide, measure, rescue, widen
+from onnxcomp.methods.sensitivity import Rescued, Wide, measure, rescue, store, widen
 from onnxcomp.numerics.affine import weight_qparams
 from onnxcomp.pipeline import quantize
 from onnxcomp.recipe import Bits, Recipe, SiteRule
@@ -233,7 +235,7 @@ def test_what_the_recipe_or_the_target_leaves_no_choice_of_is_not_rescued(option
 
     rescued = [d.site for d in report.decisions if d.method == "rescue" and d.adopted]
     assert rescued == ([] if options else ["a"])
-    assert report.sites[0].bits == ("w8a8" if options else "w8")
+    assert report.sites[0].bits == ("w8a16" if "target" in options else "w8a8" if options else "w8")
 
 
 def test_what_a_conv_stores_counts_where_an_activation_reads_it():
@@ -279,3 +281,90 @@ def test_a_frozen_recipe_keeps_the_widths():
     again = quantize(net.model, net.samples, account.frozen(report)).report
 
     assert [site.bits for site in report.sites] == [site.bits for site in again.sites]
+
+
+# --- tensors that 8 bits do not hold ------------------------------------------------------------------------------------
+
+STREAM = "[a] h = MatMul(x, w1) [j] s = Add(h, x) [b] g = MatMul(s, w2) r = Relu(g) [c] y = MatMul(r, w3)"
+
+
+def stream(rng: np.random.Generator, width: int = 16) -> tuple[ModelProto, np.ndarray]:
+    """A residual stream of which one channel, that no layer reads, is a thousand times as wide as the others."""
+    w = {name: rng.normal(size=(width, width)).astype(np.float32) / 4 for name in ("w1", "w2", "w3")}
+    w["w1"][0] = w["w2"][0] = 0
+    x = rng.normal(size=(16, width)).astype(np.float32)
+    x[:, 0] *= 1000
+    return parse(f"g (float[N,{width}] x) => (float[N,{width}] y) {{ {STREAM} }}", w, opset=21), x
+
+
+def test_the_tensors_that_lose_most_are_stored_in_16_bits(rng: np.random.Generator):
+    model, x = stream(rng)
+    p = prepare(model, infer_types)
+
+    loose = store(p.graph, p.model, (), ["x", "h", "s", "g", "r", "y"], {"x": x})
+
+    assert list(loose) == ["x", "s"]
+    assert loose["s"].reason.startswith("stored in 8 bits it costs the outputs ")
+
+
+def test_layers_of_most_multiplications_keep_8_bits(rng: np.random.Generator):
+    """Two of three equal layers read x and s."""
+    model, x = stream(rng)
+    p = prepare(model, infer_types)
+
+    assert store(p.graph, p.model, find_sites(p.graph), ["x", "h", "s", "g", "r", "y"], {"x": x}) == {}
+
+
+def test_where_8_bits_are_enough_nothing_is_stored_in_16(rng: np.random.Generator):
+    p = prepare(stream(rng)[0], infer_types)
+
+    assert (
+        store(p.graph, p.model, (), ["x", "h", "s", "g", "r", "y"], {"x": rng.normal(size=(16, 16)).astype(np.float32)}) == {}
+    )
+
+
+@pytest.mark.parametrize("stretches", [1, 3, 100])
+def test_where_the_model_is_cut_changes_nothing_of_what_is_stored(
+    rng: np.random.Generator, stretches: int, monkeypatch: pytest.MonkeyPatch
+):
+    model, x = stream(rng)
+    p = prepare(model, infer_types)
+    whole = store(p.graph, p.model, (), ["x", "s", "y"], {"x": x})
+
+    monkeypatch.setattr(sensitivity, "STRETCHES", stretches)
+    found = store(p.graph, p.model, (), ["x", "s", "y"], {"x": x})
+
+    assert found.keys() == whole.keys()
+    assert [f.gain_db for f in found.values()] == pytest.approx([f.gain_db for f in whole.values()], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "wide"),
+    [
+        ({}, ["x", "s"]),
+        ({"sensitive": "asked"}, []),
+        ({"site": (SiteRule("a", Bits(8, 8)),)}, ["s"]),
+        ({"target": "portable"}, []),
+    ],
+)
+def test_a_stream_that_8_bits_do_not_hold_has_16_where_all_is_stored(
+    rng: np.random.Generator, options: dict[str, object], wide: list[str]
+):
+    """Seven more layers, so that those that read the stream have less than a quarter of the multiplications."""
+    w = {f"v{i}": (rng.normal(size=(16, 16)) / 4).astype(np.float32) for i in range(7)}
+    model, x = stream(rng)
+    w |= {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
+    more = " ".join(f"z{i + 1} = MatMul(z{i}, v{i})" for i in range(7)).replace("z7", "y")
+    text = f"g (float[N,16] x) => (float[N,16] y) {{ {STREAM.replace(' y = ', ' z0 = ')} {more} }}"
+
+    result = quantize(parse(text, w, opset=21), x, Recipe(**{"target": "qnn", "rotation": "none"} | options))  # type: ignore[arg-type]
+
+    found = [d.site for d in result.report.decisions if d.method == "16 bits" and d.adopted]
+    types = {i.name: i.data_type for i in result.model.graph.initializer}
+    codes = {types[n.input[2]] for n in result.model.graph.node if n.op_type == "QuantizeLinear"}
+    assert found == wide
+    assert (onnx.TensorProto.UINT16 in codes) is bool(wide)
+    if "target" not in options:
+        assert (result.report.verification.sqnr_db > 15) is (len(wide) == 2)
+        assert result.report.verification.expected_db is not None
+        assert result.report.verification.expected_db > 60
