@@ -48,8 +48,8 @@ ROUGH, FLOAT = 0.001, 0.25
 """Damage of a part of 8 bits from which something is done: weights are rounded by GPTQ, and activations stay float where
 they do more damage than they have of all multiplications, of which no more than `FLOAT` may.
 """
-ENOUGH = 0.01
-"""Damage of all that is stored in 8 bits that is left: 20 dB."""
+ENOUGH, LITTLE = 0.01, 0.001
+"""Damage of all that is stored in 8 bits that is left, 20 dB, and of one tensor for which nothing is done."""
 SEEN = 1 << 16
 """Values that the range of what is stored is chosen by."""
 ROWS = 4
@@ -185,7 +185,7 @@ def store(
         part = extract(graph, list(live), [name for name in dict.fromkeys([*here, *needed]) if name not in live])
         passed = {**live, **(run_part(part, live, like) if part.outputs else {})}
         errors = [Error(name, (), False, _rounding(passed[name], name), for_all=True) for name in here]
-        found |= zip(here, _damages(graph, like, errors, live, ENOUGH / 10), strict=True)
+        found |= zip(here, _damages(graph, like, errors, live, LITTLE), strict=True)
         for site in made:
             shape = nodes[site.name].inputs[1].shape
             macs[site.name] = passed[site.raw].size * math.prod(shape) // shape[site.weight_axis]
@@ -194,7 +194,7 @@ def store(
     left, budget = total, FLOAT * sum(macs.values())
     for name in sorted(found, key=lambda name: -found[name]):
         more = wide | {site.name for site in layers if name in (site.x, site.raw, site.y)}
-        if left <= ENOUGH or not found[name]:
+        if left <= ENOUGH or found[name] < LITTLE:
             break
         if sum(macs[site] for site in more) <= budget:
             wide, left = more, left - found[name]

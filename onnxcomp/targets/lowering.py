@@ -23,7 +23,7 @@ import numpy as np
 
 from onnxcomp.graph.convert import packed_int4
 from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node, Nodes, Tensor, Variable, insert_before, remove
-from onnxcomp.numerics.affine import Scheme, along, from_range
+from onnxcomp.numerics.affine import QParams, Scheme, along, from_range
 from onnxcomp.numerics.planes import pack, planes, table
 from onnxcomp.targets import nbits
 from onnxcomp.targets.base import Encoding
@@ -82,6 +82,8 @@ class _Lowering:
                 self._integer_operand(node)
             if node.op in OPERANDS and self._is_closed:
                 self._integer_constants(node)
+            if node.op == "Gather" and self._is_closed:
+                self._integer_table(node)
             if node.op == "Gemm" and _is_stored(node.inputs[1]) and not self._is_closed:
                 self._split_gemm(node)
             if node.op == "Conv" and self.encoding.channels > 1:
@@ -329,6 +331,15 @@ class _Lowering:
         for index, tensor in enumerate(node.inputs):
             if isinstance(tensor, Constant) and tensor.dtype == np.float32:
                 self._store(node, index, tensor.values)
+
+    def _integer_table(self, node: Node) -> None:
+        """Store the table that the node picks from in the codes of what it makes, which are moved then."""
+        table, made = node.inputs[0], [t for n in node.outputs[0].outputs for t in n.outputs]
+        if isinstance(table, Constant) and table.dtype == np.float32 and len(made) == 1 and _is_static(made[0]):
+            quantize = made[0].inputs[0]
+            scale, zero = (t.values for t in self._stored(quantize, 1))
+            codes = QParams(self._scheme(quantize.attrs["bits"]), scale, zero).quantize(table.values)
+            self._read_stored(node, 0, "table", {"codes": codes, "scale": scale, "zero_point": zero})
 
     def _store(self, node: Node, index: int, values: np.ndarray) -> None:
         """In 8 bits, or beside wider codes in as many; a norm takes 8 bits in any case."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from equality import stored
 from tiny import Tiny, bias, build, weight
 
 from onnxcomp.account import frozen
@@ -64,3 +65,19 @@ def test_eight_bits_of_a_table_lose_next_to_nothing():
     # Rounding to 8 bits, alone, leaves 44 dB or more of normal numbers whose range is below 6 standard deviations.
     assert stored.report.verification.sqnr_db > plain.report.verification.sqnr_db - 1
     assert stored.report.output_bytes < 0.5 * plain.report.output_bytes
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [("w8a8", np.uint8), ("w8a16", np.uint16)])
+def test_where_all_is_codes_a_table_has_those_of_what_is_picked_from_it(bits: str, dtype: type):
+    result = quantize(LANGUAGE.model, LANGUAGE.samples, Recipe(target="qnn", bits=Bits.parse(bits)))
+
+    nodes, values = result.model.graph.node, stored(result.model)
+    makers = {output: node for node in nodes for output in node.output}
+    for gather in (node for node in nodes if node.op_type == "Gather"):
+        codes, *read = makers[gather.input[0]].input
+        (quantize_node,) = (node for node in nodes if gather.output[0] in node.input)
+        assert (makers[gather.input[0]].op_type, values[codes].dtype) == ("DequantizeLinear", dtype)
+        assert [values[name] for name in read] == [values[name] for name in quantize_node.input[1:]]
+    assert not any(a.dtype == np.float32 and a.size > 64 for a in values.values())
+    assert result.report.verification.expected_db == 200
+    assert result.report.verification.sqnr_db > 35
