@@ -7,7 +7,7 @@ changed the graph.
 
 import glob
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -42,8 +42,8 @@ class Equal:
     choice: Choice
     notes: list[str]
     decisions: list[Decision] = field(default_factory=list)
-    wide: frozenset[str] = frozenset()
-    """The stored tensors that have 16 bits."""
+    wide: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The stored tensors that have 16 bits, and the layers that read them so."""
 
 
 def transform(
@@ -147,16 +147,17 @@ def _store_wide(found: Equal, prepared: Prepared, target: Target, rows: Feed) ->
     closed = {name for site in given for name in (*site.inputs, site.raw, site.y)}  # whose bits a rule gives
     names = [point.tensor for point in stored if point.tensor not in closed]
     wide = sensitivity.store(found.graph, prepared.model, found.choice.sites, names, rows)
-    found.wide = frozenset(wide)
-    found.decisions += [account.decision(name, "16 bits", outcome) for name, outcome in wide.items()]
+    found.wide = {name: tensor.layers for name, tensor in wide.items()}
+    found.decisions += [account.decision(name, "16 bits", tensor.outcome) for name, tensor in wide.items()]
 
 
 def _rescue(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> bool:
     """Let layers of 8-bit activations with a fixed range that lose too much stay float there, or have their weights rounded by
     GPTQ; whether one stays float.
     """
-    is_open = {"floats": found.recipe.activations == "auto", "gptq": found.recipe.rounding == "auto"}
-    if target.encoding.where == "units" or not any(is_open.values()):  # where nothing is float, or all is said
+    is_closed = target.encoding.where == "units"  # where nothing is float
+    is_open = {"floats": found.recipe.activations == "auto" and not is_closed, "gptq": found.recipe.rounding == "auto"}
+    if not any(is_open.values()):
         return False
     asked = {name: w for name, w in open_widths(found.recipe, found.choice).items() if w[1] == sensitivity.WIDE}
     asked = {name: w for name, w in asked.items() if found.choice.settings[name].activations == "static"}

@@ -21,18 +21,18 @@ Limits  errors are those of rounding to nearest, in front of equalization and co
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from onnxcomp.graph.behind import function_behind
 from onnxcomp.graph.convert import to_model
-from onnxcomp.graph.edit import Graph, Tape, Variable, apply, extract, tensors_of
+from onnxcomp.graph.edit import Graph, Node, Tape, Variable, apply, extract, tensors_of
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.schedule import schedule
 from onnxcomp.graph.selection import compared
-from onnxcomp.graph.sites import Site
+from onnxcomp.graph.sites import PASS_THROUGH_OPS, Site
 from onnxcomp.methods.base import Array, Outcome
 from onnxcomp.methods.rotation import can_mix, nearest, run_part
 from onnxcomp.numerics.affine import Scheme, weight_qparams
@@ -86,6 +86,13 @@ class Rescued(NamedTuple):
 
     is_float: bool
     is_gptq: bool
+    outcome: Outcome
+
+
+class Stored(NamedTuple):
+    """A tensor that is stored in 16 bits: the layers that read it so, others reading 8, and why."""
+
+    layers: tuple[str, ...]
     outcome: Outcome
 
 
@@ -164,42 +171,50 @@ def rescue(
 
 def store(
     graph: Graph, like: ModelProto, sites: Sequence[Site], tensors: Collection[str], feed: Mapping[str, Array]
-) -> dict[str, Outcome]:
+) -> dict[str, Stored]:
     """Those of the `tensors`, stored in 8 bits each, that get 16: the ones that the float outputs lose most by on the samples
-    of `feed`, until the rest does no more than `ENOUGH` damage. The layers of `sites` that make or read them do no more than
-    `FLOAT` of the multiplications.
+    of `feed`, until the rest does no more than `ENOUGH` damage. What layers read and others too counts for both apart. The
+    layers of `sites` that make them, or read them so, do no more than `FLOAT` of the multiplications.
     """
     if all(t.dtype != np.float32 for t in compared(graph)):
         return {}
     homes = {t.name: node.name for node in graph.nodes for t in node.outputs if t.name in tensors}
-    nodes, layers = {node.name: node for node in graph.nodes}, [site for site in sites if site.kind == "layer"]
-    steps = schedule(graph, dict.fromkeys([*homes.values(), *(site.name for site in layers)]))
-    length, live, macs, found = -(-len(steps) // STRETCHES), dict(feed), dict[str, int](), dict[str, float]()
+    nodes, layers = {node.name: node for node in graph.nodes}, {site.name: site for site in sites if site.kind == "layer"}
+    steps = schedule(graph, dict.fromkeys([*homes.values(), *layers]))
+    length, live, macs = -(-len(steps) // STRETCHES), dict(feed), dict[str, int]()
+    found = list[tuple[str, tuple[str, ...], float]]()
     for start in range(0, len(steps), length):
         stretch, behind = steps[start : start + length], steps[start + length : start + length + 1]
         live = {name: live[name] for name in stretch[0].live_in}
         heads = {step.head for step in stretch}  # an input has no home, and the first stretch no head
         here = [name for name in tensors if homes.get(name, "") in heads]
-        made = [site for site in layers if site.name in heads]
+        made = [site for name, site in layers.items() if name in heads]
         needed = [*(site.raw for site in made), *(name for step in behind for name in step.live_in)]
         part = extract(graph, list(live), [name for name in dict.fromkeys([*here, *needed]) if name not in live])
         passed = {**live, **(run_part(part, live, like) if part.outputs else {})}
-        errors = [Error(name, (), False, _rounding(passed[name], name), for_all=True) for name in here]
-        found |= zip(here, _damages(graph, like, errors, live, LITTLE), strict=True)
+        parts = [(*readers, name) for name in here for readers in _readers(graph, name, layers)]
+        lost = {name: _rounding(passed[name], name) for name in here}
+        errors = [Error(name, direct, False, lost[name], is_all) for direct, _, is_all, name in parts]
+        damages = _damages(graph, like, errors, live, LITTLE)
+        found += [(name, readers, damage) for (_, readers, _, name), damage in zip(parts, damages, strict=True)]
         for site in made:
             shape = nodes[site.name].inputs[1].shape
             macs[site.name] = passed[site.raw].size * math.prod(shape) // shape[site.weight_axis]
         live = passed
-    total, taken, wide = sum(found.values()), dict[str, Outcome](), set[str]()
+    total, damages, taken, wide = sum(damage for *_, damage in found), dict[str, float](), dict[str, Stored](), set[str]()
     left, budget = total, FLOAT * sum(macs.values())
-    for name in sorted(found, key=lambda name: -found[name]):
-        more = wide | {site.name for site in layers if name in (site.x, site.raw, site.y)}
-        if left <= ENOUGH or found[name] < LITTLE:
+    for name, readers, damage in sorted(found, key=lambda part: -part[2]):
+        if left <= ENOUGH or damage < LITTLE:
             break
-        if sum(macs[site] for site in more) <= budget:
-            wide, left = more, left - found[name]
-            reason = f"stored in {WIDE} bits it costs the outputs {-10 * np.log10(found[name]):.0f} dB alone"
-            taken[name] = Outcome({}, reason, float(-10 * np.log10(max(1 - found[name] / total, TINY))))
+        more = wide.union(readers, (site.name for site in layers.values() if name in (site.raw, site.y)))
+        if sum(macs[site] for site in more) > budget:
+            continue
+        wide, left = more, left - damage
+        damages[name] = damages.get(name, 0.0) + damage
+        reason = f"stored in {WIDE} bits it costs the outputs {-10 * np.log10(damages[name]):.0f} dB alone"
+        gain = float(-10 * np.log10(max(1 - damages[name] / total, TINY)))
+        before = taken[name].layers if name in taken else ()
+        taken[name] = Stored((*before, *readers), Outcome({}, reason, gain))
     return taken
 
 
@@ -265,6 +280,26 @@ def _run(
     part.cleanup()
     found = {**live, **(run_part(part, live, like) if part.outputs else {})}
     return {name: found[name] for name in read}, {name: found[twin] for name, twin in twins.items()}
+
+
+def _readers(
+    graph: Graph, name: str, layers: Collection[str]
+) -> list[tuple[tuple[str, ...], tuple[str, ...], bool]]:  # fmt: skip
+    """Who reads a tensor: layers and others apart where there are both. Of each their names, those of the layers among them and
+    behind mere moves, and whether they are all.
+    """
+
+    def behind(readers: Sequence[Node]) -> Iterator[str]:
+        for node in readers:
+            if node.name in layers:
+                yield node.name
+            elif node.op in PASS_THROUGH_OPS:
+                yield from behind([n for t in node.outputs for n in t.outputs])
+
+    every = tensors_of(graph)[name].outputs
+    parts = [[n for n in every if n.name not in layers], [n for n in every if n.name in layers]]
+    parts = parts if all(parts) else [every]
+    return [(tuple(n.name for n in part), tuple(behind(part)), len(parts) == 1) for part in parts]
 
 
 def _rounding(values: Array, name: str) -> Array:

@@ -24,10 +24,11 @@ _Stored = dict[str, str | None]
 
 
 def plan(
-    graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], encoding: Encoding, wide: Collection[str] = ()
+    graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], encoding: Encoding,
+    wide: Mapping[str, Sequence[str]],
 ) -> Plan:  # fmt: skip
     """Points for `sites`: stored tensors of 8 bits, and the sites' inputs at their own bits; see `Encoding.where`. Stored
-    tensors that are `wide` have 16, and so has all that their makers and readers make and read.
+    tensors that are `wide` have 16, and so has all that their makers and readers make and read, of layers the ones named there.
     """
     static = {s.name: s for s in sites if settings[s.name].activations in ("static", "auto")}
     tensors, results = tensors_of(graph), {t.name for t in graph.outputs}
@@ -36,7 +37,7 @@ def plan(
     if encoding.where == "inputs":
         settings = dict(settings) | {site.name: _of_skip(site, tensors, static, settings) for site in joins}
     points: dict[str, Point] = {}
-    storage, wider = encoding.storage(settings.values()), _wider(graph, stored, results, wide)
+    storage, wider = encoding.storage(settings.values()), _wider(graph, sites, stored, results, wide)
     for tensor, same_as in stored.items():
         if same_as is None:
             point = _storage_point(tensors[tensor], stored, settings, results, encoding)
@@ -63,15 +64,19 @@ def plan(
     )
 
 
-def _wider(graph: Graph, stored: _Stored, results: set[str], wide: Collection[str]) -> set[str]:
+def _wider(
+    graph: Graph, sites: Sequence[Site], stored: _Stored, results: set[str], wide: Mapping[str, Sequence[str]]
+) -> set[str]:  # fmt: skip
     """The operators that make or read a `wide` tensor, and those that end what they make."""
-    sources, found = dict[str, str](), set[str]()
+    sources, found, layers = dict[str, str](), set[str](), {site.name for site in sites if site.kind == "layer"}
     for name, same_as in stored.items():
         sources[name] = name if same_as is None else sources[same_as]
     for node in graph.nodes if wide else ():
         read, made = [t.name for t in _activations(node)], [tail(t, results).name for t in node.outputs]
+        asked = [wide[sources[name]] for name in read if sources.get(name) in wide]
+        is_asked = bool(asked) if node.name not in layers else any(node.name in names for names in asked)
         is_begun = any(maker.name in found for t in node.inputs if t.name not in stored for maker in t.inputs)
-        if not _is_move(node, stored) and (is_begun or any(sources.get(name) in wide for name in (*read, *made))):
+        if not _is_move(node, stored) and (is_asked or is_begun or any(sources.get(name) in wide for name in made)):
             found.add(node.name)
     return found
 

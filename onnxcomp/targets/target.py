@@ -5,8 +5,9 @@ quantizers of the compressed graph to the operators that its runtime runs fastes
 backwards: what is wrong with a file, ours or another's, node by node.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import final
 
 from onnxcomp import runtime
@@ -56,9 +57,15 @@ class Target:
         more = "; float16" if self.half else "; fixed shapes" if self.fixed else ""
         return f"activations {kind}, ranges {measured}; narrow weights stored as {weights}; bias {e.bias}{more}"
 
-    def plan(self, graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings], wide: Collection[str] = ()) -> Plan:
+    def plan(
+        self,
+        graph: Graph,
+        sites: Sequence[Site],
+        settings: Mapping[str, Settings],
+        wide: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> Plan:
         """Place the quantizers around `sites` in the float `graph`, which is only read; stored tensors that are `wide` have 16
-        bits.
+        bits, also for the layers named there.
         """
         return regions.plan(graph, sites, settings, self.encoding, wide)
 
