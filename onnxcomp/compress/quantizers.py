@@ -120,7 +120,7 @@ class Quantizers:
     def _write(self, tape: Tape, point: Point, new: str) -> None:
         """Write the quantizer on the tape, whose output is `new`, into the graph."""
         apply(self.compressed, "quantize", tape, {self._read_as.get(point.tensor, point.tensor): new}, point.consumers)
-        if tape.nodes[-1].inputs[1:]:
+        if point.consumers is None and tape.nodes[-1].inputs[1:]:
             self._parameters[point.tensor] = tape.nodes[-1].inputs[1:]
         if point.consumers is None and any(t.name == point.tensor for t in self.compressed.inputs):
             self._read_as[point.tensor] = new

@@ -23,6 +23,7 @@ _FOLDABLE = (
     *("LayerNormalization", "MatMul", "Pow", "ReduceMean"),
     *("Concat", "Expand", "Flatten", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"),
 )
+SHAPES = ("Shape", "Size")
 _GROWTH = 2
 _SMALL_BYTES = 1024
 _PLAIN = tuple(np.dtype(t) for t in "efd?bBhHiIlLqQ")
@@ -38,18 +39,33 @@ def input_at(node: gs.Node, index: int) -> Tensor | None:
     return node.inputs[index] if index < len(node.inputs) and not node.inputs[index].is_empty() else None
 
 
-def is_load_time(tensor: gs.Tensor) -> bool:
-    """Whether `tensor` is made of constants alone, so that the runtime computes it when it loads the file."""
+def is_load_time(tensor: gs.Tensor, *, fixed: bool = False) -> bool:
+    """Whether `tensor` is made of constants alone, so that the runtime computes it when it loads the file. `fixed`: every axis
+    is, so shapes are constants too.
+    """
     seen, left = set[int](), [tensor]
     while left:
         found = left.pop()
-        if isinstance(found, gs.Constant) or id(found) in seen:
+        if isinstance(found, gs.Constant) or id(found) in seen or found.is_empty():
+            continue
+        if fixed and found.inputs and is_op(found.inputs[0], *SHAPES):
             continue
         if not found.inputs or not found.inputs[0].inputs:
             return False
         seen.add(id(found))
         left.extend(found.inputs[0].inputs)
     return True
+
+
+def names_of_shapes(graph: gs.Graph) -> set[str]:
+    """Names of what is made of constants and shapes alone, so that it is computed once where every axis is fixed."""
+    found = set[str]()
+    for node in graph.nodes:
+        given = [t.name in found for t in node.inputs if not isinstance(t, gs.Constant) and not t.is_empty()]
+        is_plain = bool(node.inputs) and not any(isinstance(value, gs.Graph) for value in node.attrs.values())
+        if is_op(node, *SHAPES) or (is_plain and all(given)):
+            found |= {t.name for t in node.outputs}
+    return found
 
 
 def names_leaving(graph: gs.Graph) -> set[str]:

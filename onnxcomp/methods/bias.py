@@ -32,6 +32,8 @@ from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, Samp
 TRIM = 0.05
 FLOAT32 = 1
 """ONNX's number of the element type."""
+SAMPLES, IN_A_ROW = 64, 8
+"""Samples that a bias per channel is fitted to and judged by, or up to twice as many; and in a row, for some are held out."""
 RANK_GAIN_DB = 0.02
 """What a rank must gain over a lower one."""
 
@@ -51,10 +53,13 @@ class SampleErrors:
     tokens: Array
 
     @classmethod
-    def of(cls, batch: Batch, channel_axis: int, trim: float, *, per_token: bool = False) -> SampleErrors:
+    def of(cls, batch: Batch, channel_axis: int, trim: float, *, per_token: bool = False, step: int = 1) -> SampleErrors:
         """Collect from the reads f_xh and g_xh. A token is one position on all axes but the channel's; the share `trim`
-        of each sample's tokens with the largest error is left out. `per_token`: T is the second axis of rank 3.
+        of each sample's tokens with the largest error is left out. `per_token`: T is the second axis of rank 3. Of a batch
+        that does not begin in one of `step` times `IN_A_ROW` samples nothing is read.
         """
+        if batch.indices[0] // IN_A_ROW % step:
+            return cls(*[np.zeros(0)] * 5)
         pairs = list(zip(batch.read("f_xh"), batch.read("g_xh"), strict=True))
         first, index = pairs[0][0], np.array(batch.indices[: len(pairs)])
         length, channels = first.shape[1] if per_token and first.ndim == 3 else 0, first.shape[channel_axis]
@@ -80,6 +85,8 @@ class SampleErrors:
 
     def __add__(self, other: SampleErrors) -> SampleErrors:
         """Both, in sample order."""
+        if not (self.index.size and other.index.size):
+            return self if self.index.size else other
         joined = {k: np.concatenate([getattr(self, k), getattr(other, k)]) for k in ("index", "mean", "error", "energy")}
         return SampleErrors(**joined, tokens=self.tokens + other.tokens)
 
@@ -108,7 +115,9 @@ class BiasCompensation(Compensation):
         return self.level
 
     def fit(self, place: Site | Block, samples: Samples) -> Outcome:
-        how = {"channel_axis": place.channel_axis, "trim": self.trim, "per_token": self.tokens and place.fixed_tokens}
+        per_token = self.tokens and place.fixed_tokens
+        step = 1 if per_token or self.keep == "always" else max(samples.count // SAMPLES, 1)
+        how = {"channel_axis": place.channel_axis, "trim": self.trim, "per_token": per_token, "step": step}
         errors = samples.reduce(functools.partial(SampleErrors.of, **how))
         tokens, held_out = errors.tokens.shape[1], is_held_out(errors.index)
         if self.keep == "always":

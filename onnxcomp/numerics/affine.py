@@ -109,6 +109,12 @@ def along(values: NDArray, axis: int, ndim: int) -> NDArray:
     return np.expand_dims(values, [d for d in range(ndim) if d != axis % ndim])
 
 
+def coarsened(codes: Codes, scale: NDArray[np.float32], least: NDArray, axis: int) -> tuple[Codes, NDArray[np.float32]]:
+    """The int8 codes and scales [C] that stand for the same values as closely as a scale of `least` [C] or more can."""
+    wide = np.maximum(scale, least.astype(np.float32))
+    return np.rint(codes * along(scale.astype(np.float64) / wide, axis, codes.ndim)).astype(np.int8), wide
+
+
 def from_range(lo: ArrayLike, hi: ArrayLike, scheme: Scheme, axis: int | None = None) -> QParams:
     """The parameters whose codes span [lo, hi], widened first to hold zero, which is always represented exactly.
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from onnxcomp.graph.convert import packed_int4
 from onnxcomp.graph.edit import DOMAIN, Constant, Graph, Node, Nodes, Tensor, Variable, insert_before, remove
-from onnxcomp.numerics.affine import QParams, Scheme, along, from_range
+from onnxcomp.numerics.affine import QParams, Scheme, along, coarsened, from_range
 from onnxcomp.numerics.planes import pack, planes, table
 from onnxcomp.targets import nbits
 from onnxcomp.targets.base import Encoding
@@ -34,7 +34,10 @@ from onnxcomp.targets.settle import only_reader, put_behind, tail
 
 TINY = np.float32(1e-12)
 """Floor of a range measured at run time, so that an all-zero tensor does not divide by zero."""
-OPERANDS = ("Add", "Concat", "Div", "Expand", "LayerNormalization", "Mul", "PRelu", "Sub", "Sum", "Where")
+OPERANDS = (
+    "Add", "Concat", "ConvTranspose", "Div", "Expand", "InstanceNormalization", "LayerNormalization", "Max", "Mul", "PRelu",
+    "Pow", "Sub", "Sum", "Where",
+)  # fmt: skip
 """Operators whose constants are codes where every operator reads codes."""
 FLOAT, INT8, INT32 = 1, 3, 6
 """ONNX's numbers of element types."""
@@ -311,12 +314,18 @@ class _Lowering:
         if weight is None or weight.attrs.get("float") or not isinstance(bias, Constant) or not _is_static(conv.inputs[0]):
             return
         bias, input_scale = bias.values.astype(np.float64), np.float64(conv.inputs[0].inputs[0].inputs[1].values)
-        _widen_dead_channels(weight, np.abs(bias) / (input_scale * 2.0**30))
+        (codes, scale), least = weight.inputs, np.abs(bias) / (input_scale * 2.0**30)
+        if (scale.values < least.astype(np.float32)).any():  # weights that are nothing beside the bias
+            coarse = coarsened(codes.values, scale.values, least, weight.attrs["axis"])
+            weight.inputs[0], weight.inputs[1] = Constant(codes.name, coarse[0]), Constant(scale.name, coarse[1])
         if self.encoding.bias == "float":
             return
-        step = (input_scale * weight.inputs[1].values.astype(np.float64)).astype(np.float32)
+        self._store_bias(conv, bias, input_scale * weight.inputs[1].values.astype(np.float64), axis=0)
+
+    def _store_bias(self, node: Node, bias: np.ndarray, step: np.ndarray, **attrs: int) -> None:
+        step = step.astype(np.float32)
         stored = {"i32": np.rint(bias / step).astype(np.int32), "scale": step, "zero_point": np.zeros(step.shape, np.int32)}
-        self._read_stored(conv, 2, "int32-bias", stored, axis=0)
+        self._read_stored(node, 2, "int32-bias", stored, **attrs)
 
     def _integer_operand(self, node: Node) -> None:
         """Store the constant operand of an integer Add or Mul; its kernel takes no float one."""
@@ -327,9 +336,14 @@ class _Lowering:
         self._store(node, constants[0], node.inputs[constants[0]].values)
 
     def _integer_constants(self, node: Node) -> None:
-        """Store every float constant that the node reads."""
+        """Store every float constant that the node reads; a third one that is a bias in 32 bits, as it must be."""
         for index, tensor in enumerate(node.inputs):
-            if isinstance(tensor, Constant) and tensor.dtype == np.float32:
+            if not isinstance(tensor, Constant) or tensor.dtype != np.float32:
+                continue
+            if node.op in ("ConvTranspose", "InstanceNormalization") and index == 2 and _is_static(node.inputs[0]):
+                scales = (node.inputs[0].inputs[0].inputs[1].values, node.inputs[1].inputs[0].inputs[1].values)
+                self._store_bias(node, tensor.values, np.asarray(np.prod(scales, dtype=np.float64)))
+            else:
                 self._store(node, index, tensor.values)
 
     def _integer_table(self, node: Node) -> None:
@@ -364,19 +378,6 @@ class _Lowering:
         node.attrs.clear()
         if len(node.inputs) == 3:
             put_behind(self.graph, node, "Sum" if self.encoding.fused else "Add", "product", node.inputs.pop())
-
-
-def _widen_dead_channels(weight: Node, least: np.ndarray) -> None:
-    """Raise a channel's scale to `least` where its weights are so small that its bias would not fit into 32 bits: such
-    weights are below 2^-30 of the bias, so what they lose is nothing beside it.
-    """
-    codes, scale = weight.inputs
-    wide = np.maximum(scale.values, least.astype(np.float32))
-    if np.array_equal(wide, scale.values):
-        return
-    narrower = along(scale.values.astype(np.float64) / wide, weight.attrs["axis"], len(codes.shape))
-    rounded = np.rint(codes.values * narrower).astype(np.int8)
-    weight.inputs[0], weight.inputs[1] = Constant(codes.name, rounded), Constant(scale.name, wide)
 
 
 def _weight_codes(node: Node) -> Node | None:

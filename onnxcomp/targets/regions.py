@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, Variable, outer_reads, tensors_of
+from onnxcomp.graph.fold import names_of_shapes
 from onnxcomp.graph.sites import LAYER_OPS, PASS_THROUGH_OPS, Site, join
 from onnxcomp.numerics.affine import Scheme
 from onnxcomp.targets.base import Encoding, Plan, Point, Settings
@@ -143,14 +144,19 @@ def _drop_unread(
 
 
 def _find_units(graph: Graph, static: Mapping[str, Site], results: set[str]) -> tuple[_Stored, list[Site]]:
-    """Every float tensor, and the sites of what joins them: a unit reads and makes nothing but codes."""
+    """Every float tensor, and the sites of what joins them: a unit reads and makes nothing but codes. What is made of shapes
+    alone, for what is too, is computed once and stays as it is.
+    """
+    once = names_of_shapes(graph)
     stored: _Stored = {t.name: None for t in graph.inputs if t.dtype == np.float32}
     joins: list[Site] = []
     for node in graph.nodes:
         if node.op in PASS_THROUGH_OPS and node.inputs[0].name in stored:
             stored |= {output.name: node.inputs[0].name for output in node.outputs}
         else:
-            stored |= {tail(t, results).name: None for t in node.outputs if t.dtype == np.float32}
+            made = [tail(t, results) for t in node.outputs if t.dtype == np.float32]
+            read = {t.name: [made.name for n in t.outputs for made in n.outputs] for t in made}
+            stored |= dict.fromkeys(name for name, behind in read.items() if not (name in once and once.issuperset(behind)))
         joins += [join(node)] if node.op in JOIN_OPS and any(t.name in stored for t in _activations(node)) else []
     return stored, joins
 

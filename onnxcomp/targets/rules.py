@@ -88,9 +88,9 @@ def half_quantized(node: Node, results: Results) -> Broken:
 
 def open_unit(node: Node, results: Results) -> Broken:
     """An operator between DequantizeLinear and QuantizeLinear is a unit that runs on codes; any other is float."""
-    if node.op in (*QUANTIZERS, "Input", "Cast", "Shape", "Constant"):
+    if node.op in (*QUANTIZERS, "Input", "Cast", "Shape", "Constant") or is_load_time(node.outputs[0], fixed=True):
         return
-    read = node.inputs[:1] if node.op == "Clip" else node.inputs  # its bounds are attributes there
+    read = node.inputs[:1] if node.op in ("Clip", "Resize") else node.inputs  # bounds and scales are attributes there
     reads = [t for t in read if t.dtype == np.float32 and maker(t) != "DequantizeLinear"]
     makes = [t for t in node.outputs if t.dtype == np.float32 and [r.op for r in t.outputs] != ["QuantizeLinear"]]
     follower = [r.op for t in node.outputs for r in t.outputs]

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from equality import ops, parse, prepare_and_compare, stored
 
+from onnxcomp.graph.convert import to_graph
+from onnxcomp.graph.fold import is_load_time, names_of_shapes
+
 X = {"x": np.float32([[1, -2, 3], [-4, 5, 0.5]])}
 W = np.float32([[1, 2, 3], [4, 5, 6], [7, 8, 10]])
 
@@ -88,3 +91,16 @@ def test_identity_in_front_of_and_around_bodies_keeps_the_bodies_working():
         prepared = prepare_and_compare(parse(text, {"w": W}), {**X, "c": np.array(choice)})
         assert ops(prepared.model) == ["If"]
         assert [*stored(prepared.model)] == ["v"]
+
+
+# --- what fixed axes make constant ------------------------------------------------------------------------------------
+
+
+def test_what_is_made_of_shapes_and_constants_is_named():
+    text = "s = Shape(x) z = Cast<to = 1>(s) r = Resize(c, , z) e = Add(z, r) y = Mul(x, e)"
+    graph = to_graph(parse(f"g (float[N,2] x) => (float y) {{ {text} }}", {"c": np.ones((2, 2), np.float32)}))
+    tensors = graph.tensors()
+
+    assert names_of_shapes(graph) == {"s", "z", "r", "e"}
+    assert [name for name in tensors if is_load_time(tensors[name], fixed=True)] == ["s", "z", "c", "r", "e"]
+    assert [name for name in tensors if is_load_time(tensors[name])] == ["c"]
