@@ -192,8 +192,8 @@ def store(
         needed = [*(site.raw for site in made), *(name for step in behind for name in step.live_in)]
         part = extract(graph, list(live), [name for name in dict.fromkeys([*here, *needed]) if name not in live])
         passed = {**live, **(run_part(part, live, like) if part.outputs else {})}
-        parts = [(*readers, name) for name in here for readers in _readers(graph, name, layers)]
-        lost = {name: _rounding(passed[name], name) for name in here}
+        lost = {name: _rounding(passed[name], name) for name in here if passed[name].size}
+        parts = [(*readers, name) for name in lost for readers in _readers(graph, name, layers)]
         errors = [Error(name, direct, False, lost[name], is_all) for direct, _, is_all, name in parts]
         damages = _damages(graph, like, errors, live, LITTLE)
         found += [(name, readers, damage) for (_, readers, _, name), damage in zip(parts, damages, strict=True)]

@@ -338,7 +338,7 @@ class _Lowering:
     def _integer_constants(self, node: Node) -> None:
         """Store every float constant that the node reads; a third one that is a bias in 32 bits, as it must be."""
         for index, tensor in enumerate(node.inputs):
-            if not isinstance(tensor, Constant) or tensor.dtype != np.float32:
+            if not isinstance(tensor, Constant) or tensor.dtype != np.float32 or 0 in tensor.shape:
                 continue
             if node.op in ("ConvTranspose", "InstanceNormalization") and index == 2 and _is_static(node.inputs[0]):
                 scales = (node.inputs[0].inputs[0].inputs[1].values, node.inputs[1].inputs[0].inputs[1].values)

@@ -154,10 +154,12 @@ def _find_units(graph: Graph, static: Mapping[str, Site], results: set[str]) -> 
         if node.op in PASS_THROUGH_OPS and node.inputs[0].name in stored:
             stored |= {output.name: node.inputs[0].name for output in node.outputs}
         else:
-            made = [tail(t, results) for t in node.outputs if t.dtype == np.float32]
-            read = {t.name: [made.name for n in t.outputs for made in n.outputs] for t in made}
-            stored |= dict.fromkeys(name for name, behind in read.items() if not (name in once and once.issuperset(behind)))
-        joins += [join(node)] if node.op in JOIN_OPS and any(t.name in stored for t in _activations(node)) else []
+            read = [t for t in node.outputs if t.dtype == np.float32 and (t.outputs or t.name in results)]
+            for made in (tail(t, results) for t in read):
+                behind = {t.name for n in made.outputs for t in n.outputs}
+                stored |= {} if made.name in once and once >= behind else {made.name: None}
+        is_join = node.op in JOIN_OPS and any(t.name in stored for t in _activations(node))
+        joins += [join(node)] if is_join and tail(node.outputs[0], results).name in stored else []
     return stored, joins
 
 

@@ -85,3 +85,13 @@ def test_moves_of_a_wide_tensor_are_wide_where_a_layer_reads_8_bits_of_it(tmp_pa
     assert sorted(map(str, codes.values())) == ["uint16"] * 5 + ["uint8"] * 3
     assert [site.bits for site in result.report.sites] == ["w8a16", "w8a8", "a16"]
     assert result.report.verification.expected_db == 200
+
+
+def test_what_nobody_reads_is_not_stored(tmp_path: Path):
+    text = "v, i = TopK<axis = 1>(h, two) f = Cast<to = 1>(i) y = Mul(f, f)"
+
+    result = made(text, tmp_path / "q.onnx", two=np.array([2]))
+
+    read = {name for node in result.model.graph.node for name in node.input}
+    assert "v" not in read
+    assert not {name for name in read if name.startswith("v/")}
