@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -295,32 +294,6 @@ def collected(errors: Array, sizes: list[int], trim: float = 0.05) -> SampleErro
         for size, end in zip(sizes, ends, strict=True)
     ]
     return functools.reduce(operator.add, parts)
-
-
-def left_out(batch: int, count: int = 128, method: BiasCompensation = PLAIN, site: Site = LAYER) -> set[int]:
-    """The samples that nothing is read of."""
-    seen: set[int] = set()
-
-    class Seen(LiveBatch):
-        def read(self, name: str) -> list[Array]:
-            seen.update(self.indices)
-            return super().read(name)
-
-    samples = cut(np.ones((count, 1, 4, 3)), batch=batch)
-    method.fit(site, Cut([Seen(b.indices, b.live) for b in samples.batches], samples.reads))
-    return set(range(count)) - seen
-
-
-@pytest.mark.parametrize("batch", [1, 2, 8])
-def test_of_many_samples_every_other_eight_tell_a_bias_per_channel(batch: int):
-    assert left_out(batch) == {number for number in range(128) if number // 8 % 2}
-
-
-@pytest.mark.parametrize(
-    "options", [{"count": 127}, {"site": TOKENS}, {"method": BiasCompensation(keep="always")}], ids=["few", "tokens", "always"]
-)
-def test_all_samples_count_where_they_are_few_or_are_asked_for(options: dict[str, Any]):
-    assert left_out(1, **options) == set()
 
 
 @pytest.mark.parametrize("sizes", [[1] * 12, [5, 5, 2], [3, 9]])
