@@ -76,7 +76,8 @@ def _wider(
         read, made = [t.name for t in _activations(node)], [tail(t, results).name for t in node.outputs]
         asked = [wide[sources[name]] for name in read if sources.get(name) in wide]
         is_asked = bool(asked) if node.name not in layers else any(node.name in names for names in asked)
-        is_begun = any(maker.name in found for t in node.inputs if t.name not in stored for maker in t.inputs)
+        open_ends = [t for t in node.inputs if t.dtype == np.float32 and t.name not in stored]
+        is_begun = any(maker.name in found for t in open_ends for maker in t.inputs)
         if not _is_move(node, stored) and (is_asked or is_begun or any(sources.get(name) in wide for name in made)):
             found.add(node.name)
     return found

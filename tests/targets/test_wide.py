@@ -98,3 +98,12 @@ def test_a_layer_that_is_not_named_reads_8_bits_of_a_wide_tensor():
         "y": [(16, None)],
     }
     assert found.settings["a"].activation_bits == 8
+
+
+def test_what_is_computed_from_the_shape_of_a_wide_tensor_is_not_wide():
+    text = "[t] h = Tanh(x) [q] s = Shape(h) [i] n = Mul(s, s) [a] g = Conv(h, w) [e] y = Expand(g, n)"
+
+    found = widths(widened(text, h="a"))
+
+    assert found["g"] == [(16, None), (8, ("e",))]
+    assert found["y"] == [(8, None)]
