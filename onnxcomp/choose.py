@@ -88,7 +88,11 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     notes = () if with_data else (said,)
     if recipe.reconstruct:
         blocks += find_rest(graph, [site for site in chosen if site.kind == "layer"], blocks)
-    return Choice(chosen, settings, _skipped(graph, every, chosen), notes, blocks)
+    skipped = _skipped(graph, every, chosen)
+    if target.encoding.where == "units" and any(s.activations == "static" for s in settings.values()):
+        products = {site.name for site in sites if site.kind == "product"}  # units as everything is
+        skipped = tuple(s for s in skipped if s.name not in products)
+    return Choice(chosen, settings, skipped, notes, blocks)
 
 
 def open_widths(recipe: Recipe, choice: Choice) -> dict[str, tuple[int, int | None]]:

@@ -25,6 +25,7 @@ def made(text: str, output: Path, **weights: np.ndarray) -> Result:
     """The model of x [N, 4, 6, 6], a Conv by w and what the text adds, quantized for qnn."""
     w = {"w": RNG.normal(size=(4, 4, 1, 1)).astype(np.float32) / 2, **weights}
     model = parse(f"g (float[N,4,6,6] x) => (float y) {{ [first] h = Conv(x, w) {text} }}", w, opset=21)
+    onnx.save(model, output.with_name("f.onnx"))
     return quantize(model, SAMPLES, Recipe(target="qnn"), output=output)
 
 
@@ -95,3 +96,12 @@ def test_what_nobody_reads_is_not_stored(tmp_path: Path):
     read = {name for node in result.model.graph.node for name in node.input}
     assert "v" not in read
     assert not {name for name in read if name.startswith("v/")}
+
+
+def test_a_product_of_two_activations_is_a_unit_and_not_said_to_be_float(tmp_path: Path):
+    result = made("g = Transpose<perm = [0, 1, 3, 2]>(h) y = MatMul(h, g)", tmp_path / "q.onnx")
+
+    assert result.report.skipped == ()
+    assert lint(tmp_path / "q.onnx", "qnn").violations == ()
+    plain = quantize(onnx.load(tmp_path / "f.onnx"), SAMPLES, Recipe(target="ort-x86"))
+    assert [skipped.op for skipped in plain.report.skipped] == ["MatMul"]
