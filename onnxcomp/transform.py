@@ -70,8 +70,9 @@ def transform(
         return found
     more = (dict(batch.live) for batch in itertools.islice(batches(samples, stackable), BATCHES))  # read when asked for
     few = next(more)
-    if recipe.sensitive == "auto" and not outside(like):
-        rows = {name: array[: sensitivity.ROWS] if stackable else array for name, array in few.items()}
+    rows = {name: array[: sensitivity.ROWS] if stackable else array for name, array in few.items()}
+    is_open = recipe.sensitive == "auto" and not outside(like)
+    if is_open:
         row = {name: array[:1] if stackable else array for name, array in few.items()}
         _keep_fast(found, prepared, target, row)
         _widen(found, prepared, target, rows)
@@ -93,8 +94,8 @@ def transform(
         sites, mixed = rotation.rotate_inputs(found.graph, like, sites, bits, few, decided)
         found.decisions += [account.decision(name, "rotation", outcome) for name, outcome in mixed.items()]
     found.choice = replace(choice, sites=sites, blocks=blocks)
-    if recipe.sensitive == "auto" and target.encoding.where == "units" and not outside(like):
-        _store_wide(found, prepared, target, {k: array[: sensitivity.ROWS] if stackable else array for k, array in few.items()})
+    if is_open and target.encoding.where == "units" and target.encoding.wide:
+        _store_wide(found, prepared, target, rows)
     return found
 
 
@@ -140,7 +141,7 @@ def _widen(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> None
 def _store_wide(found: Equal, prepared: Prepared, target: Target, rows: Feed) -> None:
     """Let tensors that 8 bits do not hold have 16, where nothing was asked to."""
     points = target.plan(found.graph, found.choice.sites, found.choice.settings).points
-    if not target.encoding.wide or any(point.scheme.bits > sensitivity.WIDE for point in points):
+    if any(point.scheme.bits > sensitivity.WIDE for point in points):
         return
     stored = [p for p in points if p.consumers is None and p.same_as is None and p.scheme.bits == sensitivity.WIDE]
     given = [s for s in found.choice.sites if s.kind == "layer" and s.name not in open_widths(found.recipe, found.choice)]

@@ -120,12 +120,13 @@ class Quantizers:
     def _write(self, tape: Tape, point: Point, new: str) -> None:
         """Write the quantizer on the tape, whose output is `new`, into the graph."""
         apply(self.compressed, "quantize", tape, {self._read_as.get(point.tensor, point.tensor): new}, point.consumers)
-        if point.consumers is None and tape.nodes[-1].inputs[1:]:
+        if point.consumers is not None:
+            return
+        self.entries[point.tensor] = next(n for n in self.compressed.nodes if n.name == new).inputs[0].name
+        if tape.nodes[-1].inputs[1:]:
             self._parameters[point.tensor] = tape.nodes[-1].inputs[1:]
-        if point.consumers is None and any(t.name == point.tensor for t in self.compressed.inputs):
+        if any(t.name == point.tensor for t in self.compressed.inputs):
             self._read_as[point.tensor] = new
-        if point.consumers is None:
-            self.entries[point.tensor] = next(n for n in self.compressed.nodes if n.name == new).inputs[0].name
 
     def _granularity(self, point: Point, q: QParams, cut: Cut) -> str:
         """Per token if that lowers the error of the static quantizer `q` by enough for its price, else static."""

@@ -20,7 +20,6 @@ Limits  errors are those of rounding to nearest, in front of equalization and co
         2 GiB, which every stretch would read again, stay as they are.
 """
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -180,7 +179,7 @@ def store(
         return {}
     homes = {t.name: node.name for node in graph.nodes for t in node.outputs if t.name in tensors}
     nodes, layers = {node.name: node for node in graph.nodes}, {site.name: site for site in sites if site.kind == "layer"}
-    steps = schedule(graph, dict.fromkeys([*homes.values(), *layers]))
+    steps, sizes = schedule(graph, dict.fromkeys([*homes.values(), *layers])), _sizes(graph, [*layers.values()])
     length, live, macs = -(-len(steps) // STRETCHES), dict(feed), dict[str, int]()
     found = list[tuple[str, tuple[str, ...], float]]()
     for start in range(0, len(steps), length):
@@ -197,9 +196,7 @@ def store(
         errors = [Error(name, direct, False, lost[name], is_all) for direct, _, is_all, name in parts]
         damages = _damages(graph, like, errors, live, LITTLE)
         found += [(name, readers, damage) for (_, readers, _, name), damage in zip(parts, damages, strict=True)]
-        for site in made:
-            shape = nodes[site.name].inputs[1].shape
-            macs[site.name] = passed[site.raw].size * math.prod(shape) // shape[site.weight_axis]
+        macs |= {s.name: sizes[s.name] * passed[s.raw].size // nodes[s.name].inputs[1].shape[s.weight_axis] for s in made}
         live = passed
     total, damages, taken, wide = sum(damage for *_, damage in found), dict[str, float](), dict[str, Stored](), set[str]()
     left, budget = total, FLOAT * sum(macs.values())
