@@ -121,21 +121,26 @@ def trace_channels(
     outputs = [*(t.name for t in way[1:]), *beside]
     if not outputs:
         return {way[0].name: numbers}
-    part, feeds = extract(graph, [way[0].name], outputs), {way[0].name: numbers}
-    named = {t.name for t in (*way, *part.inputs)}
+    averages = {n.outputs[0].name: n.inputs[0].name for t in way for n in t.outputs if n.op == "MatMul" and moved(n) is t}
+    on_way, asked = {t.name for t in way}, [n for n in graph.nodes if is_op(n, "Shape", "Size")]
+    feeds = {n.outputs[0].name: _measured(n) for n in asked if n.inputs[0].name not in on_way and n.inputs[0].shape is not None}
+    feeds[way[0].name] = numbers
+    part = extract(graph, list({**feeds, **dict.fromkeys(averages.values())}), outputs)
     for node in part.nodes:
-        if node.op == "MatMul" and (values := moved(node)) is not None:  # an average of equal tokens is one of them
-            node.op, node.inputs = "Identity", [values]
-        elif is_op(node, "Shape", "Size") and (asked := node.inputs[0]).name not in named and asked.shape is not None:
-            feeds[asked.name] = np.zeros(lengths(asked), asked.dtype)
-            part.inputs.append(asked)
-            named.add(asked.name)
+        if node.outputs[0].name in averages:  # an average of equal tokens is one of them
+            node.op, node.inputs = "Identity", [node.inputs[1]]
     part.cleanup(remove_unused_graph_inputs=True)
     try:
         known = {way[0].name: numbers, **trace(part, {t.name: feeds[t.name] for t in part.inputs})}
     except ModelError:
         return None
     return None if any(np.isin(known[way[-1].name], known[name]).any() for name in beside) else known
+
+
+def _measured(node: gs.Node) -> np.ndarray:
+    """What a Shape or Size gives, with `LENGTH` for lengths that are not known."""
+    found = np.array(lengths(node.inputs[0]), np.int64)
+    return found.prod() if node.op == "Size" else found[node.attrs.get("start", 0) : node.attrs.get("end")]
 
 
 def lengths(tensor: gs.Tensor) -> list[int]:

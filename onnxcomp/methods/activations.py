@@ -21,7 +21,8 @@ from onnxcomp.numerics.ranges import choose, whole_steps
 from onnxcomp.numerics.statistics import Histogram, spread, subsample
 
 VALUES_PER_SAMPLE = 1 << 14
-ROWS_PER_SAMPLE, GAIN_SAMPLES = 64, 32
+ROWS_PER_SAMPLE, RATIO_SAMPLES, GAIN_SAMPLES = 64, 32, 16
+"""Of how many samples, at least, a clip ratio is judged by so many rows each, and a range per token by all rows."""
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 Fake = Callable[[Array], Array]
 """What quantizing makes of one sample."""
@@ -59,7 +60,8 @@ def fit_static(
 def fit_ratio(samples: Samples, scheme: Scheme) -> float:
     """The clip ratio of a per-token quantizer with the least squared error on the tensor read as `xh`."""
     fakes = [functools.partial(fake, scheme=scheme, granularity="token", ratio=ratio) for ratio in RATIOS]
-    return RATIOS[int(np.argmin(_errors(samples, fakes, ROWS_PER_SAMPLE)))]
+    step = max(samples.count // RATIO_SAMPLES, 1)
+    return RATIOS[int(np.argmin(_errors(samples, fakes, ROWS_PER_SAMPLE, step)))]
 
 
 def token_gain(samples: Samples, q: QParams) -> float:

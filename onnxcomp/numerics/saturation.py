@@ -9,6 +9,7 @@ group for itself; a depthwise Conv has a kernel of its own, which is exact. Weig
 How far a pair of activations reaches is kept for a few directions; between two of them w . a is bounded by both, to 0.5 %.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,8 @@ LIMIT = np.iinfo(np.int16).max - 2 * 127
 """With room for two activations that come out one code higher than they did at calibration."""
 WIDER = np.geomspace(1.0, 2.0, 9)
 """Times the step of an output channel, to try; at twice the step nothing saturates."""
-CHUNK = 1 << 18
+CHUNK, VALUES = 1 << 18, 3 << 14
+"""Weights, and codes of activations, that are looked at together."""
 Reach = np.ndarray
 """[pairs, angles]: the largest a[2p] cos + a[2p + 1] sin."""
 
@@ -31,8 +33,9 @@ Reach = np.ndarray
 def reach(codes: np.ndarray) -> Reach:
     """How far the pairs of activation codes [T, C] reach."""
     codes = np.pad(codes, ((0, 0), (0, 1))) if codes.shape[1] % 2 else codes
-    pairs = codes.astype(np.float32).reshape(-1, 2)
-    return (pairs @ DIRECTIONS).reshape(len(codes), -1, len(ANGLES)).max(axis=0)
+    rows = max(VALUES // codes.shape[1], 1)
+    parts = (codes[at : at + rows].astype(np.float32).reshape(-1, 2) @ DIRECTIONS for at in range(0, len(codes), rows))
+    return functools.reduce(np.maximum, (part.reshape(-1, codes.shape[1] // 2, len(ANGLES)).max(axis=0) for part in parts))
 
 
 def is_exact(codes: Codes, groups: int) -> bool:
