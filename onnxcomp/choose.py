@@ -12,9 +12,10 @@ import numpy as np
 
 from onnxcomp.errors import ModelError, RecipeError, UnsupportedSite
 from onnxcomp.graph.blocks import Block, find_blocks, find_rest
+from onnxcomp.graph.convert import STANDARD
 from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, tensors_of
 from onnxcomp.graph.fold import is_load_time
-from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, find_tables, matches, select
+from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, find_tables, is_weight, matches, select
 from onnxcomp.methods import reconstruction
 from onnxcomp.recipe import Bits, Recipe, SiteRule
 from onnxcomp.report.model import Skipped
@@ -22,6 +23,8 @@ from onnxcomp.targets import regions
 from onnxcomp.targets.base import Settings
 from onnxcomp.targets.target import Target
 
+HOLDERS = ("ConvTranspose", "DeformConv", "Einsum", "GRU", "LSTM", "RNN")
+"""Operators, besides layers, that have weights; so may those of other domains."""
 LARGE = 1 << 16
 """Numbers from which a table is worth an operator or two for each of its readers."""
 NO_DATA = "No data were given, so activations are quantized at run time and nothing is calibrated or compensated"
@@ -91,7 +94,7 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     skipped = _skipped(graph, every, chosen)
     if target.encoding.where == "units" and any(s.activations == "static" for s in settings.values()):
         products = {site.name for site in sites if site.kind == "product"}  # units as everything is
-        skipped = tuple(s for s in skipped if s.name not in products)
+        skipped = tuple(s for s in skipped if s.name not in products and s.op != "ConvTranspose")
     return Choice(chosen, settings, skipped, notes, blocks)
 
 
@@ -200,8 +203,13 @@ def _block(tensors: Mapping[str, Tensor], site: Site, recipe: Recipe, target: Ta
 
 def _skipped(graph: Graph, every: tuple[Site, ...], chosen: tuple[Site, ...]) -> tuple[Skipped, ...]:
     sites, kept = {site.name: site for site in every}, {site.name for site in chosen}
-    left = [node for node in graph.nodes if node.op in LAYER_OPS and node.name not in kept]
+    holders = {node.name for node in graph.nodes if _is_holder(node) and any(map(is_weight, node.inputs))}
+    left = [node for node in graph.nodes if (node.op in LAYER_OPS or node.name in holders) and node.name not in kept]
     return tuple(Skipped(node.name, node.op, _reason(node, sites.get(node.name))) for node in left)
+
+
+def _is_holder(node: Node) -> bool:
+    return node.op in HOLDERS or (node.domain or "") not in STANDARD
 
 
 def _why_none(graph: Graph, skipped: Sequence[Skipped]) -> str:
@@ -219,6 +227,9 @@ def _reason(node: Node, site: Site | None) -> str:
         return "a product of two activations: quantized with --products"
     if site is not None:
         return "not included by the recipe"
+    if _is_holder(node):
+        inside = f"weights inside an operator of {node.domain}: give the model as it was exported, without it"
+        return f"weights of {node.op} stay as they are" if node.op in HOLDERS else inside
     weight = node.inputs[1]
     if is_load_time(node.inputs[0]):
         return "it reads constants alone, so it is computed when the file is loaded"

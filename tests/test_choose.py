@@ -85,6 +85,22 @@ def test_a_weight_that_cannot_be_quantized_is_skipped_with_its_type():
     )
 
 
+def test_weights_in_operators_that_are_no_layers_are_named():
+    """Of a recurrent layer, and of an operator that fuses several."""
+    text = """g (float[2,1,4] x) => (float[2,1,4] y, float[2,1,4] z) {
+        [fc] h = MatMul(x, w) [rnn] r = GRU<hidden_size = 4>(h, wr, rr) y = Squeeze(r, one)
+        [fused] z = com.microsoft.Attention<num_heads = 2>(h, wa, ba)
+    }"""
+    shapes = {"w": (4, 4), "wr": (1, 12, 4), "rr": (1, 12, 4), "wa": (4, 12), "ba": (12,)}
+    weights = {name: np.ones(shape, np.float32) for name, shape in shapes.items()} | {"one": np.array([1])}
+
+    choice = pick(parse(text, weights, opset=21, domains=', "com.microsoft" : 1'))
+
+    inside = "weights inside an operator of com.microsoft: give the model as it was exported, without it"
+    wanted = (Skipped("rnn", "GRU", "weights of GRU stay as they are"), Skipped("fused", "Attention", inside))
+    assert (names(choice), choice.skipped) == (["fc"], wanted)
+
+
 def test_a_layer_of_constants_is_computed_when_the_file_is_loaded():
     """As of relative positions, whose Sin is not computed beforehand."""
     text = """g (float[N,4] x) => (float[N,4] y) {

@@ -18,6 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, TensorShapeProto, helper, n
 from onnxcomp.graph import fold, merge, selection
 from onnxcomp.graph.convert import to_graph, to_model
 from onnxcomp.graph.edit import fresh_name, tensors_of
+from onnxcomp.graph.einsum import write_products
 from onnxcomp.graph.fuse import fuse_primitives, pool_means, write_out_norms
 from onnxcomp.graph.half import widen
 from onnxcomp.graph.opset import TARGET, raise_opset, standard_opset
@@ -107,6 +108,7 @@ _STEPS = (
     (write_out_norms, "SimplifiedLayerNormalization written in standard operators: {}."),
     (fold.drop_pass_through, _IDLE),
     (fold.fold_constants, "Nodes with constant inputs only, computed: {}."),
+    (write_products, "Einsum nodes written as matrix products: {}."),
     (merge.canonical_gemms, "Gemm nodes brought to plain form: {}."),
     (merge.merge_affine, "BatchNormalization and arithmetic with constants merged into the layers before them: {}."),
 )
