@@ -20,7 +20,7 @@ from onnxcomp.graph.types import Tensor
 
 _FOLDABLE = (
     *("Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Reciprocal", "Cast", "Shape"),
-    *("LayerNormalization", "MatMul", "Pow", "ReduceMean"),
+    *("LayerNormalization", "MatMul", "Pow", "ReduceL2", "ReduceMean", "ReduceSum"),
     *("Concat", "Expand", "Flatten", "Gather", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"),
 )
 SHAPES = ("Shape", "Size")

@@ -3,6 +3,7 @@
     BN(Conv(x; W, b)) = Conv(x; W s, (b - mean) s + beta),    s = gamma / sqrt(var + eps)    per output channel
     s Conv(x; W, b) + t = Conv(x; W s, b s + t)               s and t constants, of each channel or of all
     Conv(s x + t; W, b) = Conv(x; s W, b + sum W t)           without padding, else Conv(x + t / s; s W, b), for 0 is padded
+    s (x W + b) + t = x (W s) + (b s + t)                     of a MatMul, also behind a Reshape that keeps the last axis
     Gemm(A, B, C; alpha, beta, transA, transB) = Gemm(A or A', alpha B or alpha B', beta C)
 
 Arithmetic is in float64 and rounded once to the tensor's type. The merged layer makes the tensor of the last node it
@@ -18,7 +19,7 @@ from collections.abc import Hashable
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcomp.graph.edit import detach, fresh_name, insert_before
+from onnxcomp.graph.edit import detach, fresh_name, insert_after, insert_before, replace_uses
 from onnxcomp.graph.fold import input_at, is_op, names_leaving, set_input
 from onnxcomp.graph.mapped import keep
 from onnxcomp.graph.types import Tensor
@@ -95,6 +96,13 @@ def merge_inputs(graph: gs.Graph) -> int:
     return sum(_merge_input(node, constants) for node in graph.nodes if is_op(node, "Conv") and _is_constant(node))
 
 
+def merge_outputs(graph: gs.Graph) -> int:
+    """Merge BatchNormalization of rows, and factors of each column or of all, into the MatMul or Gemm before. Types are set."""
+    constants = _Constants(graph)
+    asked = [node for node in graph.nodes if is_op(node, "BatchNormalization", "Div", "Mul") and node.inputs]
+    return sum(_merge_rows(graph, node, constants) for node in asked)
+
+
 def _is_float(tensor: Tensor | None) -> bool:
     """Whether the tensor is a float32 or float64 constant."""
     return isinstance(tensor, gs.Constant) and tensor.dtype in (np.float32, np.float64)
@@ -131,19 +139,98 @@ def _transpose_input(node: gs.Node, constants: _Constants) -> gs.Node:
 
 
 def _merge_batchnorm(node: gs.Node, constants: _Constants) -> bool:
-    layer = _layer_before(node, 0, constants.leaving, "Conv", "ConvTranspose", "Gemm")
-    trains = node.attrs.get("training_mode", 0) or any(t.name for t in node.outputs[1:])
-    if layer is None or trains or not all(map(_is_float, node.inputs[1:5])):
+    layer, norm = _layer_before(node, 0, constants.leaving, "Conv", "ConvTranspose", "Gemm"), _normalization(node)
+    if layer is None or norm is None or (layer.op == "Gemm" and not is_plain_gemm(layer)):
         return False
-    if layer.op == "Gemm" and not is_plain_gemm(layer):
-        return False
-    gamma, beta, mean, variance = (tensor.values.astype(np.float64) for tensor in node.inputs[1:5])
-    scale = gamma / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
-    shift = (_bias(layer) - mean) * scale + beta
+    scale, shift = norm
     constants.put(layer, 1, _scaled(layer, scale))
-    constants.put(layer, 2, shift, node.inputs[2])
+    constants.put(layer, 2, _bias(layer) * scale + shift, node.inputs[2])
     _take_output(layer, node)
     return True
+
+
+def _normalization(node: gs.Node) -> tuple[np.ndarray, np.ndarray] | None:
+    """Scale and shift [channels], float64, of a BatchNormalization; None where they are no constants."""
+    trains = node.attrs.get("training_mode", 0) or any(t.name for t in node.outputs[1:])
+    if trains or not all(map(_is_float, node.inputs[1:5])):
+        return None
+    gamma, beta, mean, variance = (tensor.values.astype(np.float64) for tensor in node.inputs[1:5])
+    scale = gamma / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
+    return scale, beta - mean * scale
+
+
+def _merge_rows(graph: gs.Graph, node: gs.Node, constants: _Constants) -> bool:
+    for i in range(2 if node.op == "Mul" else 1):
+        affine = _affine_rows(node, i)
+        way = [] if affine is None else _way_to_product(node, i, affine[0].size, constants.leaving)
+        if affine is None or not way:
+            continue
+        (scale, shift), layer = affine, way[-1]
+        holders = [(n, at) for n in way if n.op == "Add" and (at := _constant_at(n)) is not None]
+        if layer.op == "Gemm" and (shift.any() or input_at(layer, 2) is not None):
+            holders.append((layer, 2))
+        for holder, at in holders:
+            is_last = holder is holders[-1][0]
+            old = input_at(holder, at)
+            values = 0 * scale if old is None else old.values.astype(np.float64) * scale
+            constants.put(holder, at, values + shift if is_last else values, None if old is not None else node.inputs[2])
+        constants.put(layer, 1, layer.inputs[1].values.astype(np.float64) * scale)
+        if shift.any() and not holders:
+            raw, (y,) = gs.Variable(fresh_name(f"{layer.outputs[0].name}/raw", constants.taken)), layer.outputs
+            raw.dtype, raw.shape = y.dtype, y.shape
+            layer.outputs[0] = raw
+            bias = gs.Constant(fresh_name(f"{layer.name}/bias", constants.taken), shift.astype(layer.inputs[1].dtype))
+            insert_after(graph, layer, [gs.Node("Add", f"{layer.name}/bias", inputs=[raw, bias], outputs=[y])])
+        replace_uses(node.inputs[i], node.outputs[0])  # a Shape may read it
+        _take_output(way[0], node)
+        return True
+    return False
+
+
+def _affine_rows(node: gs.Node, i: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Scale and shift, of each column or of all, by which `node` makes its output of the rows that are its input i."""
+    rank = len(node.inputs[i].shape or ())
+    if node.op == "BatchNormalization":
+        return _normalization(node) if rank == 2 else None
+    other = node.inputs[1 - i]
+    if not _is_float(other) or other.values.ndim > rank or other.values.size != (other.shape or (1,))[-1]:
+        return None
+    values = other.values.astype(np.float64).ravel()
+    if node.op == "Div" and not values.all():
+        return None
+    return 1 / values if node.op == "Div" else values, np.zeros(values.size)
+
+
+def _way_to_product(node: gs.Node, index: int, columns: int, leaving: set[str]) -> list[gs.Node]:
+    """What lies between this input and the product of a constant matrix that it is made of, and the product: Adds of a constant
+    row, and moves that keep the last axis, any moves where `columns` is 1. Empty where it is made of anything else.
+    """
+    way = list[gs.Node]()
+    while (maker := _only_maker(node, index, leaving, "Shape", "Size")) is not None:
+        way.append(maker)
+        if not is_op(maker, "Add", "Flatten", "Gemm", "MatMul", "Reshape", "Transpose"):
+            break
+        x, y = maker.inputs[0], maker.outputs[0]
+        if maker.op in ("Gemm", "MatMul") and _is_float(maker.inputs[1]) and maker.inputs[1].values.ndim == 2:
+            fits = columns in (1, maker.inputs[1].shape[1])
+            return way if fits and (maker.op == "MatMul" or is_plain_gemm(maker)) else []
+        keeps = x.shape and y.shape and x.shape[-1] == y.shape[-1] == columns
+        if maker.op in ("Flatten", "Reshape", "Transpose") and (columns == 1 or (keeps and maker.op != "Transpose")):
+            node, index = maker, 0
+        elif (
+            maker.op == "Add"
+            and (at := _constant_at(maker)) is not None
+            and columns in (1, *maker.inputs[at].values.shape[-1:])
+        ):
+            node, index = maker, 1 - at
+        else:
+            break
+    return []
+
+
+def _constant_at(add: gs.Node) -> int | None:
+    """Which input of the Add is a float constant."""
+    return next((at for at, tensor in enumerate(add.inputs) if _is_float(tensor)), None)
 
 
 def _merge_constant(node: gs.Node, constants: _Constants) -> bool:
@@ -231,10 +318,11 @@ def _affine_before(
     return None
 
 
-def _only_maker(node: gs.Node, index: int, leaving: set[str]) -> gs.Node | None:
-    """What makes this input, if `node` alone reads it."""
+def _only_maker(node: gs.Node, index: int, leaving: set[str], *beside: str) -> gs.Node | None:
+    """What makes this input, if `node` alone reads it, but for operators `beside`."""
     tensor = node.inputs[index]
-    return tensor.inputs[0] if len(tensor.inputs) == len(tensor.outputs) == 1 and tensor.name not in leaving else None
+    readers = [reader for reader in tensor.outputs if not is_op(reader, *beside)]
+    return tensor.inputs[0] if len(tensor.inputs) == len(readers) == 1 and tensor.name not in leaving else None
 
 
 def _layer_before(node: gs.Node, index: int, leaving: set[str], *ops: str) -> gs.Node | None:

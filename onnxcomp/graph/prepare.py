@@ -78,6 +78,9 @@ def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, 
     merged = merge.merge_inputs(graph)  # now that what scales and shifts is no part of an activation
     if merged:
         notes.append(f"Arithmetic with constants merged into the Convs behind it: {merged}.")
+    rows = merge.merge_outputs(graph)
+    if rows:
+        notes.append(f"Arithmetic with constants merged into the matrix products before it: {rows}.")
     graph.cleanup(recurse_subgraphs=False)
     bodies = sum(1 for node in graph.nodes for _ in node.subgraphs())
     if bodies:
