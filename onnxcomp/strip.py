@@ -25,7 +25,7 @@ class Stripped:
 
 def strip(model: runtime.Model, methods: Collection[str], *, output: str | Path | None = None, force: bool = False) -> Stripped:
     """The model without what `methods` (names, such as "nbc") put into it, bit for bit as it was before them; written to
-    `output` where that is given, once it has run.
+    `output` where that is given, once it has run; once it is loaded, where no made-up inputs will do.
 
     Later layers keep the ranges that were fitted while the method was there; codes and ranges that were reconstructed with it
     stay so, and a bias comes back as it was in front of both. Raises RecipeError for an unknown method, ModelError for a file
@@ -53,7 +53,13 @@ def strip(model: runtime.Model, methods: Collection[str], *, output: str | Path 
         replace(d, adopted=False, reason="stripped", added_bytes=0) if d in adopted else d for d in report.decisions
     )
     account.stamp(stripped, replace(report, decisions=decisions), folds)
-    made_up_feed(runtime.Session(stripped))
+    session = runtime.Session(stripped)
+    try:
+        feed = made_up_feed(runtime.Session(source))
+    except ModelError:  # no made-up inputs will do, and there are no others here
+        pass
+    else:
+        session.run(feed)
     if output is not None:
         files.save(stripped, output, force=force, source=account.path_of(model))
     return Stripped(stripped, tuple(dict.fromkeys(d.site for d in adopted)))

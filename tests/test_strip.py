@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from equality import parse
 from onnx import ModelProto, checker
 from tiny import models
 
@@ -197,6 +198,17 @@ def test_an_unknown_method_and_a_file_without_a_record_are_refused():
     text = r"The file holds no record of compensations\. Give a file that this version of onnxcomp wrote\."
     with pytest.raises(ModelError, match=text):
         strip(TINY["mlp"].model, ["bias"])
+
+
+def test_a_model_that_no_made_up_inputs_fit_is_stripped_too():
+    """Its free length must be 11."""
+    text = "g (float[3,M] x) => (float[11,4] y) { r = Reshape(x, rows) [fc] m = MatMul(r, w) y = Add(m, b) }"
+    rng = np.random.default_rng(0)
+    weights = {"rows": np.array([11, 3]), "w": rng.normal(size=(3, 4)).astype(np.float32), "b": np.zeros(4, np.float32)}
+    samples = [{"x": (rng.normal(size=(3, 11)) + 2).astype(np.float32)} for _ in range(16)]
+    found = quantize(parse(text, weights), samples, replace(PLAIN, bits=Bits(3, 3), compensate=(METHODS["channels"],)))
+
+    assert strip(found.model, ["bias"]).places == ("fc",)
 
 
 def test_the_command_names_the_places_and_writes_the_file(tmp_path: Path):
