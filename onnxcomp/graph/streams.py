@@ -69,6 +69,12 @@ def _is_mean(node: gs.Node) -> bool:
     return isinstance(axes, gs.Constant) and axes.values.tolist() in ([-1], [len(node.inputs[0].shape or ()) - 1])
 
 
+def _is_token_mean(node: gs.Node) -> bool:
+    """Whether the node averages over tokens, each channel for itself."""
+    axes, rank = input_at(node, 1) if is_op(node, "ReduceMean") else None, len(node.inputs[0].shape or ()) if node.inputs else 0
+    return isinstance(axes, gs.Constant) and rank > 0 and all(axis % rank != rank - 1 for axis in axes.values.tolist())
+
+
 def _is_squares(node: gs.Node) -> bool:
     """Whether the node squares its input, and the mean over channels is all that is asked for."""
     squares = is_op(node, "Mul") and node.inputs[0] is node.inputs[1]
@@ -150,6 +156,8 @@ class _Search:
                     self._write(node, index)
                 else:
                     self._join(tensor)
+        elif _is_token_mean(node):
+            self._join(node.inputs[0])
         elif (scaled := next((t for t in node.inputs if _is_scaled(node, t)), None)) is not None:
             self._join(scaled)
         else:
@@ -164,7 +172,7 @@ class _Search:
             self.stream.read.append(node)
         elif is_op(node, "Shape", "Size") or _is_mean(node) or _is_squares(node):
             return
-        elif is_op(node, "Add", "Sum", *_MOVES) or _is_scaled(node, tensor) or is_op(node, "ReduceMean"):
+        elif is_op(node, "Add", "Sum", *_MOVES) or _is_scaled(node, tensor) or _is_token_mean(node):
             self._join(*node.outputs)
         else:
             raise _RefusedError(f"{node.name} ({node.op}) reads it")

@@ -18,6 +18,7 @@ WEIGHTS = {
     "gain": tiny.bias(RNG, 8), "b": tiny.bias(RNG, 8), "gain2": tiny.bias(RNG, 8), "index": np.arange(5),
     "w1": tiny.weight(RNG, 8, 32, fan_in=8), "w2": tiny.weight(RNG, 32, 8, fan_in=32), "wh": tiny.weight(RNG, 8, 10, fan_in=8),
     "table": tiny.weight(RNG, 20, 8, fan_in=1), "two": np.float32(2), "eps": np.float32(1e-5), "last": np.array([-1]),
+    "tokens": np.array([1]),
 }  # fmt: skip
 LAYER_NORMS = """ [norm1] n1 = LayerNormalization<axis = -1>(p, gain, b)
     [fc1] h = MatMul(n1, w1)
@@ -75,7 +76,17 @@ def test_a_layer_may_read_the_stream_without_a_norm():
     assert [node.name for node in stream.read] == ["own"]
 
 
+def test_the_mean_over_tokens_may_end_the_stream():
+    ended = LAYER_NORMS.replace("[norm2] n2 = LayerNormalization<axis = -1>(r, gain2)", "")
+    ended = ended.replace("t = Gather<axis = 1>(n2, index)", "t = ReduceMean<keepdims = 0>(r, tokens)")
+    (stream,) = streams(build(PATCHES.replace("float[N,5,10] y", "float[N,10] y") + ended))
+    assert (stream.refusal, [node.name for node in stream.read]) == ("", ["head"])
+
+
 REFUSED = [
+    (PATCHES + LAYER_NORMS,
+     ("r = Add(p, m)", "k = ReduceMean<keepdims = 0>(p, last) u = Unsqueeze(k, last) v = Mul(m, u) r = Add(p, v)"),
+     "(ReduceMean) reads it"),
     (PATCHES + LAYER_NORMS, ("r = Add(p, m)", "r = Add(n1, m)"), "what the norm gives is read by r (Add)"),
     (PATCHES + LAYER_NORMS, ("p = Add(eb, positions)", "k = Add(eb, positions) p = Relu(k)"), "(Relu) writes to it"),
     (PATCHES + LAYER_NORMS, ("[N,5,10] y)", "[N,5,10] y, float[N,5,8] p)"), "'p' is an output of the model"),
