@@ -32,7 +32,7 @@ from onnxcomp.methods.base import Array, Batch, Compensation, Fit, Outcome, Samp
 TRIM = 0.05
 FLOAT32 = 1
 """ONNX's number of the element type."""
-SAMPLES, IN_A_ROW = 64, 8
+SAMPLES, IN_A_ROW = 128, 8
 """Samples that a bias per channel is fitted to and judged by, or up to twice as many; and in a row, for some are held out."""
 RANK_GAIN_DB = 0.02
 """What a rank must gain over a lower one."""

@@ -15,7 +15,7 @@ LAYER = Site("fc", "MatMul", "layer", ("x",), "h", "y", -1)
 TOKENS = Site("fc", "MatMul", "layer", ("x",), "h", "y", -1, fixed_tokens=True)
 
 
-def left_out(batch: int, count: int = 128, method: BiasCompensation | None = None, site: Site = LAYER) -> set[int]:
+def left_out(batch: int, count: int = 256, method: BiasCompensation | None = None, site: Site = LAYER) -> set[int]:
     """The samples, `batch` of them at a time, that nothing is read of."""
     seen: set[int] = set()
 
@@ -33,11 +33,11 @@ def left_out(batch: int, count: int = 128, method: BiasCompensation | None = Non
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_of_many_samples_every_other_eight_tell_a_bias_per_channel(batch: int):
-    assert left_out(batch) == {number for number in range(128) if number // 8 % 2}
+    assert left_out(batch) == {number for number in range(256) if number // 8 % 2}
 
 
 @pytest.mark.parametrize(
-    "options", [{"count": 127}, {"site": TOKENS}, {"method": BiasCompensation(keep="always")}], ids=["few", "tokens", "always"]
+    "options", [{"count": 255}, {"site": TOKENS}, {"method": BiasCompensation(keep="always")}], ids=["few", "tokens", "always"]
 )
 def test_all_samples_count_where_they_are_few_or_are_asked_for(options: dict[str, Any]):
     assert left_out(1, **options) == set()
