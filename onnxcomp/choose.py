@@ -19,7 +19,7 @@ from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, fin
 from onnxcomp.methods import reconstruction
 from onnxcomp.recipe import Bits, Recipe, SiteRule
 from onnxcomp.report.model import Skipped
-from onnxcomp.targets import regions
+from onnxcomp.targets import lowering, regions
 from onnxcomp.targets.base import Settings
 from onnxcomp.targets.target import Target
 
@@ -94,7 +94,7 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     skipped = _skipped(graph, every, chosen)
     if target.encoding.where == "units" and any(s.activations == "static" for s in settings.values()):
         products = {site.name for site in sites if site.kind == "product"}  # units as everything is
-        skipped = tuple(s for s in skipped if s.name not in products and s.op != "ConvTranspose")
+        skipped = tuple(s for s in skipped if s.name not in products and s.op not in lowering.OPERANDS)
     return Choice(chosen, settings, skipped, notes, blocks)
 
 

@@ -60,8 +60,7 @@ def fit_static(
 def fit_ratio(samples: Samples, scheme: Scheme) -> float:
     """The clip ratio of a per-token quantizer with the least squared error on the tensor read as `xh`."""
     fakes = [functools.partial(fake, scheme=scheme, granularity="token", ratio=ratio) for ratio in RATIOS]
-    step = max(samples.count // RATIO_SAMPLES, 1)
-    return RATIOS[int(np.argmin(_errors(samples, fakes, ROWS_PER_SAMPLE, step)))]
+    return RATIOS[int(np.argmin(_errors(samples, fakes, RATIO_SAMPLES, ROWS_PER_SAMPLE)))]
 
 
 def token_gain(samples: Samples, q: QParams) -> float:
@@ -70,8 +69,8 @@ def token_gain(samples: Samples, q: QParams) -> float:
     Over all tokens: what a static range costs is the few tokens of far larger values that it must either clip or make
     room for. Of some `GAIN_SAMPLES` samples, for these tokens are in each.
     """
-    step = max(samples.count // GAIN_SAMPLES, 1)
-    static, token = _errors(samples, [q.fake, functools.partial(fake, scheme=q.scheme, granularity="token")], step=step)
+    fakes = [q.fake, functools.partial(fake, scheme=q.scheme, granularity="token")]
+    static, token = _errors(samples, fakes, GAIN_SAMPLES)
     return float(10 * np.log10(max(static, 1e-30) / max(token, 1e-30)))
 
 
@@ -100,10 +99,11 @@ def build_run_time(op: Tape, x: str, scheme: Scheme, granularity: str, ratio: fl
     return op.abstract("FakeQuantize", x, bits=scheme.bits, signed=int(scheme.signed), granularity=granularity, ratio=ratio)
 
 
-def _errors(samples: Samples, fakes: Sequence[Fake], rows_per_sample: int | None = None, step: int = 1) -> Array:
-    """The squared error of each quantizer on the tensor read as `xh`, all of it or some evenly spread rows, in every `step`th
-    sample.
+def _errors(samples: Samples, fakes: Sequence[Fake], least: int, rows_per_sample: int | None = None) -> Array:
+    """The squared error of each quantizer on the tensor read as `xh`, all of it or some evenly spread rows, in `least` of the
+    samples, if there are so many, or up to twice as many.
     """
+    step = max(samples.count // least, 1)
 
     def read(batch: Batch) -> Array:
         rows = [(n, x.reshape(-1, x.shape[-1])) for n, x in zip(batch.indices, batch.read("xh"), strict=False) if n % step == 0]
