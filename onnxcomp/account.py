@@ -22,6 +22,7 @@ from onnxcomp.recipe import Recipe, SiteRule
 from onnxcomp.report.json import to_stored
 from onnxcomp.report.model import Decision, Report, SiteReport, Verification
 from onnxcomp.targets.audit import Kernel
+from onnxcomp.targets.base import Encoding, Settings
 from onnxcomp.targets.nbits import stored_bits
 from onnxcomp.targets.target import Target
 
@@ -85,24 +86,28 @@ def bits(site: Site, walk: Walk) -> str:
 
 
 def _site_report(site: Site, walk: Walk, kernel: Kernel) -> SiteReport:
-    settings, result, stored = walk.plan.settings.get(site.name), walk.results.get(site.name, NOTHING), 0
+    settings, result = walk.plan.settings.get(site.name), walk.results.get(site.name, NOTHING)
     activations = "static" if settings is None else settings.activations
     if activations == "auto":
         activations = walk.quantizers.granularity.get(site.name, "static")
-    if settings is not None and site.weight is not None:
-        shape, encoding, block = tensors_of(walk.reference)[site.weight].shape, walk.target.encoding, settings.block
-        width = stored_bits(settings.weight_bits, math.prod(shape), encoding, in_blocks=block > 0)
-        # A float scale and an int8 zero point per channel; of blocks the zero points of at least 4 bits are optional.
-        ranges = 5.0 * shape[site.weight_axis]
-        if block:
-            zeros = max(4, width) / 8 if settings.zero_points else 0
-            ranges = (4 + zeros) * shape[site.weight_axis] * math.ceil(shape[1 - site.weight_axis] / block)
-        stored = math.ceil(math.prod(shape) * width / 8 + ranges)
+    tensors, weights = tensors_of(walk.reference), () if site.weight is None else (site.weight, *site.others)
+    stored = sum(_weight_bytes(site, tensors[name].shape, settings, walk.target.encoding) for name in weights if settings)
     return SiteReport(
         site.name, site.op, site.kind, bits(site, walk), activations, result.before_db, result.after_db,
         kernel.op, kernel.integer, kernel.reason, stored,
         "" if settings is None else settings.rounding,
     )  # fmt: skip
+
+
+def _weight_bytes(site: Site, shape: Sequence[int], settings: Settings, encoding: Encoding) -> int:
+    block = settings.block
+    width = stored_bits(settings.weight_bits, math.prod(shape), encoding, in_blocks=block > 0)
+    # A float scale and an int8 zero point per channel; of blocks the zero points of at least 4 bits are optional.
+    ranges = 5.0 * shape[site.weight_axis]
+    if block:
+        zeros = max(4, width) / 8 if settings.zero_points else 0
+        ranges = (4 + zeros) * shape[site.weight_axis] * math.ceil(shape[1 - site.weight_axis] / block)
+    return math.ceil(math.prod(shape) * width / 8 + ranges)
 
 
 def frozen(report: Report) -> Recipe:

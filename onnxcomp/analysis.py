@@ -129,7 +129,7 @@ def blend(walk: Walk) -> tuple[Graph, tuple[Part, ...]]:
             readers = [n.name for n in y.outputs if n.name in taken] or [n.name for n in behind if n.name in taken][:1]
             mix(op, False, readers, node.inputs[0].name, _fake(op, node), y.name)
     nodes, exact = {n.name: n for n in graph.nodes}, {n.name: n for n in walk.reference.nodes}
-    for site in [s for s in walk.plan.sites if s.weight is not None]:
+    for site in [s for s in walk.plan.sites if s.weight is not None and s.kind != "stored"]:
         node, op = exact[site.name], Tape(f"{site.name}/mixed")
         pairs = enumerate(itertools.zip_longest(node.inputs, nodes[site.name].inputs[: len(node.inputs)]))
         read = [op.constant(f"exact-{i}", a.values) if isinstance(a, Constant) else b.name for i, (a, b) in pairs]

@@ -15,16 +15,15 @@ from onnxcomp.graph.blocks import Block, find_blocks, find_rest
 from onnxcomp.graph.convert import STANDARD
 from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, tensors_of
 from onnxcomp.graph.fold import is_load_time
-from onnxcomp.graph.sites import LAYER_OPS, Site, check_pattern, find_sites, find_tables, is_weight, matches, select
+from onnxcomp.graph.sites import HOLDERS, LAYER_OPS, Site, check_pattern, find_holders, find_sites, is_weight, matches, select
 from onnxcomp.methods import reconstruction
 from onnxcomp.recipe import Bits, Recipe, SiteRule
 from onnxcomp.report.model import Skipped
 from onnxcomp.targets import lowering, regions
-from onnxcomp.targets.base import Settings
+from onnxcomp.targets.base import Encoding, Settings
 from onnxcomp.targets.target import Target
 
-HOLDERS = ("ConvTranspose", "DeformConv", "Einsum", "GRU", "LSTM", "RNN")
-"""Operators, besides layers, that have weights; so may those of other domains."""
+RECURRENT = ("GRU", "LSTM", "RNN")
 LARGE = 1 << 16
 """Numbers from which a table is worth an operator or two for each of its readers."""
 NO_DATA = "No data were given, so activations are quantized at run time and nothing is calibrated or compensated"
@@ -55,7 +54,7 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
     sites, tensors = find_sites(graph), tensors_of(graph)
     results = {t.name for t in graph.outputs}
     results |= {s.y for s in sites if regions.tail(tensors[s.y], results).name in results}
-    every = (*sites, *find_tables(graph))
+    every = (*sites, *(site for site in find_holders(graph) if _is_taken(site, target.encoding)))
     names = [node.name for node in graph.nodes]
     for rule in recipe.site:
         check_pattern(rule.where, every, names, required=False)
@@ -69,7 +68,7 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
         if places:
             check_pattern(method.where, places, names, required=False)
     chosen = select(every, recipe.include, recipe.exclude, names)
-    wanted = {"layer": True, "product": recipe.products, "table": recipe.embeddings is True}
+    wanted = {"layer": True, "product": recipe.products, "table": recipe.embeddings is True, "stored": True}
     named = {s.name for s in chosen if s.kind == "product" and _is_included(s, recipe)}
     if recipe.embeddings == "auto" and target.encoding.embeddings:
         tables = [(s.name, tensors[s.weight].shape) for s in chosen if s.kind == "table" and s.weight is not None]
@@ -96,6 +95,11 @@ def choose(graph: Graph, recipe: Recipe, target: Target, *, with_data: bool) -> 
         products = {site.name for site in sites if site.kind == "product"}  # units as everything is
         skipped = tuple(s for s in skipped if s.name not in products and s.op not in lowering.OPERANDS)
     return Choice(chosen, settings, skipped, notes, blocks)
+
+
+def _is_taken(holder: Site, encoding: Encoding) -> bool:
+    """Whether weights that become floats when the file is loaded are taken there; OpenVINO wants those of an LSTM whole."""
+    return holder.kind == "table" or (encoding.tables and (encoding.fused or holder.op not in RECURRENT))
 
 
 def open_widths(recipe: Recipe, choice: Choice) -> dict[str, tuple[int, int | None]]:
@@ -138,7 +142,7 @@ def _settings(
     for rule in recipe.site:
         if matches(rule.where, site):
             own |= {key: value for key, value in vars(rule).items() if value is not None}
-    if site.kind == "table" and recipe.embeddings == "auto":
+    if site.kind == "stored" or (site.kind == "table" and recipe.embeddings == "auto"):
         own = {"bits": Bits(8, None), "block": 0, "zero_points": False} | own
     decided = {key: own.pop(key) for key in ("mixed", "methods") if key in own}
     recipe = replace(recipe, **{key: value for key, value in own.items() if key != "where"})
@@ -163,7 +167,7 @@ def _settings(
         rounding = "gptq" if with_data and recipe.bits.weights < 8 else "nearest"
     block = _block(tensors, site, recipe, target, activations)
     zeros = recipe.zero_points and block > 0
-    if site.kind == "table":  # a row is read as it is, whatever the samples
+    if site.kind in ("table", "stored"):  # a row is read as it is, whatever the samples
         activations, rounding = "float", "nearest"
     more = recipe.ranges, recipe.percentile, recipe.symmetric, rounding, block, zeros
     return Settings(*widths, activations, *more, **decided)
@@ -189,7 +193,7 @@ def _block(tensors: Mapping[str, Tensor], site: Site, recipe: Recipe, target: Ta
         raise RecipeError(f"zero_points = true cannot be written: {why}. Leave it out.")
     if site.kind == "table":
         return block if block and shape[1] % block == 0 else shape[1]
-    if not block or site.op == "Conv" or site.kind == "product":
+    if not block or site.op == "Conv" or site.kind in ("product", "stored"):
         return 0
     if block not in encoding.blocks or bits > encoding.block_bits:
         which = f", only blocks of {taken} and {encoding.block_bits} bits or fewer" if taken else ". Leave block out"
@@ -209,7 +213,7 @@ def _skipped(graph: Graph, every: tuple[Site, ...], chosen: tuple[Site, ...]) ->
 
 
 def _is_holder(node: Node) -> bool:
-    return node.op in HOLDERS or (node.domain or "") not in STANDARD
+    return node.op in HOLDERS.keys() - set(LAYER_OPS) or (node.domain or "") not in STANDARD
 
 
 def _why_none(graph: Graph, skipped: Sequence[Skipped]) -> str:

@@ -21,7 +21,7 @@ from onnxcomp.graph.convert import to_graph
 from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.opset import standard_opset
 from onnxcomp.graph.prepare import prepare
-from onnxcomp.graph.sites import find_sites, find_tables
+from onnxcomp.graph.sites import find_holders, find_sites
 from onnxcomp.graph.types import Tensor
 from onnxcomp.numerics.arrays import describe
 from onnxcomp.report.json import from_json
@@ -69,7 +69,7 @@ def _sites(model: files.ModelProto, graph: Graph, notes: list[str]) -> tuple[Fou
     tensors = graph.tensors()
     return tuple(
         FoundSite(site.name, site.op, site.kind, None if site.weight is None else tuple(tensors[site.weight].shape))
-        for site in (*find_sites(graph), *find_tables(graph))
+        for site in (*find_sites(graph), *find_holders(graph))
     )
 
 

@@ -339,7 +339,26 @@ def embedding() -> Tiny:
     return build("embedding", header(17) + text, weights | scalars, samples)
 
 
+def recurrent() -> Tiny:
+    """A recurrent layer and a transposed Conv, whose weights are large, behind and in front of layers."""
+    rng = np.random.default_rng(17)
+    text = """ tiny (float[N,3,8] x) => (float[N,3,16] y) {
+        [conv] c = Conv<pads = [1, 1]>(x, wc, bc)
+        r = Relu(c)
+        t = Transpose<perm = [2, 0, 1]>(r)
+        [lstm] s, last = LSTM<hidden_size = 16>(t, w, state, bias)
+        q = Squeeze(s, one)
+        u = Transpose<perm = [1, 2, 0]>(q)
+        [up] v = ConvTranspose<strides = [2]>(u, k, bk)
+        [out] y = Conv(v, wo, bo)
+    }"""
+    recur = {"w": weight(rng, 1, 64, 16, fan_in=16), "state": weight(rng, 1, 64, 16, fan_in=16)}
+    up = {"k": weight(rng, 16, 32, 2, fan_in=16), "bk": bias(rng, 32), "one": np.array([1])}
+    ends = conv(rng, "c", 16, 3, 3) | conv(rng, "o", 3, 32, 1)
+    return build("recurrent", header(17) + text, recur | {"bias": bias(rng, 1, 128)} | up | ends, feeds(rng, 3, 8))
+
+
 _MODELS: tuple[Callable[[], Tiny], ...] = (
     linear, linear_3d, mlp, transformer, embedding, shared, gemm, relu_mlp,
-    conv_bn, residual, depthwise, conv_1d, mnist, silu, hard_swish, concat, outputs,
+    conv_bn, residual, depthwise, conv_1d, mnist, silu, hard_swish, concat, outputs, recurrent,
 )  # fmt: skip

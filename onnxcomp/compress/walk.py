@@ -99,7 +99,9 @@ class Walk:
                 self.quantizers.put(point, self._cut(point.tensor))
             layer = step.site if step.site is not None and step.site.kind == "layer" else None
             if step.site is not None and step.site.weight is not None:
-                self._quantize_weight(step.site)
+                for name in (step.site.weight, *step.site.others):
+                    self._quantize_weight(replace(step.site, weight=name))
+                self._expand(step.site)
                 self._compensate(step.site)
             if self.store is None:
                 continue
@@ -160,17 +162,19 @@ class Walk:
         bits = settings.weight_bits
         assert site.weight is not None
         if site.weight in tensors and not tensors[site.weight].inputs:  # else it is shared and already stored as codes
-            same = [s.name for s in self.plan.sites if s.weight == site.weight and self._is_stored_alike(s, site)]
+            readers = (s for s in self.plan.sites if site.weight in (s.weight, *s.others))
+            same = [s.name for s in readers if self._is_stored_alike(s, site)]
             everyone = {n.name for n in tensors[site.weight].outputs} <= set(same)
-            tape = Tape(f"{site.weight}/quantized" if everyone else f"{site.name}/weight")
+            tape = Tape(
+                f"{site.weight}/quantized" if everyone else f"{site.name}/{'state' if site.weight in site.others else 'weight'}"
+            )
             w, series = tensors[site.weight].values, not self._series.keys().isdisjoint(same)
             fitted = xint.first_term(w, site.weight_axis, bits)._asdict() if series else self._round(site, w, bits)
-            if self.target.encoding.saturates and bits == 8:
+            is_float = settings.activations == "float" and (site.op == "Conv" or site.kind == "stored")
+            if self.target.encoding.saturates and bits == 8 and not is_float:
                 fitted = self._held(site, w, fitted, alone=len(same) == 1)
-            is_float = site.op == "Conv" and settings.activations == "float"
             new = weights.build(tape, site, fitted, bits, settings.block, is_float=is_float)
             apply(self.compressed, "quantize", tape, new, None if everyone else same)
-        self._expand(site)
 
     def _is_stored_alike(self, *sites: Site) -> bool:
         """Whether one set of codes serves these sites, which read one weight."""

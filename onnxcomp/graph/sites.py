@@ -2,10 +2,12 @@
 
 A site is one Conv, Gemm or MatMul with a constant weight together with the bias Add behind it (a *layer*), a MatMul of
 two activations (a *product*), or an operator that joins or pools quantized activations and has an integer kernel of its
-own (a *join*), or a Gather of the rows of a constant (a *table*). Reading is all that happens here.
+own (a *join*), a Gather of the rows of a constant (a *table*), or another operator with large weights, which may be stored as
+codes although it computes in float (*stored*). Reading is all that happens here.
 """
 
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +23,13 @@ from onnxcomp.graph.merge import is_plain_gemm
 LAYER_OPS = ("Conv", "Gemm", "MatMul")
 PASS_THROUGH_OPS = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity", "Pad")
 """Operators whose output values are a selection of their first input's values (Pad adds zeros)."""
+HOLDERS = {
+    "ConvTranspose": (1, (1,)), "DeformConv": (0, (1,)), "Einsum": (-1, (0, 1)), "GRU": (1, (1, 2)), "LSTM": (1, (1, 2)),
+    "MatMul": (-1, (0, 1)), "RNN": (1, (1, 2)),
+}  # fmt: skip
+"""Operators that have weights besides layers: the axis that has a scale each, and which inputs they are."""
+LARGE = 1 << 10
+"""Numbers from which a weight is worth the two operators that make floats of its codes when the file is loaded."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Site:
     """The node's name: what patterns and reports speak of."""
     op: str
     kind: str
-    """`layer`, `product`, `join` or `table`."""
+    """`layer`, `product`, `join`, `table` or `stored`."""
     inputs: tuple[str, ...]
     """The activations it reads, in order; `x` is the first."""
     raw: str
@@ -47,6 +56,8 @@ class Site:
     weight: str | None = None
     weight_axis: int = 0
     """The output-channel axis of the weight."""
+    others: tuple[str, ...] = ()
+    """Further weights, whose channels lie along the same axis: those of a recurrent layer's state."""
     bias: str | None = None
     """The constant bias, inside the operator or in the Add behind it."""
     bias_node: str | None = None
@@ -67,15 +78,36 @@ def find_sites(graph: gs.Graph) -> tuple[Site, ...]:
     return tuple(replace(site, fixed_tokens=fixed and site.op == "MatMul") for site in sites)
 
 
-def find_tables(graph: gs.Graph) -> tuple[Site, ...]:
-    """Every Gather of the rows of a constant matrix in the main graph, in graph order."""
-    return tuple(
-        Site(node.name, "Gather", "table", (node.inputs[1].name,), y.name, y.name, -1, len(y.shape), weight=node.inputs[0].name)
-        for node in graph.nodes
-        if is_op(node, "Gather") and is_weight(node.inputs[0]) and isinstance(node.inputs[1], gs.Variable)
-        for y in node.outputs
-        if node.attrs.get("axis", 0) == 0 and len(node.inputs[0].shape) == 2 and None not in (y.shape, node.inputs[1].shape)
-    )
+def find_holders(graph: gs.Graph) -> tuple[Site, ...]:
+    """Every other operator of the main graph whose weights may be stored as codes, in graph order: tables and `stored`."""
+    sites = (_table(node) or _stored(node) for node in graph.nodes if layer(node) is None)
+    return tuple(site for site in sites if site is not None)
+
+
+def _table(node: gs.Node) -> Site | None:
+    """The site of a Gather of the rows of a constant matrix."""
+    if not is_op(node, "Gather") or not is_weight(node.inputs[0]) or not isinstance(node.inputs[1], gs.Variable):
+        return None
+    (table, ids), y = node.inputs, node.outputs[0]
+    if node.attrs.get("axis", 0) != 0 or len(table.shape) != 2 or None in (y.shape, ids.shape):
+        return None
+    return Site(node.name, "Gather", "table", (ids.name,), y.name, y.name, -1, len(y.shape), weight=table.name)
+
+
+def _stored(node: gs.Node) -> Site | None:
+    """The site of an operator that is no layer and has large weights."""
+    if not is_op(node, *HOLDERS) or all(map(is_load_time, node.inputs)):
+        return None
+    axis, places = HOLDERS[node.op]
+    weights = [t for t in (input_at(node, i) for i in places) if t is not None and is_weight(t)]
+    weights = [t for t in weights if math.prod(t.shape) >= LARGE]
+    made = [t.name for t in node.outputs if not t.is_empty()]
+    if not weights or not made:
+        return None
+    reads = tuple(t.name for t in node.inputs if isinstance(t, gs.Variable) and not t.is_empty())
+    first, *others = (t.name for t in weights)
+    how = {"weight": first, "weight_axis": axis % len(weights[0].shape), "others": tuple(others)}
+    return Site(node.name, node.op, "stored", reads, made[0], made[0], 1 if "Conv" in node.op else -1, **how)
 
 
 def layer(node: gs.Node) -> Site | None:

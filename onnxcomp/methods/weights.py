@@ -141,8 +141,8 @@ def hold(site: Site, w: Array, fitted: Fit, quantize: Node, groups: int, samples
 
 
 def build(op: Tape, site: Site, fitted: Fit, bits: int, block: int = 0, *, is_float: bool = False) -> dict[str, str]:
-    """Record the dequantization of the stored codes; it replaces the weight. `is_float`: of a Conv that computes in float, even
-    where it reads codes.
+    """Record the dequantization of the stored codes; it replaces the weight. `is_float`: of an operator that computes in float,
+    even where it reads codes.
     """
     assert site.weight is not None
     stored = [op.constant(key, fitted[key]) for key in ("codes", "scale", "zero_point") if key in fitted]

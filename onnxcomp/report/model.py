@@ -36,7 +36,7 @@ class SiteReport:
     name: str
     op: str
     kind: str
-    """`layer`, `product`, `join` or `table`."""
+    """`layer`, `product`, `join`, `table` or `stored`."""
     bits: str
     """`w8a8`; `a8` for a site without weights; `w8` where activations stay float, `w8b32` with a scale per 32 inputs."""
     activations: str

@@ -18,6 +18,7 @@ from onnxcomp.graph.fold import is_load_time
 from onnxcomp.graph.offsets import MOVES
 from onnxcomp.targets.base import Plan, Violation
 from onnxcomp.targets.fallback import STORED, explain
+from onnxcomp.targets.rules import maker
 from onnxcomp.targets.target import Target
 
 INTEGER_KERNELS = frozenset({
@@ -109,6 +110,8 @@ def foretell(graph: Graph, violations: Sequence[Violation], sites: Collection[st
         reason = next((broken[n.name] for n in behind if n.name in broken), "")
         if not makers and node.op not in ("Gather", "MatMulInteger"):
             reason = reason or "It reads no codes."
+        if len(node.inputs) > 1 and maker(node.inputs[1]) == "Mul" and is_load_time(node.inputs[1]):
+            reason = reason or "Its weight is made float when the file is loaded."
         found.append(Kernel(name, node.op, not reason, reason))
     return tuple(found)
 
