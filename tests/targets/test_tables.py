@@ -37,7 +37,8 @@ LANGUAGE = language(1024)
         ({"embeddings": True}, {"words": "w8b64", "places": "w8b64"}),
         ({"embeddings": False}, {}),
         ({"exclude": ("words",)}, {}),
-        ({"target": "openvino"}, {}),
+        *(({"target": name}, {"words": "w8b64"}) for name in ("openvino", "openvino-avx2", "portable", "xnnpack")),
+        *(({"target": name}, {}) for name in ("tensorrt", "nnapi", "qnn")),
         ({"compensate": find("xint").compensate}, {"words": "w8b64"}),
     ],
 )
