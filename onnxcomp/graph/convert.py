@@ -24,6 +24,8 @@ from onnxcomp.graph.weights import remove_if, walk_graphs, walk_nodes
 
 M = TypeVar("M", bound=Message)
 STANDARD = ("", "ai.onnx")
+VARYING = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
+"""Operators that make tensors whose shape follows from values."""
 _MODEL_FIELDS = ("producer_name", "producer_version", "domain", "model_version", "doc_string", "functions", "metadata_props")
 _KEPT_KINDS = ("FLOAT", "INT", "STRING", "TENSOR", "GRAPH", "FLOATS", "INTS", "STRINGS")
 """Kinds of attributes that graphsurgeon reads; it loses the others, and empty lists of these."""
@@ -63,6 +65,7 @@ def to_model(graph: gs.Graph, like: ModelProto) -> ModelProto:
         model = gs.export_onnx(graph, do_type_check=False, opset_imports=[helper.make_opsetid("", graph.opset)])
     for constant, values in arrays:
         constant.values = values
+    _forget_varying(model.graph)
     _restore(model.graph, like.graph)
     _share_constants(model.graph, like.graph)
     copy_fields(like, model, _MODEL_FIELDS)
@@ -102,6 +105,17 @@ def packed_int4(name: str, codes: np.ndarray) -> gs.Constant:
     """A constant of type INT4 and the shape of `codes` (integers in -8..7), stored two to a byte, low half first."""
     assert -8 <= codes.min(initial=0) <= codes.max(initial=0) <= 7, name
     return gs.Constant(name, LazyValues(numpy_helper.from_array(codes.astype(ml_dtypes.int4), name)))
+
+
+def _forget_varying(graph: GraphProto) -> None:
+    """Drop the types of what has as many rows as are found at run time: where there are none, ONNX Runtime's optimizer makes
+    Reshapes of such types that it cannot run (1.32).
+    """
+    found = set[str]()
+    for node in graph.node:
+        if node.op_type in VARYING or not found.isdisjoint(node.input):
+            found.update(node.output)
+    remove_if(graph.value_info, lambda value: value.name in found)
 
 
 def _restore(body: GraphProto, like: GraphProto) -> None:

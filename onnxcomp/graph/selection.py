@@ -12,13 +12,12 @@ from enum import IntEnum
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcomp.graph.convert import VARYING
 from onnxcomp.graph.edit import tensors_of
 from onnxcomp.graph.sites import LAYER_OPS
 
 Op = tuple[str, Sequence[str], Sequence[str]]
 """An operator, and the tensors that it reads and makes."""
-_VARYING = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
-"""The shape of what they make follows from values."""
 _SORTING = frozenset({"ArgMax", "ArgMin", "TopK"})
 
 
@@ -80,6 +79,6 @@ def _kind(op: str, read: Sequence[_Kind]) -> _Kind:
         return kind if kind == _Kind.VARYING else _Kind.COMPUTED
     if op.startswith("Scatter"):  # into what has its own shape and order
         return max(read[0], min(kind, _Kind.COMPUTED))
-    if op in _VARYING and kind:
+    if op in VARYING and kind:
         return _Kind.VARYING
     return max(kind, _Kind.SORTED) if op in _SORTING and kind else kind

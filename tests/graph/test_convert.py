@@ -10,6 +10,8 @@ from equality import parse, run, stored
 from onnx import ModelProto, TensorProto, checker, helper
 
 from onnxcomp.graph.convert import packed_int4, to_graph, to_model
+from onnxcomp.graph.prepare import prepare
+from onnxcomp.runtime import infer_types
 
 X = {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}
 LIKE = parse("g (float[N,3] x) => (float[N,3] y) { y = Relu(x) }", opset=21)
@@ -165,3 +167,23 @@ def test_packed_int4_through_cast_is_dequantized_exactly(rng: np.random.Generato
 def test_codes_beyond_four_bits_are_refused():
     with pytest.raises(AssertionError, match=r"^codes"):
         packed_int4("codes", np.array([8]))
+
+
+def test_what_is_found_at_run_time_may_be_nothing():
+    """As boxes are: with the types that are inferred here ONNX Runtime's optimizer would ask for a Reshape to 0 x -1."""
+    text = """g (float[N,4] x) => (float y, float[N] first) {
+        first = Gather<axis = 1>(x, zero) above = Greater(first, least) places = NonZero(above)
+        rows = Squeeze(places, axis) boxes = Gather(x, rows) shape = Shape(boxes)
+        n = Gather(shape, zero) m = Gather(shape, one) n1 = Unsqueeze(n, axis) m1 = Unsqueeze(m, axis)
+        left = Slice(boxes, from0, end, axes, steps) right = Slice(boxes, from1, end, axes, steps)
+        l = Unsqueeze(left, two) r = Unsqueeze(right, two) pair = Concat<axis = 2>(l, r)
+        asked = Concat<axis = 0>(n1, m1) flat = Reshape(pair, asked) y = Unsqueeze(flat, two) }"""
+    numbers = {"zero": 0, "one": 1, "axis": [0], "from0": [0], "from1": [1], "end": [2**63 - 1], "axes": [1], "steps": [2]}
+    weights = {key: np.array(value) for key, value in numbers.items()} | {"two": np.array([2]), "least": np.float32(9)}
+    model = parse(text, weights, opset=21)
+
+    prepared = prepare(model, infer_types).model
+
+    for x, rows in ((np.ones((3, 4), np.float32), 0), (np.full((3, 4), 10, np.float32), 3)):
+        assert [a.shape for a in run(prepared, {"x": x}).values()] == [(rows, 4, 1), (3,)]
+    assert {value.name for value in prepared.graph.value_info} == {"above"}
