@@ -116,6 +116,15 @@ def test_a_bound_that_nothing_keeps_ends_with_6_and_no_file(net: Path, data: Pat
     assert sorted(path.name for path in net.parent.iterdir()) == ["calib.npz", "mlp.onnx"]
 
 
+def test_a_size_has_a_unit_or_is_a_share(net: Path, data: Path) -> None:
+    def most(size: str) -> str:
+        return run("quantize", net, "--data", data, "--bits", "auto", "--max-size", size).stderr
+
+    assert "more than --max-size 100. Nothing was written." in most("0.1kB")
+    assert "of the float file, more than --max-size 0.001. Nothing was written." in most("0.001")
+    assert most("small") == "UsageError: Size 'small' is not understood. Write it like 512MB or 2GB.\n"
+
+
 def test_one_sample_cannot_be_held_out(net: Path) -> None:
     with pytest.raises(DataError, match=r"^One sample cannot be calibrated on and held out\. Give at least two\.$"):
         automatic.quantize(net, tiny.mlp().samples[:1], Recipe(), max_drop=1)  # pyright: ignore[reportArgumentType]

@@ -46,7 +46,10 @@ LARGE, ROUNDS = 1 << 30, 5
 @click.option("--seed", type=int, metavar="N", help="Decides which samples are used; 0 by default.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Write nothing if more of the answers on --data change.")
 @click.option(
-    "--max-size", type=float, metavar="BYTES|RATIO", help="With --bits auto: the file at most; below 1 of MODEL's size."
+    "--max-size",
+    metavar="SIZE|RATIO",
+    callback=size,
+    help="With --bits auto: the file at most, 2MB say; below 1 of MODEL's size.",
 )
 @click.option("--max-latency", type=float, metavar="RATIO", help="With --bits auto: time at most, over MODEL's.")
 @click.option("--labels", type=click.Path(), help="Let --max-drop count right answers instead: .npy, .npz or .csv.")

@@ -104,14 +104,15 @@ def shapes(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]
     return found
 
 
-def size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """Read a number of bytes such as 512MB."""
+def size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """Read a number of bytes such as 512MB, whole from 1 on."""
     if value is None:
         return None
     read = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", value, re.ASCII)
     if read is None:
         raise UsageError(f"Size '{value}' is not understood. Write it like 512MB or 2GB.")
-    return int(float(read[1]) * 1000 ** " kMGT".index(read[2] or " "))
+    found = float(read[1]) * 1000 ** " kMGT".index(read[2] or " ")
+    return int(found) if found >= 1 else found
 
 
 PROVIDER = click.option(
