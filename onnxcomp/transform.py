@@ -17,10 +17,12 @@ from onnxcomp.calibrate.samples import batches, confirm_tokens
 from onnxcomp.choose import Choice, choose, open_widths, widened
 from onnxcomp.data import Feed
 from onnxcomp.graph.edit import Graph, Tape, apply, extract, tensors_of
+from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.mapped import outside
 from onnxcomp.graph.masks import MASK, bound_masks
 from onnxcomp.graph.prepare import Prepared
 from onnxcomp.graph.sites import matches
+from onnxcomp.graph.transposed import write_convs
 from onnxcomp.methods import equalization, rotation, sensitivity
 from onnxcomp.methods.base import Outcome
 from onnxcomp.recipe import Recipe, SiteRule
@@ -71,6 +73,8 @@ def transform(
     more = (dict(batch.live) for batch in itertools.islice(batches(samples, stackable), BATCHES))  # read when asked for
     few = next(more)
     rows = {name: array[: sensitivity.ROWS] if stackable else array for name, array in few.items()}
+    if target.encoding.convs and recipe.bits.activations is not None:
+        _write_convs(found, target, like, single)
     is_open = recipe.sensitive == "auto" and not outside(like)
     if is_open:
         row = {name: array[:1] if stackable else array for name, array in few.items()}
@@ -82,7 +86,7 @@ def transform(
     asked = {k: (s.weight_bits, s.activation_bits) for k, s in ranged.items()}
     if recipe.equalization == "auto" and min(map(min, asked.values()), default=8) < 8:
         how = asked, itertools.chain([few], more)
-        found.graph, said = equalization.equalize(graph, like, *how, bounds=target.encoding.where == "regions")
+        found.graph, said = equalization.equalize(found.graph, like, *how, bounds=target.encoding.where == "regions")
         notes += said
         found.choice = choose(found.graph, found.recipe, target, with_data=True)
     choice = found.choice
@@ -97,6 +101,20 @@ def transform(
     if is_open and target.encoding.where == "units" and target.encoding.wide:
         _store_wide(found, prepared, target, rows)
     return found
+
+
+def _write_convs(found: Equal, target: Target, like: ModelProto, single: Feed) -> None:
+    """Write ConvTransposes as Convs, which have an integer kernel."""
+    recipe, asked = found.recipe, set[str]()
+    for site in [s for s in found.choice.sites if s.kind == "stored"]:
+        rules = [rule.activations for rule in recipe.site if rule.activations is not None and matches(rule.where, site)]
+        asked |= {site.name} if [recipe.activations, *rules][-1] != "float" else set()
+    written = found.graph.copy()
+    if count := write_convs(written, asked):
+        agreed = rotation.agreement(found.graph, written, like, single)
+        found.graph = written if agreed > rotation.EQUAL_DB else found.graph
+        found.notes.append(f"ConvTransposes written as Convs and moves: {count}, equal to {agreed:.0f} dB in float.")
+        found.choice = choose(found.graph, recipe, target, with_data=True)
 
 
 def _keep_fast(found: Equal, prepared: Prepared, target: Target, row: Feed) -> None:

@@ -21,7 +21,9 @@ from onnxcomp.graph.fold import input_at, is_load_time, is_op
 from onnxcomp.graph.merge import is_plain_gemm
 
 LAYER_OPS = ("Conv", "Gemm", "MatMul")
-PASS_THROUGH_OPS = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Identity", "Pad")
+PASS_THROUGH_OPS = (
+    "DepthToSpace", "Flatten", "Identity", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+)  # fmt: skip
 """Operators whose output values are a selection of their first input's values (Pad adds zeros)."""
 HOLDERS = {
     "ConvTranspose": (1, (1,)), "DeformConv": (0, (1,)), "Einsum": (-1, (0, 1)), "GRU": (1, (1, 2)), "LSTM": (1, (1, 2)),

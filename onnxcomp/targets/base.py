@@ -120,6 +120,8 @@ class Encoding:
     """The channels of a depthwise Conv are filled up to a multiple of this, where Convs alone make and read them."""
     timed: bool = False
     """Convs stay float where `timing` says that this is faster."""
+    convs: bool = False
+    """A ConvTranspose of fixed ranges is written as a Conv, which has an integer kernel."""
     saturates: bool = False
     """Sums of two 8-bit products may leave the 16 bits of its registers, so weights have 7 bits where that may happen."""
     tables: bool = True

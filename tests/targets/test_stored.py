@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import tiny
 from equality import parse
 from onnx import numpy_helper
 
+from onnxcomp.account import frozen
 from onnxcomp.graph.convert import to_graph
 from onnxcomp.graph.sites import find_holders
-from onnxcomp.pipeline import quantize
+from onnxcomp.pipeline import foresee, quantize
 from onnxcomp.recipe import Bits, Recipe, SiteRule
 
 TINY = tiny.recurrent()
@@ -109,3 +112,65 @@ def test_a_weight_that_two_of_them_share_is_stored_once():
     codes = [t.name for t in result.model.graph.initializer if t.data_type == 3]
     assert (len(codes), len(result.report.sites)) == (3, 2)
     assert result.report.verification.sqnr_db > 35
+
+
+def vocoder() -> tiny.Tiny:
+    rng = np.random.default_rng(3)
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[N,8,T] x) => (float[N,1,L] y) {
+        [pre] a = Conv<pads = [1, 1]>(x, wa, ba) b = LeakyRelu<alpha = 0.1>(a)
+        [up] c = ConvTranspose<strides = [2], pads = [1, 1]>(b, k, bk) d = LeakyRelu<alpha = 0.1>(c)
+        [mid] e = Conv<pads = [1, 1]>(d, wm, bm) f = Add(e, c) [post] y = Conv(f, wp, bp) }"""
+    up = {"k": tiny.weight(rng, 32, 32, 4, fan_in=64), "bk": tiny.bias(rng, 32)}
+    layers = tiny.conv(rng, "a", 32, 8, 3) | tiny.conv(rng, "m", 32, 32, 3) | tiny.conv(rng, "p", 1, 32, 1)
+    return tiny.build("vocoder", text, up | layers, tiny.feeds(rng, 8, 20))
+
+
+VOCODER = vocoder()
+
+
+@pytest.mark.parametrize(
+    ("options", "op"),
+    [
+        *(({"target": name}, "Conv") for name in ("ort-x86", "ort-x86-avx2", "ort-arm", "openvino", "openvino-avx2")),
+        *(({"target": name}, "ConvTranspose") for name in ("portable", "tensorrt", "nnapi", "xnnpack", "qnn")),
+        ({"bits": Bits(4, 4)}, "Conv"),
+        ({"bits": Bits(8, None)}, "ConvTranspose"),
+        ({"samples": 0}, "ConvTranspose"),
+        ({"activations": "static"}, "Conv"),
+        ({"activations": "float"}, "ConvTranspose"),
+        ({"exclude": ("up",)}, "ConvTranspose"),
+        ({"site": (SiteRule("u*", activations="float"),)}, "ConvTranspose"),
+        ({"site": (SiteRule("u*", bits=Bits(4, 8)),)}, "Conv"),
+    ],
+)
+def test_a_transposed_conv_of_fixed_ranges_becomes_a_conv_where_that_has_an_integer_kernel(options: dict[str, Any], op: str):
+    result = quantize(VOCODER.model, VOCODER.samples, replace(Recipe(target="ort-x86"), **options))
+
+    (node,) = (node for node in result.model.graph.node if node.name == "up")
+    assert node.op_type == op
+    if op == "Conv":
+        (site,) = (s for s in result.report.sites if s.name == "up")
+        assert (site.integer, site.activations) == (True, "static")
+        assert result.report.verification.sqnr_db > (3 if "bits" in options else 15)
+        assert any(note.startswith("ConvTransposes written as Convs and moves: 1, equal to") for note in result.report.notes)
+
+
+def test_a_frozen_recipe_writes_the_same_convs():
+    report = quantize(VOCODER.model, VOCODER.samples, Recipe(target="ort-x86"))
+
+    again = quantize(VOCODER.model, VOCODER.samples, frozen(report.report))
+
+    assert again.model.graph == report.model.graph
+
+
+def test_a_model_of_recurrent_layers_alone_is_foretold(tmp_path: Path):
+    text = "g (float[3,N,16] x) => (float y) { [one] y = LSTM<hidden_size = 16>(x, w, r) }"
+    rng = np.random.default_rng(0)
+    model = parse(text, {key: tiny.weight(rng, 1, 64, 16, fan_in=16) for key in ("w", "r")}, opset=21)
+    model.graph.output[0].type.tensor_type.elem_type = 1
+    onnx.save(model, tmp_path / "lstm.onnx")
+    np.savez(tmp_path / "x.npz", x=rng.standard_normal((4, 3, 1, 16)).astype(np.float32))
+
+    plan = foresee(tmp_path / "lstm.onnx", tmp_path / "x.npz", Recipe(target="ort-x86"))
+
+    assert plan.forecast is not None
