@@ -12,6 +12,7 @@ from onnxcomp.graph.convert import STANDARD
 from onnxcomp.graph.edit import Constant, Node, Tensor
 from onnxcomp.graph.fold import is_load_time
 from onnxcomp.graph.offsets import MOVES
+from onnxcomp.graph.sites import HOLDERS
 from onnxcomp.graph.types import type_name
 from onnxcomp.targets.base import Results
 
@@ -76,6 +77,14 @@ def wide_codes(node: Node, results: Results) -> Broken:
     """No kernel of ONNX Runtime's CPU, NNAPI and XNNPACK providers computes with codes of 16 bits."""
     if node.op in QUANTIZERS and codes_type(node) in ("int16", "uint16"):
         yield "Codes of 16 bits have no integer kernel.", "Use activations of 8 bits."
+
+
+def no_integer_kernel(node: Node, results: Results) -> Broken:
+    """ONNX Runtime's CPU provider computes it in float, and makes floats of its weight at every run."""
+    if node.op in HOLDERS.keys() - {"MatMul"} and any(
+        maker(t) == "DequantizeLinear" and is_stored(t.inputs[0]) for t in node.inputs
+    ):
+        yield f"There is no integer kernel for {node.op}, so its weight is dequantized at every run.", FIX
 
 
 def half_quantized(node: Node, results: Results) -> Broken:
