@@ -7,10 +7,10 @@ Along one axis the channels are moved by Reshape, Transpose and Reshape, along t
 TensorRT has an integer kernel for ConvTranspose; every one has for Conv.
 
 Limits: one or two axes, with one stride and a kernel of two strides or more; no groups and dilations; 16 channels or more, for
-with fewer the moves take what the kernel saves.
+with fewer the moves take what the kernel saves. What makes a result of the model stays, for that would be codes.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -31,55 +31,64 @@ def write_convs(graph: gs.Graph, names: Collection[str]) -> int:
 
 
 def _write(graph: gs.Graph, node: gs.Node) -> bool:
-    x, weight, bias, attrs = node.inputs[0], node.inputs[1], input_at(node, 2), node.attrs
+    x, weight, bias, attrs, act = node.inputs[0], node.inputs[1], input_at(node, 2), node.attrs, _activation(graph, node)
     if not isinstance(weight, gs.Constant) or not isinstance(bias, gs.Constant | None):
         return False
-    axes, channels = len(weight.shape) - 2, weight.shape[1]
+    channels, kernel, end = weight.shape[1], weight.shape[2:], (act or node).outputs[0]
+    axes, is_result = len(kernel), any(t is end for t in graph.outputs)
     strides, dilations = (set(attrs.get(name) or [1]) for name in ("strides", "dilations"))
-    (stride, *others), kernel = strides, weight.shape[2:]
     is_plain = attrs.get("auto_pad", "NOTSET") == "NOTSET" and "output_shape" not in attrs and attrs.get("group", 1) == 1
-    if not is_plain or others or dilations != {1} or axes > 2 or channels < LEAST:
+    if not is_plain or is_result or len(strides) > 1 or dilations != {1} or axes > 2 or channels < LEAST:
         return False
-    pads, more = attrs.get("pads") or [0] * 2 * axes, attrs.get("output_padding") or [0] * axes
-    first, last = pads[:axes], [end - extra for end, extra in zip(pads[axes:], more, strict=True)]
-    reach = [k // stride for k in kernel]
-    padded = [j - 1 - p // stride for j, p in zip(reach * 2, [*first, *last], strict=True)]
+    (stride,), pads = strides, attrs.get("pads") or [0] * 2 * axes
+    longer = attrs.get("output_padding") or [0] * axes
+    ends = [*pads[:axes], *(p - more for p, more in zip(pads[axes:], longer, strict=True))]
+    padded = [k // stride - 1 - p // stride for k, p in zip([*kernel, *kernel], ends, strict=True)]
     if any(k % stride or k < 2 * stride for k in kernel) or min(padded) < 0:
         return False
 
-    # [in, out, J, s, (J, s)], with J turned around, becomes [(s, s), out, in, J, (J)]
-    split = weight.values.reshape(*weight.shape[:2], *(n for j in reach for n in (j, stride)))
-    turned = np.flip(split, tuple(2 + 2 * axis for axis in range(axes)))
-    turned = turned.transpose(*(3 + 2 * axis for axis in range(axes)), 1, 0, *(2 + 2 * axis for axis in range(axes)))
-    turned = np.ascontiguousarray(turned.reshape(stride**axes * channels, weight.shape[0], *reach))
-    inputs = [x, gs.Constant(f"{weight.name}/phases", keep(turned, weight.values))]
+    new, phases = Nodes(node.name), _phases(weight.values, stride)
+    inputs = [x, gs.Constant(f"{node.name}.weight", keep(phases, weight.values))]
     if bias is not None:
-        inputs.append(gs.Constant(f"{bias.name}/phases", np.tile(bias.values, stride**axes)))
-    end, act = node.outputs[0], _activation(graph, node)
-    new = Nodes(node.name)
-    y = new("Conv", "phases", *inputs, kernel_shape=reach, pads=padded)
+        inputs.append(gs.Constant(f"{node.name}.bias", np.tile(bias.values, stride**axes)))
+    y = new("Conv", "phases", *inputs, kernel_shape=[*phases.shape[2:]], pads=padded)
     new.made[0].name = node.name
     if act is not None:
-        y, end = new(act.op, "activated", y, *act.inputs[1:], **act.attrs), act.outputs[0]
+        y = new(act.op, "activated", y, *act.inputs[1:], **act.attrs)
         new.made[-1].name = act.name
-    if axes == 2 and stride > 1:
-        y = new("DepthToSpace", "whole", y, blocksize=stride)
-    elif stride > 1:
-        shapes = [
-            gs.Constant(f"{node.name}/{n}-axes", np.array(a))
-            for n, a in ((4, [0, stride, channels, -1]), (3, [0, channels, -1]))
-        ]
-        y = new("Transpose", "turned", new("Reshape", "apart", y, shapes[0]), perm=[0, 2, 3, 1])
-        y = Nodes(f"{node.name}/whole", new.made)("Reshape", "joined", y, shapes[1])
-    cuts = [p % stride for p in first], [-(p % stride) or END for p in last]
-    if any(cuts[0]) or min(cuts[1]) < 0:
-        bounds = zip(("from", "to", "along"), (*cuts, range(2, 2 + axes)), strict=True)
-        new("Slice", "cut", y, *(gs.Constant(f"{node.name}/{key}", np.array(ends, np.int64)) for key, ends in bounds))
+    _move(new, y, stride, channels, [p % stride for p in ends])
     insert_before(graph, node, new.made)
     for replaced in (node, *(() if act is None else (act,))):
         remove(graph, replaced)
     new.made[-1].outputs[0] = end
     return True
+
+
+def _phases(w: np.ndarray, stride: int) -> np.ndarray:
+    """The weight [in, out, J s, (J s)] as that of the Conv, [(s, s,) out, in, J, (J)], with J turned around."""
+    axes = range(w.ndim - 2)
+    split = w.reshape(*w.shape[:2], *(n for k in w.shape[2:] for n in (k // stride, stride)))
+    turned = np.flip(split, tuple(2 + 2 * axis for axis in axes))
+    turned = turned.transpose(*(3 + 2 * axis for axis in axes), 1, 0, *(2 + 2 * axis for axis in axes))
+    return np.ascontiguousarray(turned.reshape(-1, w.shape[0], *(k // stride for k in w.shape[2:])))
+
+
+def _move(new: Nodes, y: gs.Tensor, stride: int, channels: int, cut: Sequence[int]) -> None:
+    """Move the phases to their positions, of which so many are `cut` off at the beginnings and the ends of the axes."""
+
+    def constant(key: str, numbers: Sequence[int]) -> gs.Constant:
+        return gs.Constant(f"{new.name}/{key}", np.array(numbers, np.int64))
+
+    axes = len(cut) // 2
+    if axes == 2 and stride > 1:
+        y = new("DepthToSpace", "whole", y, blocksize=stride)
+    elif stride > 1:
+        apart = new("Reshape", "apart", y, constant("phases-shape", [0, stride, channels, -1]))
+        turned, whole = new("Transpose", "turned", apart, perm=[0, 2, 3, 1]), Nodes(f"{new.name}/whole", new.made)
+        y = whole("Reshape", "joined", turned, constant("whole-shape", [0, channels, -1]))
+    if any(cut):
+        last = [-p or END for p in cut[axes:]]
+        new("Slice", "cut", y, constant("from", cut[:axes]), constant("to", last), constant("axes", range(2, 2 + axes)))
 
 
 def _activation(graph: gs.Graph, node: gs.Node) -> gs.Node | None:

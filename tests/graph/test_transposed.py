@@ -70,8 +70,17 @@ def test_without_a_bias_there_is_none():
 
 
 def test_an_activation_that_alone_reads_it_stands_in_front_of_the_moves():
-    assert written("<strides = [2]>", 4, behind="y = LeakyRelu<alpha = 0.1>(c)") == ["Conv", "LeakyRelu", *MOVES]
+    assert written("<strides = [2]>", 4, behind="r = LeakyRelu<alpha = 0.1>(c) y = Neg(r)") == [
+        "Conv",
+        "LeakyRelu",
+        *MOVES,
+        "Neg",
+    ]
     assert written("<strides = [2]>", 4, behind="r = Relu(c) y = Add(r, c)") == ["Conv", *MOVES, "Relu", "Add"]
+
+
+def test_what_makes_a_result_of_the_model_stays():
+    assert written("<strides = [2]>", 4, behind="y = Relu(c)") == ["ConvTranspose", "Relu"]
 
 
 @pytest.mark.parametrize(
