@@ -13,7 +13,7 @@ import numpy as np
 from onnxcomp import account, recipe as recipes, runtime, scratch, targets
 from onnxcomp.calibrate.cluster import Cluster, connect
 from onnxcomp.calibrate.room import Room, free_memory
-from onnxcomp.calibrate.samples import BATCH, Store, batch_size, batches, can_stack
+from onnxcomp.calibrate.samples import BATCH, Store, batch_size, batches, stacking
 from onnxcomp.calibrate.work import Work
 from onnxcomp.choose import Choice
 from onnxcomp.compress.forecast import forecast
@@ -151,10 +151,11 @@ def compress(
     prepared = prepare(source, runtime.infer_types)
     reference = runtime.Session(prepared.model)
     specs = InputSpec.of(reference.inputs)
-    samples, stackable, size, feeds = None, False, BATCH, []
+    samples, stackable, size, feeds, said = None, False, BATCH, [], list[str]()
     if data is not None:
         samples = open_data(data, specs, preprocess=recipe.preprocess, limit=recipe.samples, seed=recipe.seed)
-        stackable, size = can_stack(reference, samples), batch_size(prepared.graph, samples[0])
+        stackable, said = stacking(reference, samples, is_cut=samples.is_cut and not prepared.picked)
+        size = batch_size(prepared.graph, samples[0])
         proven = itertools.islice(batches(samples, stackable, size), -(-BATCH // size) if stackable else PROOF_SAMPLES)
         feeds = [dict(batch.live) for batch in proven]
     # enough to run the file on, never to fit it
@@ -188,7 +189,7 @@ def compress(
         walk.run(progress)
         expected = None if store is None else walk.expected(len(feeds))
     return Compressed(
-        source, recipe, prepared, reference, samples, single, feeds, choice, walk, expected, [*equal.notes, *corrected]
+        source, recipe, prepared, reference, samples, single, feeds, choice, walk, expected, [*equal.notes, *corrected, *said]
     )
 
 

@@ -352,3 +352,16 @@ def test_inputs_may_be_numbers_without_axes(rng: np.random.Generator):
     feeds = [{"x": rng.normal(size=(1, 8)).astype(np.float32), "factor": np.float32(2)} for _ in range(8)]
 
     assert quantize(parse(text, weights), feeds, "auto").report.samples == 8
+
+
+def test_steps_of_a_sequence_given_as_rows_are_spoken_of():
+    """Of a recurrent layer, whose first axis is time: three steps are three samples, until feeds are stacked."""
+    rng = np.random.default_rng(0)
+    text = "g (float[T,1,16] x) => (float y) { [one] s = LSTM<hidden_size = 16>(x, w, r) [fc] y = MatMul(s, f) }"
+    weights = {key: tiny.weight(rng, 1, 64, 16, fan_in=16) for key in ("w", "r")} | {"f": tiny.weight(rng, 16, 4, fan_in=16)}
+    model, x = parse(text, weights, opset=21), rng.standard_normal((5, 3, 1, 16)).astype(np.float32)
+
+    rows, whole = (quantize(model, data).report for data in ([{"x": steps} for steps in x], {"x": x}))
+
+    assert [len([n for n in r.notes if n.startswith("A row of the data is a sample")]) for r in (rows, whole)] == [1, 0]
+    assert (rows.samples, whole.samples) == (15, 5)

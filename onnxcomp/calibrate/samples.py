@@ -197,6 +197,25 @@ def can_stack(session: Session, feeds: Sequence[Feed]) -> bool:
     return all(_agree(split(together[name], 2), [outputs[name] for outputs in alone]) for name in together)
 
 
+def stacking(session: Session, feeds: Sequence[Feed], *, is_cut: bool) -> tuple[bool, list[str]]:
+    """Whether they `can_stack`; and what to say of rows that were cut from one array and look like steps of a sequence: each
+    gives other results beside another than alone. Raises DataError where such a row cannot be run.
+    """
+    advice = "If the first axis of the data is no batch, stack whole feeds, with one axis more."
+    try:
+        found = can_stack(session, feeds)
+    except ModelError as error:
+        raise (DataError(f"{error} It was given one row of the data. {advice}") if is_cut else error) from error
+    if found or not is_cut or len(feeds) < 2:
+        return found, []
+    try:
+        first, second = feeds[0], feeds[1]
+        session.run({name: np.concatenate([first[name], second[name]]) for name in first})
+    except (ModelError, ValueError):
+        return False, []
+    return False, [f"A row of the data is a sample, and gives other results beside another than alone. {advice}"]
+
+
 def confirm_tokens(
     graph: Graph, like: ModelProto, sites: Sequence[P], feeds: Sequence[Feed], *, stackable: bool
 ) -> tuple[P, ...]:

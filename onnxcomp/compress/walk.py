@@ -99,8 +99,8 @@ class Walk:
                 self.quantizers.put(point, self._cut(point.tensor))
             layer = step.site if step.site is not None and step.site.kind == "layer" else None
             if step.site is not None and step.site.weight is not None:
-                for name in (step.site.weight, *step.site.others):
-                    self._quantize_weight(replace(step.site, weight=name))
+                for weight in (step.site.weight, *step.site.others):
+                    self._quantize_weight(replace(step.site, weight=weight))
                 self._expand(step.site)
                 self._compensate(step.site)
             if self.store is None:

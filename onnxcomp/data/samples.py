@@ -89,6 +89,12 @@ class Data(Sequence[Feed]):
         name, rows = self.places[index]
         return self.model.fit([self._read(*row) for row in rows], f"{rows[0][0].where}: {name}")
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether samples are rows of larger arrays."""
+        rows = self.places[0][1]
+        return len(rows[0][0].rows) > len(rows) and isinstance(rows[0][1], slice)
+
     @cached_property
     def digest(self) -> str:
         """sha256 over the samples as stored (of an image, its file's bytes), input names and preprocess; no labels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,19 @@ from equality import parse
 from onnx import ModelProto
 
 from onnxcomp import runtime
-from onnxcomp.calibrate.samples import BATCH_BYTES, LiveBatch, Run, Store, batch_size, can_stack, combine, confirm_tokens, split
-from onnxcomp.errors import DataError
+from onnxcomp.calibrate.samples import (
+    BATCH_BYTES,
+    LiveBatch,
+    Run,
+    Store,
+    batch_size,
+    can_stack,
+    combine,
+    confirm_tokens,
+    split,
+    stacking,
+)
+from onnxcomp.errors import DataError, ModelError
 from onnxcomp.graph.prepare import prepare
 from onnxcomp.graph.sites import find_sites
 from onnxcomp.runtime import Session, infer_types
@@ -169,6 +181,38 @@ def test_a_model_with_a_fixed_batch_inside_or_mixing_its_samples_is_fed_one_at_a
     weights = {k: v for k, v in {"one": np.array([1, 2]), "axis": np.array([0])}.items() if f" {k})" in body}
 
     assert not can_stack(session(f"g (float[N,2] x) => (float[N,2] y) {{ {body} }}", **weights), TWO), why
+
+
+ADVICE = "If the first axis of the data is no batch, stack whole feeds, with one axis more."
+
+
+@pytest.mark.parametrize(
+    ("body", "is_cut", "said"),
+    [
+        ("y = CumSum(x, axis)", True, True),
+        ("y = ReduceMax<keepdims = 1>(x, axes)", True, True),
+        ("y = CumSum(x, axis)", False, False),
+        ("y = Tanh(x)", True, False),
+        ("h = Reshape(x, one) y = Tanh(h)", True, False),
+    ],
+)
+def test_rows_that_look_like_steps_of_a_sequence_are_spoken_of(body: str, is_cut: bool, said: bool):
+    numbers = {"one": np.array([1, 2]), "axis": np.array(0), "axes": np.array([0])}
+    model = session(f"g (float[N,2] x) => (float y) {{ {body} }}", **{k: v for k, v in numbers.items() if f" {k})" in body})
+
+    found, notes = stacking(model, TWO, is_cut=is_cut)
+
+    text = f"A row of the data is a sample, and gives other results beside another than alone. {ADVICE}"
+    assert (found, notes) == ("Tanh(x)" in body, [text] * said)
+
+
+def test_a_row_that_cannot_be_run_alone_is_an_error_of_the_data():
+    model = session("g (float[N,2] x) => (float[2,2] y) { y = Reshape(x, two) }", two=np.array([2, 2]))
+
+    with pytest.raises(DataError, match=rf"It was given one row of the data\. {re.escape(ADVICE)}$"):
+        stacking(model, TWO, is_cut=True)
+    with pytest.raises(ModelError):
+        stacking(model, TWO, is_cut=False)
 
 
 def test_a_model_whose_output_has_no_batch_is_fed_one_at_a_time():
