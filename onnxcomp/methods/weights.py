@@ -120,21 +120,20 @@ def hold(site: Site, w: Array, fitted: Fit, quantize: Node, groups: int, samples
         padding, axis = q.zero_point if is_conv else 0, 1 if is_conv else -1
 
         def highest(batch: Batch) -> Highest:
-            found = (np.moveaxis(x, axis, -1).reshape(-1, channels).max(axis=0) for x in batch.read("xh"))
-            return functools.reduce(Highest.__add__, (Highest((a,)) for a in found))
+            rows = (np.moveaxis(x, axis, -1).reshape(-1, channels) for x in batch.read("xh"))
+            return Highest(np.max([a.max(axis=0) for a in rows], axis=0))
 
-        top = np.maximum(q.quantize(samples.reduce(highest).arrays[0]), padding)
+        top = np.maximum(q.quantize(samples.reduce(highest).values), padding)
         pairs, asked = saturation.reach(top[None]), saturation.crowded(codes, top, groups)
         some = np.flatnonzero(np.repeat(asked, 2)[:channels])
 
         def reached(batch: Batch) -> Highest:
             rows = (np.moveaxis(x.take(some, axis), axis, -1).reshape(-1, len(some)) for x in batch.read("xh"))
-            found = (Highest((saturation.reach(q.quantize(a)),)) for a in rows)
-            return functools.reduce(Highest.__add__, found)
+            return Highest(np.max([saturation.reach(q.quantize(a)) for a in rows], axis=0))
 
         if some.size:
             around = saturation.reach(np.full((1, len(some)), padding))
-            pairs[asked] = np.maximum(samples.reduce(reached).arrays[0], around)
+            pairs[asked] = np.maximum(samples.reduce(reached).values, around)
     held, scale = saturation.hold(w, codes, fitted["scale"], top, pairs, groups)
     reason = "sums of two products of 8-bit codes may leave 16 bits, so some of the weight's were changed"
     return {"codes": held, "scale": scale}, "" if np.array_equal(held, codes) else reason

@@ -94,12 +94,12 @@ class Histogram:
 
 @dataclass(frozen=True, eq=False)
 class Highest:
-    """The largest value at every place of some arrays."""
+    """The largest value at every place of arrays of one shape."""
 
-    arrays: tuple[NDArray, ...]
+    values: NDArray
 
     def __add__(self, other: Highest) -> Highest:
-        return Highest(tuple(map(np.maximum, self.arrays, other.arrays)))
+        return Highest(np.maximum(self.values, other.values))
 
 
 def spread(count: int, limit: int, number: int = 0) -> slice:
