@@ -114,8 +114,6 @@ def widen(
     mixed     whether inputs may be rotated
     """
     layers = [site for site in sites if site.name in asked and min(asked[site.name][0], asked[site.name][1] or WIDE) < WIDE]
-    if not layers or all(t.dtype != np.float32 for t in compared(graph)):
-        return {}
     parts = measure(graph, like, layers, asked, feed, open_to, mixed=mixed)
     damages = np.array([part.damage for part in parts])
     taken = dict[int, str]()
@@ -147,8 +145,6 @@ def rescue(
     `widen`, and what is open: `floats` for activations, `gptq` for weights.
     """
     layers = [site for site in sites if site.name in asked]
-    if not layers or all(t.dtype != np.float32 for t in compared(graph)):
-        return {}
     parts = measure(graph, like, layers, asked, feed, least=ROUGH)
     budget, taken = FLOAT, set[int]()
     for i in sorted(range(len(parts)), key=lambda i: -parts[i].damage / max(parts[i].cost, TINY)):
@@ -175,8 +171,6 @@ def store(
     of `feed`, until the rest does no more than `ENOUGH` damage. What layers read and others too counts for both apart. The
     layers of `sites` that make them, or read them so, do no more than `FLOAT` of the multiplications.
     """
-    if all(t.dtype != np.float32 for t in compared(graph)):
-        return {}
     homes = {t.name: node.name for node in graph.nodes for t in node.outputs if t.name in tensors}
     nodes, layers = {node.name: node for node in graph.nodes}, {site.name: site for site in sites if site.kind == "layer"}
     steps, sizes = schedule(graph, dict.fromkeys([*homes.values(), *layers])), _sizes(graph, [*layers.values()])
@@ -189,8 +183,7 @@ def store(
         here = [name for name in tensors if homes.get(name, "") in heads]
         made = [site for name, site in layers.items() if name in heads]
         needed = [*(site.raw for site in made), *(name for step in behind for name in step.live_in)]
-        part = extract(graph, list(live), [name for name in dict.fromkeys([*here, *needed]) if name not in live])
-        passed = {**live, **(run_part(part, live, like) if part.outputs else {})}
+        passed, _ = _run(graph, like, [], {}, live, [*here, *needed])
         lost = {name: _rounding(passed[name], name) for name in here if passed[name].size}
         parts = [(*readers, name) for name in lost for readers in _readers(graph, name, layers)]
         errors = [Error(name, direct, False, lost[name], is_all) for direct, _, is_all, name in parts]
