@@ -40,9 +40,8 @@ def comparison(value: model.Comparison) -> str:
 
 def speed(value: model.Timing) -> list[str]:
     """What a quantized file takes beside the float one, and what to make of it where that is no less."""
-    taken = (
-        f"{value.ratio:.2f} of the float model's time ({value.ratio_low:.2f}-{value.ratio_high:.2f}), one sample, one thread"
-    )
+    spread = f"{value.ratio_low:.2f}-{value.ratio_high:.2f}"
+    taken = f"{value.ratio:.2f} of the float model's time ({spread}), one sample, one thread"
     slow = "So it is smaller, but no faster: `onnxcomp bench --profile` shows which operators take the time."
     return [taken, slow] if value.ratio >= 1 else [taken]
 
@@ -54,11 +53,8 @@ def _methods(value: model.Comparison) -> str:
         a = m.accuracy
         gained = "-" if a is None else f"{-a.drop_points:+.2f} +- {a.standard_error:.2f}"
         time = "cannot be taken out" if m.ratio is None else "{:.3f} ({:.3f}-{:.3f})".format(*m.ratio)
-        without, added = (
-            "-" if m.sqnr_db is None else decibels(m.sqnr_db),
-            "-" if m.added_bytes is None else size(m.added_bytes),
-        )
-        rows.append([m.method, str(m.places), without, gained, added, time])
+        added = "-" if m.added_bytes is None else size(m.added_bytes)
+        rows.append([m.method, str(m.places), decibels(m.sqnr_db), gained, added, time])
     headers = ["Method", "Places", "SQNR without", "Points gained", "Size", "Time (10-90 %)"]
     return f"\n\n{table(headers, rows, right=('Places', 'SQNR without', 'Points gained', 'Size'))}"
 
@@ -191,9 +187,9 @@ def change(before: int, after: int) -> str:
     return f"{size(before)} -> {size(after)}, ratio {after / before if before else 1.0:.3f}"
 
 
-def decibels(value: float) -> str:
+def decibels(value: float | None) -> str:
     """A ratio in dB, `equal` from `EQUAL_DB` on."""
-    return "equal" if value >= EQUAL_DB else f"{value:.1f} dB"
+    return "-" if value is None else "equal" if value >= EQUAL_DB else f"{value:.1f} dB"
 
 
 def _closeness(value: float) -> str:
@@ -314,13 +310,11 @@ def _accuracy(value: model.Accuracy) -> str:
 
 
 def _output_row(output: model.OutputComparison) -> list[str]:
-    sqnr = "-" if output.sqnr_db is None else decibels(output.sqnr_db)
-    cosine = "-" if output.cosine is None else f"{output.cosine:.5f}"
-    share = output.agreement
-    if output.other_shapes:
-        return [output.name, sqnr, cosine, f"other shapes for {plural(output.other_shapes, 'sample')}"]
+    cosine, share = "-" if output.cosine is None else f"{output.cosine:.5f}", output.agreement
     agreement = "-" if share is None else f"{share:.2%} ({round(share * output.answers)} of {output.answers})"
-    return [output.name, sqnr, cosine, agreement]
+    if output.other_shapes:
+        agreement = f"other shapes for {plural(output.other_shapes, 'sample')}"
+    return [output.name, decibels(output.sqnr_db), cosine, agreement]
 
 
 def _counts(counts: Sequence[model.Count]) -> str:
