@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 
 from onnx import ModelProto, checker, helper, shape_inference
 
@@ -25,9 +26,7 @@ def to_half(model: ModelProto) -> ModelProto:
     sys.path[:] = path  # onnxruntime.transformers appends its own folder
     edits = {node.name.rpartition("/")[0] for node in model.graph.node if node.op_type in OVERFLOWING}
     kept = [node.name for node in model.graph.node if node.name.rpartition("/")[0] in edits - {""}]
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    half = OnnxModel(convert_float_to_float16(copy, keep_io_types=True, op_block_list=[], node_block_list=kept))
+    half = OnnxModel(convert_float_to_float16(deepcopy(model), keep_io_types=True, op_block_list=[], node_block_list=kept))
     half.topological_sort(is_deterministic=True)
     return half.model
 
@@ -44,8 +43,7 @@ def to_oldest_opset(model: ModelProto, computes_the_same: Callable[[ModelProto],
     same.
     """
     for version in range(OLDEST, standard_opset(model)):
-        older = ModelProto()
-        older.CopyFrom(model)
+        older = deepcopy(model)
         for entry in older.opset_import:
             entry.version = version if entry.domain in STANDARD else entry.version
         older.ir_version = helper.find_min_ir_version_for(list(older.opset_import), ignore_unknown=True)
