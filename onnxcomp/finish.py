@@ -12,7 +12,6 @@ from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.finish import fix_axes, to_half, to_oldest_opset
 from onnxcomp.graph.mapped import embed
-from onnxcomp.graph.weights import remove_if
 from onnxcomp.targets import openvino, tensorrt
 from onnxcomp.targets.audit import Kernel, audit, audit_sites, check, foretell
 from onnxcomp.targets.base import Plan
@@ -46,11 +45,6 @@ def fix(model: ModelProto, feed: runtime.Feed) -> None:
     shapes = {name: array.shape for name, array in feed.items()}
     results = runtime.Session(model).run(feed)
     fix_axes(model, shapes | {name: array.shape for name, array in results.items()})
-
-
-def drop_outputs(model: ModelProto, names: Collection[str]) -> None:
-    """Let the model keep to itself what it was only asked for to be compared, in place."""
-    remove_if(model.graph.output, lambda value: value.name in names)
 
 
 def find_kernels(

@@ -19,13 +19,14 @@ from onnxcomp.choose import Choice
 from onnxcomp.compress.forecast import forecast
 from onnxcomp.compress.walk import Walk
 from onnxcomp.data import Data, Feed, InputSpec, open_data
-from onnxcomp.finish import drop_outputs, find_kernels, finish, fix
+from onnxcomp.finish import find_kernels, finish, fix
 from onnxcomp.graph import files
 from onnxcomp.graph.convert import to_model
 from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.half import narrow
 from onnxcomp.graph.mapped import embed, outside
 from onnxcomp.graph.prepare import Prepared, correct_ranks, prepare
+from onnxcomp.graph.weights import remove_if
 from onnxcomp.recipe import Recipe
 from onnxcomp.report.model import Forecast, Plan, Report
 from onnxcomp.transform import transform
@@ -97,8 +98,8 @@ def quantize(
         verification = verify(proof.path, made.reference, feeds, made.expected, prepared.picked, faithful=faithful)
         how = walk.plan, feeds, made.single, made.reference, prepared.picked
         kernels, by, said = find_kernels(proof.path, target, lowered, *how)
-    for made_model in (finished, *terms):
-        drop_outputs(made_model, prepared.watched)
+    for made_model in (finished, *terms):  # what was asked for to be compared alone
+        remove_if(made_model.graph.output, lambda value: value.name in prepared.watched)
     if target.fixed:
         fix(finished, made.single)
     notes = [*made.notes, *said]
