@@ -78,13 +78,10 @@ def _wider(
         is_asked = bool(asked) if node.name not in layers else any(node.name in names for names in asked)
         open_ends = [t for t in node.inputs if t.dtype == np.float32 and t.name not in stored]
         is_begun = any(maker.name in found for t in open_ends for maker in t.inputs)
-        if not _is_move(node, stored) and (is_asked or is_begun or any(sources.get(name) in wide for name in made)):
+        is_move = node.op in PASS_THROUGH_OPS and node.inputs[0].name in stored
+        if not is_move and (is_asked or is_begun or any(sources.get(name) in wide for name in made)):
             found.add(node.name)
     return found
-
-
-def _is_move(node: Node, stored: _Stored) -> bool:
-    return node.op in PASS_THROUGH_OPS and node.inputs[0].name in stored
 
 
 def _conversions(
@@ -116,7 +113,7 @@ def _find_region(graph: Graph, static: Mapping[str, Site], results: set[str]) ->
             output, constants = tail(node.outputs[0], results), [t for t in node.inputs if not isinstance(t, Variable)]
             useful = all(is_operand(node, t) for t in constants) and (not constants or _feeds_integers(output, static))
             # What a constant is added to behind a HardSwish would be rounded twice, and the first time for little.
-            useful &= node.op != "HardSwish" or not any(_is_affine(reader) for reader in output.outputs)
+            useful &= node.op != "HardSwish" or not any(is_operand(n, t) for n in output.outputs for t in n.inputs)
             if useful and output.name not in results:
                 joins.append(join(node))
                 stored[output.name] = None
@@ -204,11 +201,6 @@ def _of_skip(
 def is_operand(node: Node, tensor: Tensor) -> bool:
     """Whether `tensor` is a constant that `node` adds or multiplies with: it is stored in 8 bits then."""
     return node.op in ("Add", "Mul") and isinstance(tensor, Constant) and tensor.dtype == np.float32
-
-
-def _is_affine(node: Node) -> bool:
-    """Whether `node` adds a constant, or multiplies with one."""
-    return any(is_operand(node, tensor) for tensor in node.inputs)
 
 
 def tail(tensor: Tensor, results: set[str]) -> Tensor:
