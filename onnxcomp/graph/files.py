@@ -195,8 +195,7 @@ class PendingFile(AbstractContextManager["PendingFile"]):
         assert DOMAIN not in domains, "abstract nodes were not lowered"
         check_output(path, source, force=force)
         self.destination = destination = Path(path)
-        stored = sum(weights.tensor_bytes(tensor) for tensor in weights.walk_tensors(model.graph))
-        is_large = stored > INLINE_LIMIT or mapped.outside(model) > 0
+        is_large = _weight_bytes(model) > INLINE_LIMIT or mapped.outside(model) > 0
         beside = [destination.with_name(f"{destination.name}.data")] if is_large else []
         self._targets = [*beside, destination]
         self._check_targets = functools.partial(_check_free, self._targets, files_of(source), force=force)
