@@ -21,11 +21,10 @@ import onnx_graphsurgeon as gs
 from onnxcomp.graph.fold import input_at, is_op
 from onnxcomp.graph.mapped import keep
 from onnxcomp.graph.offsets import MOVES, Trace, lengths, moved, trace_channels, way_back
-from onnxcomp.graph.sites import Site
+from onnxcomp.graph.sites import LAYER_OPS, Site
 
 _MOVES = (*MOVES, "Concat", "Expand")
 _MEANS = ("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2")
-_LAYERS = ("Conv", "Gemm", "MatMul")
 Place = tuple[gs.Node, int, int]
 """A constant of the graph: its reader, the input it is there, and its axis that runs over the stream's channels."""
 
@@ -145,7 +144,7 @@ class _Search:
 
     def _made(self, node: gs.Node) -> None:
         """What the stream is made by."""
-        if is_op(node, *_LAYERS) and isinstance(node.inputs[1], gs.Constant):
+        if is_op(node, *LAYER_OPS) and isinstance(node.inputs[1], gs.Constant):
             if node.attrs.get("transB", 0) or (node.op == "Conv" and node.attrs.get("group", 1) != 1):
                 raise _RefusedError(f"{node.name} writes to it group by group")
             self._write(node, 1, 0 if node.op == "Conv" else -1)
