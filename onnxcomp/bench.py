@@ -36,17 +36,16 @@ def bench(
 
     Raises UsageError for models that take different inputs and for a shape that does not fit.
     """
-    specs, *others = [InputSpec.of(runtime.Session(model).inputs) for model in models]
-    taken = ", ".join(sorted(spec.name for spec in specs))
-    for model, other in zip(models[1:], others, strict=True):
-        found = ", ".join(sorted(spec.name for spec in other))
-        if found != taken:
-            raise UsageError(f"{model} takes {found}, but {models[0]} takes {taken}.")
+    specs = [InputSpec.of(runtime.Session(model).inputs) for model in models]
+    taken = [", ".join(sorted(spec.name for spec in own)) for own in specs]
+    for model, found in zip(models, taken, strict=True):
+        if found != taken[0]:
+            raise UsageError(f"{model} takes {found}, but {models[0]} takes {taken[0]}.")
     notes: list[str] = []
     if data is None:
         feeds = [made_up(runtime.Session(models[0]), shapes or {}, notes)]
     else:
-        feeds = list(islice(open_data(data, specs, preprocess=preprocess), count))
+        feeds = list(islice(open_data(data, specs[0], preprocess=preprocess), count))
     latencies = runtime.measure(models, feeds, threads=threads, rounds=rounds)
     timings = []
     for model, latency in zip(models, latencies, strict=True):
