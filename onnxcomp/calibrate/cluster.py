@@ -17,14 +17,13 @@ from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import Any
 
 from onnxcomp import __version__, runtime
-from onnxcomp.calibrate.samples import Compute, Cut, Feed, LiveBatch, Reads, Store, combine
+from onnxcomp.calibrate.samples import Compute, Cut, LiveBatch, Reads, S, Store, combine
 from onnxcomp.calibrate.work import Work
 from onnxcomp.errors import ResourceError, UsageError
 
-S = TypeVar("S")
 Part = list[LiveBatch]
 Future = Any
 """Dask's name of what a worker has, or will have."""
@@ -61,15 +60,14 @@ def connect(where: str) -> Iterator[Any]:
             yield client
         except (OSError, asyncio.TimeoutError, ImportError, CancelledError, KilledWorker) as error:
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise ResourceError(
-                f"The cluster {where} cannot go on: {reason}. With --work, what is finished is kept."
-            ) from error
+            text = f"The cluster {where} cannot go on: {reason}."
+            raise ResourceError(f"{text} With --work, what is finished is kept.") from error
 
 
 class Cluster(Store):
     """The live activations of every sample on the workers of a cluster."""
 
-    def __init__(self, client: Any, feeds: Sequence[Feed], batchable: bool, size: int, work: Work) -> None:
+    def __init__(self, client: Any, feeds: Sequence[runtime.Feed], batchable: bool, size: int, work: Work) -> None:
         super().__init__(feeds, batchable, size, work)
         self._client, self._before = client, 0
         self.traffic: list[tuple[str, int, int]] = []

@@ -33,11 +33,10 @@ from onnxcomp.graph.edit import Graph, extract
 from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.mapped import embed
 from onnxcomp.graph.sites import Site
-from onnxcomp.methods.base import Array
+from onnxcomp.methods.base import Array, S
 from onnxcomp.numerics.arrays import energies, sqnr_db
-from onnxcomp.runtime import Session, each
+from onnxcomp.runtime import Feed, Session, each
 
-Feed = Mapping[str, Array]
 BATCH, BATCH_BYTES = 8, 1 << 23
 """Samples that travel together, fewer where the widest tensor of so many would take more bytes: of such batches a step works
 on several at once, with copies of each.
@@ -45,7 +44,6 @@ on several at once, with copies of each.
 SAME_DB = 60.0
 """SQNR from which two runs of the same samples count as equal."""
 P = TypeVar("P", Site, Block)
-S = TypeVar("S")
 
 
 @dataclass

@@ -35,9 +35,8 @@ from onnxcomp.numerics.affine import Scheme, weight_qparams
 from onnxcomp.numerics.ranges import choose
 from onnxcomp.numerics.rotation import rotation
 from onnxcomp.numerics.statistics import Histogram, subsample
-from onnxcomp.runtime import Session, each
+from onnxcomp.runtime import Feed, Session, each
 
-_Named = Mapping[str, Array]
 """By the name of a reader, or of a tensor."""
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 RATIOS = np.linspace(0.3, 1.0, 8)
@@ -66,7 +65,7 @@ class Choice:
 
 
 def equalize(
-    graph: Graph, like: ModelProto, bits: Mapping[str, tuple[int, int]], feeds: Iterable[Mapping[str, Array]], *, bounds: bool
+    graph: Graph, like: ModelProto, bits: Mapping[str, tuple[int, int]], feeds: Iterable[Feed], *, bounds: bool
 ) -> tuple[Graph, list[str]]:
     """The graph with the channels of every group equalized that gains by it, and notes. `bits`: of the weights and of the
     activations of each layer to be quantized; `bounds`: whether a Clip may get a bound per channel.
@@ -100,7 +99,7 @@ def _parts(groups: Sequence[Group]) -> list[list[Group]]:
 
 
 def _see(
-    graph: Graph, like: ModelProto, groups: Sequence[Group], feeds: Sequence[Mapping[str, Array]]
+    graph: Graph, like: ModelProto, groups: Sequence[Group], feeds: Sequence[Feed]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """By the name of each reader, what its weight is multiplied with at some positions [n, C, kernel]; and by the name of each
     tensor that a linear group shifts, the mean of its channels.
@@ -123,7 +122,7 @@ def _see(
     return {name: np.concatenate(rows.pop(name)) for name in readers}, sums
 
 
-def _best(group: Group, fit: _Named, held: _Named, means: _Named, bits: Mapping[str, tuple[int, int]]) -> Choice:
+def _best(group: Group, fit: Feed, held: Feed, means: Feed, bits: Mapping[str, tuple[int, int]]) -> Choice:
     """What lowers the error of the group's readers on the positions `held` most, of what the positions `fit` suggest."""
     ones, none = np.ones(group.width), dict[str, Array]()
 
@@ -190,8 +189,8 @@ def _inputs(node: Node) -> Array:
 
 
 def _error(
-    group: Group, fit: _Named, held: _Named, bits: Mapping[str, tuple[int, int]], scale: Array, mix: Array | None,
-    shifts: _Named,
+    group: Group, fit: Feed, held: Feed, bits: Mapping[str, tuple[int, int]], scale: Array, mix: Array | None,
+    shifts: Feed,
 ) -> float:  # fmt: skip
     """The squared error of the readers' outputs on the positions `held`, summed up, that is not the same everywhere: of the
     activations as it is, in a range from `fit`; of the weights as moments foretell it.
