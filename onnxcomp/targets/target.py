@@ -58,12 +58,9 @@ class Target:
         return f"activations {kind}, ranges {measured}; narrow weights stored as {weights}; bias {e.bias}{more}"
 
     def plan(
-        self,
-        graph: Graph,
-        sites: Sequence[Site],
-        settings: Mapping[str, Settings],
+        self, graph: Graph, sites: Sequence[Site], settings: Mapping[str, Settings],
         wide: Mapping[str, Sequence[str]] = MappingProxyType({}),
-    ) -> Plan:
+    ) -> Plan:  # fmt: skip
         """Place the quantizers around `sites` in the float `graph`, which is only read; stored tensors that are `wide` have 16
         bits, also for the layers named there.
         """
