@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcomp.graph.edit import insert_after
 from onnxcomp.graph.fold import input_at, is_op, set_input
+from onnxcomp.graph.merge import bias_of
 from onnxcomp.graph.sites import is_weight, layer
 from onnxcomp.graph.streams import set_constant
 from onnxcomp.graph.tidy import add_to_output
@@ -87,7 +88,7 @@ def transform(
         if shift is not None and node.op == "MatMul" and (site := layer(node)) is not None:
             add_to_output(graph, site, w[0, :, :, 0] @ shift, "shift")
         elif shift is not None:
-            _set_bias(node, _bias(node) + w[0, :, :, 0] @ shift)
+            _set_bias(node, bias_of(node) + w[0, :, :, 0] @ shift)
         w = divide(w, scale, mix)
         set_constant(node, 1, w.reshape(node.inputs[1].shape) if node.op == "Conv" else w[0, :, :, 0].T)
     for node in group.writers:
@@ -95,12 +96,12 @@ def transform(
         if group.factor is not None:
             set_constant(node, group.factor, node.inputs[group.factor].values * scale)
             if node.op == "LayerNormalization":
-                _set_bias(node, (_bias(node) - shift) * scale)
+                _set_bias(node, (bias_of(node) - shift) * scale)
             continue
         w = node.inputs[1].values
         new = np.moveaxis(w, 0, -1) * scale if mix is None else np.moveaxis(w, 0, -1) @ mix
         set_constant(node, 1, np.moveaxis(new, -1, 0))
-        b = _bias(node) - shift
+        b = np.full(group.width, bias_of(node) - shift)
         _set_bias(node, b * scale if mix is None else b @ mix)
     for node in group.clips:
         y, bound = node.outputs[0], np.float32(float(node.inputs[2].values) * scale)
@@ -125,11 +126,6 @@ def _is_product(node: gs.Node, x: gs.Tensor, width: int) -> bool:
         return False
     is_plain = not node.attrs.get("transB", 0) and not isinstance(input_at(node, 2), gs.Variable)
     return is_plain and node.inputs[1].values.shape[:-1] == (width,)
-
-
-def _bias(node: gs.Node) -> np.ndarray:
-    bias, w = input_at(node, 2), node.inputs[1].values
-    return np.zeros(w.shape[0 if node.op == "Conv" else -1]) if bias is None else bias.values.reshape(-1).astype(np.float64)
 
 
 def _set_bias(node: gs.Node, values: np.ndarray) -> None:

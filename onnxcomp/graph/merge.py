@@ -66,7 +66,9 @@ def canonical_gemms(graph: gs.Graph) -> int:
     for node in gemms:
         alpha, beta, turned_input, turned = _numbers(node)
         if turned_input:
-            insert_before(graph, node, [_transpose_input(node, constants)])
+            x, name = node.inputs[0], fresh_name(f"{node.inputs[0].name}/transposed", constants.taken)
+            node.inputs[0] = gs.Variable(name, x.dtype)
+            insert_before(graph, node, [gs.Node("Transpose", f"{node.name}/transpose", {"perm": [1, 0]}, [x], node.inputs[:1])])
         weight, bias = node.inputs[1].values, input_at(node, 2)
         if turned or alpha != 1:
             matrix = alpha * (weight.T if turned else weight).astype(np.float64)
@@ -126,16 +128,7 @@ def is_plain_gemm(gemm: gs.Node) -> bool:
 
 def _is_constant_gemm(gemm: gs.Node) -> bool:
     bias = input_at(gemm, 2)
-    if not _is_float(gemm.inputs[1]) or not (bias is None or _is_float(bias)):
-        return False
-    return bias is None or bias.values.size == 1 or bias.values.size == bias.shape[-1] == _width(gemm)
-
-
-def _transpose_input(node: gs.Node, constants: _Constants) -> gs.Node:
-    turned = gs.Variable(fresh_name(f"{node.inputs[0].name}/transposed", constants.taken), node.inputs[0].dtype)
-    transpose = gs.Node("Transpose", f"{node.name}/transpose", {"perm": [1, 0]}, [node.inputs[0]], [turned])
-    node.inputs[0] = turned
-    return transpose
+    return _is_constant(gemm) and (bias is None or bias.values.size == 1 or bias.values.size == bias.shape[-1] == _width(gemm))
 
 
 def _merge_batchnorm(node: gs.Node, constants: _Constants) -> bool:
@@ -144,7 +137,7 @@ def _merge_batchnorm(node: gs.Node, constants: _Constants) -> bool:
         return False
     scale, shift = norm
     constants.put(layer, 1, _scaled(layer, scale))
-    constants.put(layer, 2, _bias(layer) * scale + shift, node.inputs[2])
+    constants.put(layer, 2, bias_of(layer) * scale + shift, node.inputs[2])
     _take_output(layer, node)
     return True
 
@@ -208,20 +201,15 @@ def _way_to_product(node: gs.Node, index: int, columns: int, leaving: set[str]) 
     way = list[gs.Node]()
     while (maker := _only_maker(node, index, leaving, "Shape", "Size")) is not None:
         way.append(maker)
-        if not is_op(maker, "Add", "Flatten", "Gemm", "MatMul", "Reshape", "Transpose"):
-            break
-        x, y = maker.inputs[0], maker.outputs[0]
-        if maker.op in ("Gemm", "MatMul") and _is_float(maker.inputs[1]) and maker.inputs[1].values.ndim == 2:
+        at = _constant_at(maker) if is_op(maker, "Add") else None
+        ends = {(t.shape or [None])[-1] for t in (*maker.inputs[:1], *maker.outputs)}
+        if is_op(maker, "Gemm", "MatMul") and _is_float(maker.inputs[1]) and maker.inputs[1].values.ndim == 2:
             fits = columns in (1, maker.inputs[1].shape[1])
             return way if fits and (maker.op == "MatMul" or is_plain_gemm(maker)) else []
-        keeps = x.shape and y.shape and x.shape[-1] == y.shape[-1] == columns
-        if maker.op in ("Flatten", "Reshape", "Transpose") and (columns == 1 or (keeps and maker.op != "Transpose")):
+        keeps = ends == {columns} and maker.op != "Transpose"
+        if is_op(maker, "Flatten", "Reshape", "Transpose") and (columns == 1 or keeps):
             node, index = maker, 0
-        elif (
-            maker.op == "Add"
-            and (at := _constant_at(maker)) is not None
-            and columns in (1, *maker.inputs[at].values.shape[-1:])
-        ):
+        elif at is not None and columns in (1, *maker.inputs[at].values.shape[-1:]):
             node, index = maker, 1 - at
         else:
             break
@@ -243,7 +231,7 @@ def _merge_constant(node: gs.Node, constants: _Constants) -> bool:
         if (scale != 1).any():
             constants.put(layer, 1, _scaled(layer, scale))
         if input_at(layer, 2) is not None or shift.any():
-            constants.put(layer, 2, _bias(layer) * scale + shift, node.inputs[1 - i])
+            constants.put(layer, 2, bias_of(layer) * scale + shift, node.inputs[1 - i])
         _take_output(layer, node)
         return True
     return False
@@ -264,7 +252,7 @@ def _merge_input(layer: gs.Node, constants: _Constants) -> int:
         if not shift.any():
             constants.put(layer, 1, by_input(scale).reshape(weight.shape))
         elif not padded:
-            constants.put(layer, 2, _bias(layer) + by_input(shift).sum(axis=(2, 3)).ravel(), node.inputs[1 - i])
+            constants.put(layer, 2, bias_of(layer) + by_input(shift).sum(axis=(2, 3)).ravel(), node.inputs[1 - i])
         elif before is not None and before[2].all() and not before[3].any():  # the shift moves in front of the scale
             scaler, at, scale, _ = before
             moved = ((shift if node.op == "Add" else -shift) / scale).reshape(-1, *(1 for _ in weight.shape[2:]))
@@ -336,7 +324,7 @@ def _is_constant(layer: gs.Node) -> bool:
     return _is_float(layer.inputs[1]) and (input_at(layer, 2) is None or _is_float(layer.inputs[2]))
 
 
-def _bias(layer: gs.Node) -> np.ndarray:
+def bias_of(layer: gs.Node) -> np.ndarray:
     """The layer's bias in float64, zero where it has none."""
     bias = input_at(layer, 2)
     return np.zeros(1) if bias is None else bias.values.astype(np.float64)
