@@ -91,12 +91,8 @@ def _axes(equation: str) -> tuple[list[str], str]:
 def _sorted_out(first: str, second: str, made: str) -> tuple[list[str], list[str], list[str], list[str]]:
     """The axes that both operands share with the result, those that are summed, and those that either has of its own."""
     batch, summed = [c for c in made if c in first and c in second], [c for c in second if c in first and c not in made]
-    return (
-        batch,
-        summed,
-        [c for c in made if c in first and c not in second],
-        [c for c in made if c in second and c not in first],
-    )
+    a_own, b_own = ([c for c in made if c in one and c not in other] for one, other in ((first, second), (second, first)))
+    return batch, summed, a_own, b_own
 
 
 def _moved(new: Nodes, name: str, x: gs.Tensor, axes: Sequence[str], wanted: Sequence[str]) -> gs.Tensor:
