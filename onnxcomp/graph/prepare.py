@@ -54,37 +54,32 @@ def prepare(model: ModelProto, infer_types: Callable[[ModelProto], Mapping[str, 
     raised, and whatever `infer_types` raises.
     """
     notes: list[str] = []
-    model = _standardized(model, notes)
+
+    def note(count: int, text: str) -> None:
+        notes.extend([text.format(count)] if count else [])
+
+    model = _standardized(model, note)
     graph = to_graph(model)
     halves, ends = widen(graph)
-    if halves:
-        notes.append(f"Computed in float32: {halves} constants were float16.")
+    note(halves, "Computed in float32: {} constants were float16.")
     for step, text in _STEPS:
-        count = step(graph)
-        notes += [text.format(count)] if count else []
+        note(step(graph), text)
         graph.cleanup(recurse_subgraphs=False)
     unfused = to_model(graph, model)
     set_types(graph, infer_types(unfused))
     casts = fold.drop_pass_through(graph)  # now that the types are known
     if casts:
         unfused = to_model(graph, model)
-        notes.append(_IDLE.format(casts))
+    note(casts, _IDLE)
     fused = fuse_primitives(graph, unfused, is_half=halves > 0)
-    if fused:
-        notes.append(f"GELU, HardSwish and LayerNormalization in primitive operators became single nodes: {fused}.")
-    pooled = pool_means(graph)
-    if pooled:
-        notes.append(f"Means over whole images written as GlobalAveragePool: {pooled}.")
+    note(fused, "GELU, HardSwish and LayerNormalization in primitive operators became single nodes: {}.")
+    note(pool_means(graph), "Means over whole images written as GlobalAveragePool: {}.")
     merged = merge.merge_inputs(graph)  # now that what scales and shifts is no part of an activation
-    if merged:
-        notes.append(f"Arithmetic with constants merged into the Convs behind it: {merged}.")
-    rows = merge.merge_outputs(graph)
-    if rows:
-        notes.append(f"Arithmetic with constants merged into the matrix products before it: {rows}.")
+    note(merged, "Arithmetic with constants merged into the Convs behind it: {}.")
+    note(merge.merge_outputs(graph), "Arithmetic with constants merged into the matrix products before it: {}.")
     graph.cleanup(recurse_subgraphs=False)
     bodies = sum(1 for node in graph.nodes for _ in node.subgraphs())
-    if bodies:
-        notes.append(f"Bodies of If, Loop and Scan left as they are: {bodies}.")
+    note(bodies, "Bodies of If, Loop and Scan left as they are: {}.")
     picked, sources = selection.find_picked(graph)
     watched = tuple(name for name in sources if all(name != t.name for t in graph.outputs))
     tensors = tensors_of(graph)
@@ -101,9 +96,8 @@ def correct_ranks(prepared: Prepared, ranks: Mapping[str, int]) -> list[str]:
         tensor.shape = [None] * ranks[tensor.name]
     for value in [value for value in prepared.model.graph.output if value.name in wrong]:
         value.type.tensor_type.shape.CopyFrom(TensorShapeProto(dim=[TensorShapeProto.Dimension()] * ranks[value.name]))
-    return [
-        f"Output '{name}' declares rank {was} and has {ranks[name]}: its shape is left open." for name, was in wrong.items()
-    ]
+    text = "Output '{}' declares rank {} and has {}: its shape is left open."
+    return [text.format(name, was, ranks[name]) for name, was in wrong.items()]
 
 
 _IDLE = "Identity, Dropout and Cast nodes that change nothing removed: {}."
@@ -117,17 +111,15 @@ _STEPS = (
 )
 
 
-def _standardized(model: ModelProto, notes: list[str]) -> ModelProto:
+def _standardized(model: ModelProto, note: Callable[[int, str], None]) -> ModelProto:
     """A copy with opset >= 21, every weight an initializer, and no node without a name of its own."""
     copy, weights = split_weights(model)
     known = weights.keys() | {tensor.name for tensor in copy.graph.initializer}
     known |= {sparse.values.name for sparse in copy.graph.sparse_initializer}
-    stored = len(remove_if(copy.graph.input, lambda value: value.name in known))
-    if stored:
-        notes.append(f"Inputs with a stored value made constants: {stored}.")
+    stored = remove_if(copy.graph.input, lambda value: value.name in known)
+    note(len(stored), "Inputs with a stored value made constants: {}.")
     version = standard_opset(copy)
-    if version < TARGET:
-        notes.append(f"Opset raised from {version} to {TARGET}.")
+    note(version if version < TARGET else 0, f"Opset raised from {{}} to {TARGET}.")
     tidy_nodes(copy)
     copy = raise_opset(copy, weights)
     tidy_nodes(copy)
