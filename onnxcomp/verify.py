@@ -49,10 +49,7 @@ def verify(
     """
     try:
         checker = check(path)
-        on, off = (
-            [without(y, picked) for y in _outputs(path, feeds, optimize=optimize, faithful=faithful)]
-            for optimize in (True, False)
-        )
+        on, off = (_outputs(path, feeds, picked, optimize=optimize, faithful=faithful) for optimize in (True, False))
     except ModelError as error:
         raise VerificationError(f"The quantized model does not run: {error} Nothing was written.") from None
     want = [without(reference.run(feed), picked) for feed in feeds]
@@ -91,9 +88,9 @@ def demand_equal(given: Model, rewritten: Feed, feed: Feed, picked: Collection[s
             raise VerificationError(f"{text} {sqnr_db(energy, difference):.0f} dB {tail}")
 
 
-def _outputs(path: Path, feeds: Sequence[Feed], *, optimize: bool, faithful: bool) -> list[dict[str, np.ndarray]]:
+def _outputs(path: Path, feeds: Sequence[Feed], picked: Collection[str], *, optimize: bool, faithful: bool) -> list[Feed]:
     session = Session(path, optimize=optimize, faithful=faithful)  # one at a time, for each holds the model
-    return [session.run(feed) for feed in feeds]
+    return [without(session.run(feed), picked) for feed in feeds]
 
 
 def _length(feed: Feed) -> int:
