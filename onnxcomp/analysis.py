@@ -86,9 +86,8 @@ def analyze(
     total, alone, shares = _measure(_sessions(graph, walk, parts, outputs), parts, feeds, passes, progress)
     tensors, found, energies = tensors_of(walk.reference), list[Damage](), np.diag(alone)
     for site in walk.plan.sites:
-        own = np.array(
-            [[(site.name in p.sites) / max(len(p.sites), 1) * (p.is_weight == w) for p in parts] for w in (True, False)]
-        )
+        share = np.array([(site.name in p.sites) / max(len(p.sites), 1) for p in parts])
+        own = share * [[p.is_weight == w for p in parts] for w in (True, False)]
         common = own.sum(axis=0) @ (alone - np.diag(energies)) @ own.sum(axis=0)
         figures = map(float, (energies @ own.sum(axis=0) + common, *(own @ energies), *(own @ shares)))
         numbers = 0 if site.weight is None else math.prod(tensors[site.weight].shape)

@@ -108,9 +108,7 @@ def quantize(
 def ladder(found: Analysis, recipe: Recipe, encoding: Encoding) -> list[Recipe]:
     """The recipe with widths per site, from the least damage to the smallest file; see the head of this module."""
     sites = [row for row in found.sites if row.kind == "layer"]
-    measured = np.array(
-        [[(s.weights_isolated, s.weights_cumulative), (s.activations_isolated, s.activations_cumulative)] for s in sites]
-    )
+    measured = [[(s.weights_isolated, s.weights_cumulative), (s.activations_isolated, s.activations_cumulative)] for s in sites]
     weights, activations = (np.maximum(measured, 0).mean(axis=2) + 1e-3 * found.total / len(sites)).T
     counts = np.array([row.weights for row in sites])
     sizes = np.array([[n * (b if b == FLOAT else stored_bits(b, n, encoding)) / 8 for b in WIDTHS] for n in counts])

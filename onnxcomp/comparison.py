@@ -57,9 +57,8 @@ def compare(
         left, right = map(Session, exposed)
     specs = InputSpec.of(left.inputs)
     opened = open_data(data, specs, preprocess=preprocess, labels=labels, limit=limit, seed=seed, skip=skip)
-    outputs = [
-        _Output(name, name in chosen) for name, kind in left.outputs if kind.dtype is not None and kind.dtype.kind != "O"
-    ]
+    numeric = [name for name, kind in left.outputs if kind.dtype is not None and kind.dtype.kind != "O"]
+    outputs = [_Output(name, name in chosen) for name in numeric]
     for number, feed in enumerate(opened, 1):
         r, o = left.run(feed), right.run(feed)
         for output in outputs:

@@ -49,9 +49,8 @@ def strip(model: runtime.Model, methods: Collection[str], *, output: str | Path 
     folds = strip_graph(graph, prefixes, load_folds(stored[files.FOLDS]), methods)
     targets.find(report.target).settle(graph)
     stripped = embed(to_model(graph, source))
-    decisions = tuple(
-        replace(d, adopted=False, reason="stripped", added_bytes=0) if d in adopted else d for d in report.decisions
-    )
+    gone = {d: replace(d, adopted=False, reason="stripped", added_bytes=0) for d in adopted}
+    decisions = tuple(gone.get(d, d) for d in report.decisions)
     account.stamp(stripped, replace(report, decisions=decisions), folds)
     session = runtime.Session(stripped)
     try:

@@ -59,9 +59,7 @@ class Work:
         elif self.room.folder is not None:
             with storing(self.room.folder, self.room.advice):
                 path = self.room.folder / f"{self.finished:06}.step"
-                names = live and [
-                    (i, {k: file.name for k, file in files.items() if isinstance(file, Path)}) for i, files in live
-                ]
+                names = live and [(i, {k: f.name for k, f in files.items() if isinstance(f, Path)}) for i, files in live]
                 with path.with_suffix(".new").open("wb") as stream:
                     pickle.dump((self._values, names), stream)
                     settle(stream)

@@ -165,9 +165,8 @@ class Walk:
             readers = (s for s in self.plan.sites if site.weight in (s.weight, *s.others))
             same = [s.name for s in readers if self._is_stored_alike(s, site)]
             everyone = {n.name for n in tensors[site.weight].outputs} <= set(same)
-            tape = Tape(
-                f"{site.weight}/quantized" if everyone else f"{site.name}/{'state' if site.weight in site.others else 'weight'}"
-            )
+            own = f"{site.name}/{'state' if site.weight in site.others else 'weight'}"
+            tape = Tape(f"{site.weight}/quantized" if everyone else own)
             w, series = tensors[site.weight].values, not self._series.keys().isdisjoint(same)
             fitted = xint.first_term(w, site.weight_axis, bits)._asdict() if series else self._round(site, w, bits)
             is_float = settings.activations == "float" and (site.op == "Conv" or site.kind == "stored")

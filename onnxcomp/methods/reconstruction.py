@@ -134,9 +134,8 @@ def fit(
         found = dict[str, Array]()
         optimizer = torch.optim.Adam([{"params": [p.latent], "lr": RATES[p.kind]} for p in twin.parameters.values()])
         rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 + 0.5 * float(np.cos(np.pi * i / STEPS)))
-        batch = max(
-            BATCH, min(LARGEST, VALUES // (4 if all(s.together == 1 for s in seen) else 1) // seen[0].live["f_xh"].size)
-        )
+        most = VALUES // (4 if all(s.together == 1 for s in seen) else 1) // seen[0].live["f_xh"].size
+        batch = max(BATCH, min(LARGEST, most))
         for step in range(1, STEPS + 1):
             optimizer.zero_grad()
             picked = torch.randperm(len(fitted), generator=generator)[:batch].tolist()

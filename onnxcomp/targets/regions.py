@@ -60,9 +60,8 @@ def plan(
         heads.setdefault(name, None)
     made = {site.name: points.get(tail(tensors[site.y], results).name) for site in joins}
     bits = {name: point.scheme.bits for name, point in made.items() if point is not None}
-    return Plan(
-        tuple(every), settings, (*points.values(), *_input_points(every, settings, points, encoding), *between), heads, bits
-    )
+    asked = _input_points(every, settings, points, encoding)
+    return Plan(tuple(every), settings, (*points.values(), *asked, *between), heads, bits)
 
 
 def _wider(
