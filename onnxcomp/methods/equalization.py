@@ -124,11 +124,7 @@ def _see(
 
 def _best(group: Group, fit: Feed, held: Feed, means: Feed, bits: Mapping[str, tuple[int, int]]) -> Choice:
     """What lowers the error of the group's readers on the positions `held` most, of what the positions `fit` suggest."""
-    ones, none = np.ones(group.width), dict[str, Array]()
-
-    def error(scale: Array, mix: Array | None, shifts: Mapping[str, Array]) -> float:
-        return _error(group, fit, held, bits, scale, mix, shifts)
-
+    ones, none, error = np.ones(group.width), dict[str, Array](), functools.partial(_error, group, fit, held, bits)
     before, centres = error(ones, None, none), _centres(group, fit, means)
     shifts = min(centres, key=lambda z: error(ones, None, z)) if len(centres) > 1 else centres[0]
     parts = (fit[node.name] - shifts.get(node.inputs[0].name, np.zeros(1))[:, None] for node in group.readers)
