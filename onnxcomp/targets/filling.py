@@ -49,14 +49,15 @@ def is_depthwise(conv: Node) -> bool:
 
 def _codes(conv: Node) -> np.ndarray:
     """The weight of a Conv, stored or as it is; empty where it is none of both."""
-    stored = _stored(conv)
+    stored = weight_codes(conv)
     source = conv.inputs[1] if stored is None else stored.inputs[0]
     return source.values if isinstance(source, Constant) else np.zeros(0)
 
 
-def _stored(conv: Node) -> Node | None:
-    makers = conv.inputs[1].inputs
-    return makers[0] if makers and makers[0].domain == DOMAIN and len(conv.inputs[1].outputs) == 1 else None
+def weight_codes(node: Node) -> Node | None:
+    """The abstract Dequantize that makes the node's weight."""
+    makers = node.inputs[1].inputs
+    return makers[0] if len(makers) == 1 and makers[0].op == "Dequantize" and makers[0].domain == DOMAIN else None
 
 
 def _search(start: Node, channels: int, results: set[str]) -> _Tied | None:
@@ -81,8 +82,7 @@ def _search(start: Node, channels: int, results: set[str]) -> _Tied | None:
 def _conv(tied: _Tied, conv: Node, tensor: Tensor) -> list[Tensor] | None:
     """What a Conv that makes or reads the tensor ties to it."""
     bias = conv.inputs[2:3]
-    alone = _stored(conv) is not None or len(conv.inputs[1].outputs) == 1
-    if not _codes(conv).size or not alone or not all(isinstance(t, Constant) for t in bias):
+    if not _codes(conv).size or len(conv.inputs[1].outputs) > 1 or not all(isinstance(t, Constant) for t in bias):
         return None
     if is_depthwise(conv):
         tied.writers[conv.name] = tied.readers[conv.name] = conv
@@ -115,7 +115,7 @@ def _fill(tied: _Tied, channels: int, lacking: int) -> None:
         rank = len(node.outputs[0].shape)
         node.inputs[index] = _longer(node.inputs[index], lacking, len(node.inputs[index].values.shape) + 1 - rank)
     for name, conv in {**tied.writers, **tied.readers}.items():
-        stored, writes, reads = _stored(conv), name in tied.writers, name in tied.readers and not is_depthwise(conv)
+        stored, writes, reads = weight_codes(conv), name in tied.writers, name in tied.readers and not is_depthwise(conv)
         owner, at = (conv, 1) if stored is None else (stored, 0)
         if is_depthwise(conv):
             conv.attrs["group"] = channels + lacking

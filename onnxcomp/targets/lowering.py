@@ -27,7 +27,7 @@ from onnxcomp.numerics.affine import QParams, Scheme, along, coarsened, from_ran
 from onnxcomp.numerics.planes import pack, planes, table
 from onnxcomp.targets import nbits
 from onnxcomp.targets.base import Encoding
-from onnxcomp.targets.filling import fill_channels
+from onnxcomp.targets.filling import fill_channels, weight_codes
 from onnxcomp.targets.regions import is_operand
 from onnxcomp.targets.rules import is_cut_into_heads, maker
 from onnxcomp.targets.settle import only_reader, put_behind, tail
@@ -293,7 +293,7 @@ class _Lowering:
 
     def _fill_channels(self, conv: Node) -> None:
         """Fill the channels of a Conv's static input up with its zero, and those of its weight with 0."""
-        weight, x = _weight_codes(conv), conv.inputs[0]
+        weight, x = weight_codes(conv), conv.inputs[0]
         if weight is None or not _is_static(x) or len(x.outputs) != 1 or len(weight.outputs[0].outputs) != 1:
             return
         codes = weight.inputs[0].values
@@ -309,7 +309,7 @@ class _Lowering:
         """Give a Conv with quantized input and weight an int32 bias of scale s_x * s_w, as its kernel expects. Where the bias
         stays float, ONNX Runtime does that when it loads the file, and must find scales that 32 bits are enough for.
         """
-        weight = _weight_codes(conv)
+        weight = weight_codes(conv)
         bias = conv.inputs[2] if len(conv.inputs) > 2 else None
         if weight is None or weight.attrs.get("float") or not isinstance(bias, Constant) or not _is_static(conv.inputs[0]):
             return
@@ -378,12 +378,6 @@ class _Lowering:
         node.attrs.clear()
         if len(node.inputs) == 3:
             put_behind(self.graph, node, "Sum" if self.encoding.fused else "Add", "product", node.inputs.pop())
-
-
-def _weight_codes(node: Node) -> Node | None:
-    """The abstract Dequantize that makes the node's weight."""
-    makers = node.inputs[1].inputs
-    return makers[0] if len(makers) == 1 and makers[0].op == "Dequantize" and makers[0].domain == DOMAIN else None
 
 
 def _is_stored(weight: Tensor) -> bool:
