@@ -12,8 +12,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 from onnxcomp import runtime
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import files
@@ -22,7 +20,7 @@ from onnxcomp.graph.edit import Graph
 from onnxcomp.graph.opset import standard_opset
 from onnxcomp.graph.prepare import prepare
 from onnxcomp.graph.sites import find_holders, find_sites
-from onnxcomp.graph.types import Tensor
+from onnxcomp.graph.types import Tensor, type_name
 from onnxcomp.numerics.arrays import describe
 from onnxcomp.report.json import from_json
 from onnxcomp.report.model import Count, FoundSite, Inspection
@@ -74,5 +72,4 @@ def _sites(model: files.ModelProto, graph: Graph, notes: list[str]) -> tuple[Fou
 
 
 def _port(tensor: Tensor) -> str:
-    kind = np.dtype(tensor.dtype) if isinstance(tensor.dtype, type) else tensor.dtype
-    return f"{tensor.name} {describe(kind, tensor.shape)}"
+    return f"{tensor.name} {describe(type_name(tensor.dtype) or None, tensor.shape)}"
