@@ -173,10 +173,9 @@ def compress(
     if outside(prepared.model):
         reference = runtime.Session(prepared.model)  # which has read nothing yet
     memory, seed = free_memory() // 4 if memory is None else memory, recipe.seed if recipe.reconstruct else None
+    how = graph, graph.copy(), prepared.model, plan, target, recipe.compensate
     if announce is not None and samples is not None:
-        ahead = Walk(
-            graph, graph.copy(), prepared.model, plan, target, recipe.compensate, None, blocks=choice.blocks, seed=seed
-        )
+        ahead = Walk(*how, None, blocks=choice.blocks, seed=seed)
         count = -(-len(samples) // (size if stackable else 1))
         announce(forecast(ahead, feeds[0], count, memory, stays=work is not None, start=start))
     kept = None if work is None else Path(work) / account.fingerprint(source, model, samples, recipe, target)
@@ -185,13 +184,11 @@ def compress(
         store = None if samples is None else Store(samples, stackable, size, past)
         if samples is not None and cluster is not None:
             store = Cluster(calibrating.enter_context(connect(cluster)), samples, stackable, size, past)
-        how = graph, graph.copy(), prepared.model, plan, target, recipe.compensate, store, past
-        walk = Walk(*how, choice.blocks, matched=recipe.moments == "auto", seed=seed, decisions=equal.decisions)
+        walk = Walk(*how, store, past, choice.blocks, matched=recipe.moments == "auto", seed=seed, decisions=equal.decisions)
         walk.run(progress)
         expected = None if store is None else walk.expected(len(feeds))
-    return Compressed(
-        source, recipe, prepared, reference, samples, single, feeds, choice, walk, expected, [*equal.notes, *corrected, *said]
-    )
+    notes = [*equal.notes, *corrected, *said]
+    return Compressed(source, recipe, prepared, reference, samples, single, feeds, choice, walk, expected, notes)
 
 
 def foresee(

@@ -37,6 +37,7 @@ from onnxcomp.numerics.rotation import rotation
 from onnxcomp.numerics.statistics import Histogram, subsample
 from onnxcomp.runtime import Feed, Session, each
 
+_Named = Mapping[str, Array]
 """By the name of a reader, or of a tensor."""
 ALPHAS = (0.25, 0.5, 0.75, 1.0)
 RATIOS = np.linspace(0.3, 1.0, 8)
@@ -122,7 +123,7 @@ def _see(
     return {name: np.concatenate(rows.pop(name)) for name in readers}, sums
 
 
-def _best(group: Group, fit: Feed, held: Feed, means: Feed, bits: Mapping[str, tuple[int, int]]) -> Choice:
+def _best(group: Group, fit: _Named, held: _Named, means: _Named, bits: Mapping[str, tuple[int, int]]) -> Choice:
     """What lowers the error of the group's readers on the positions `held` most, of what the positions `fit` suggest."""
     ones, none, error = np.ones(group.width), dict[str, Array](), functools.partial(_error, group, fit, held, bits)
     before, centres = error(ones, None, none), _centres(group, fit, means)
@@ -185,8 +186,8 @@ def _inputs(node: Node) -> Array:
 
 
 def _error(
-    group: Group, fit: Feed, held: Feed, bits: Mapping[str, tuple[int, int]], scale: Array, mix: Array | None,
-    shifts: Feed,
+    group: Group, fit: _Named, held: _Named, bits: Mapping[str, tuple[int, int]], scale: Array, mix: Array | None,
+    shifts: _Named,
 ) -> float:  # fmt: skip
     """The squared error of the readers' outputs on the positions `held`, summed up, that is not the same everywhere: of the
     activations as it is, in a range from `fit`; of the weights as moments foretell it.
