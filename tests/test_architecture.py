@@ -66,7 +66,7 @@ THIRD_PARTY = {
 """Packages and the parts of the library that may import them."""
 
 FILE_LINES = 400
-LIBRARY_LINES = 10_700
+LIBRARY_LINES = 10_620
 
 
 @dataclass(frozen=True)
