@@ -126,8 +126,10 @@ def _unfold(graph: gs.Graph, folds: Sequence[Fold], methods: Collection[str]) ->
     if values is not None and isinstance(tensor, gs.Constant):
         node.inputs[index] = gs.Constant(first.name or tensor.name, values.astype(tensor.dtype))
     elif values is not None:
-        codes, step = tensor.inputs[0].inputs[:2]
-        tensor.inputs[0].inputs[0] = gs.Constant(codes.name, np.rint(values / step.values).astype(np.int32))
+        stored, (x, w) = tensor.inputs[0], (t.inputs[0].inputs[1].values.astype(np.float64) for t in node.inputs[:2])
+        step = (x * w).astype(np.float32)  # the range may be another now
+        for at, found in enumerate((np.rint(values / step).astype(np.int32), step)):
+            stored.inputs[at] = gs.Constant(stored.inputs[at].name, found)
     elif node.name == first.node:
         del node.inputs[index]
     else:  # an operator that was put there for the bias alone

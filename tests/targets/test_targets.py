@@ -245,9 +245,9 @@ def test_a_float_bias_of_a_channel_without_weights_survives_the_runtime_that_mak
 @pytest.mark.parametrize("name", [*MODELS, "silu"])
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
 def test_signed_codes_stand_for_the_same_values_as_unsigned_ones(name: str, bits: str):
-    """The encodings of these two targets differ in nothing else."""
+    """The encodings of these two targets differ in nothing else, but for large tables."""
     signed, unsigned = TARGETS["xnnpack"].encoding, TARGETS["nnapi"].encoding
-    assert replace(signed, signed=False) == unsigned
+    assert replace(signed, signed=False, embeddings=False) == unsigned
     tiny, recipe = (
         TINY[name],
         Recipe(bits=Bits.parse(bits), compensate=(), rotation="none", equalization="none", moments="none"),
