@@ -72,7 +72,8 @@ def faster_in_float(
         saved = as_codes - as_float - HANDED * sizes[cut]
         if saved > most + WORTH * (as_codes - before):
             front, most, before = part, saved, as_codes
-    text = f"the first {len(front)} Convs are faster in float, by {most / 1e6:.2f} ms of a sample"
+    first = f"first {len(front)} Convs are" if len(front) > 1 else "first Conv is"
+    text = f"the {first} faster in float, by {most / 1e6:.2f} ms of a sample"
     found = {name: text for name in front if name not in fixed and most >= LEAST}
     for name in [name for name in prices if name not in found and name not in fixed]:
         as_float, as_codes = prices[name]
