@@ -15,7 +15,7 @@ from onnxcomp.graph.blocks import Block, find_blocks, find_rest
 from onnxcomp.graph.convert import STANDARD
 from onnxcomp.graph.edit import Constant, Graph, Node, Tensor, tensors_of
 from onnxcomp.graph.fold import is_load_time
-from onnxcomp.graph.sites import FLOAT_OPS, LAYER_OPS, Site, check_pattern, find_holders, find_sites, is_weight, matches, select
+from onnxcomp.graph.sites import HOLDERS, LAYER_OPS, Site, check_pattern, find_holders, find_sites, is_weight, matches, select
 from onnxcomp.methods import reconstruction
 from onnxcomp.recipe import Bits, Recipe, SiteRule
 from onnxcomp.report.model import Skipped
@@ -213,7 +213,7 @@ def _skipped(graph: Graph, every: tuple[Site, ...], chosen: tuple[Site, ...]) ->
 
 
 def _is_holder(node: Node) -> bool:
-    return node.op in FLOAT_OPS or (node.domain or "") not in STANDARD
+    return node.op in HOLDERS.keys() - set(LAYER_OPS) or (node.domain or "") not in STANDARD
 
 
 def _why_none(graph: Graph, skipped: Sequence[Skipped]) -> str:
@@ -233,7 +233,7 @@ def _reason(node: Node, site: Site | None) -> str:
         return "not included by the recipe"
     if _is_holder(node):
         inside = f"weights inside an operator of {node.domain}: give the model as it was exported, without it"
-        return f"weights of {node.op} stay as they are" if node.op in FLOAT_OPS else inside
+        return f"weights of {node.op} stay as they are" if node.op in HOLDERS else inside
     weight = node.inputs[1]
     if is_load_time(node.inputs[0]):
         return "it reads constants alone, so it is computed when the file is loaded"

@@ -21,7 +21,7 @@ from onnxcomp.graph.files import ModelProto
 from onnxcomp.graph.mapped import outside
 from onnxcomp.graph.masks import MASK, bound_masks
 from onnxcomp.graph.prepare import Prepared
-from onnxcomp.graph.sites import Site, matches
+from onnxcomp.graph.sites import matches
 from onnxcomp.graph.transposed import write_convs
 from onnxcomp.methods import equalization, rotation, sensitivity
 from onnxcomp.methods.base import Outcome
@@ -104,18 +104,17 @@ def transform(
 
 
 def _write_convs(found: Equal, target: Target, like: ModelProto, single: Feed) -> None:
-    """Write ConvTransposes whose activations may be codes as Convs, which have an integer kernel."""
-
-    def asked(site: Site) -> str:
-        rules = (rule.activations for rule in found.recipe.site if matches(rule.where, site))
-        return [found.recipe.activations, *(how for how in rules if how is not None)][-1]
-
-    written, stored = found.graph.copy(), [site for site in found.choice.sites if site.kind == "stored"]
-    if count := write_convs(written, {site.name for site in stored if asked(site) != "float"}):
+    """Write ConvTransposes as Convs, which have an integer kernel."""
+    recipe, asked = found.recipe, set[str]()
+    for site in [s for s in found.choice.sites if s.kind == "stored"]:
+        rules = [rule.activations for rule in recipe.site if rule.activations is not None and matches(rule.where, site)]
+        asked |= {site.name} if [recipe.activations, *rules][-1] != "float" else set()
+    written = found.graph.copy()
+    if count := write_convs(written, asked):
         agreed = rotation.agreement(found.graph, written, like, single)
-        found.graph, done = (written, "written") if agreed > rotation.EQUAL_DB else (found.graph, "not written")
-        found.notes.append(f"ConvTransposes {done} as Convs and moves: {count}, equal to {agreed:.0f} dB in float.")
-        found.choice = choose(found.graph, found.recipe, target, with_data=True)
+        found.graph = written if agreed > rotation.EQUAL_DB else found.graph
+        found.notes.append(f"ConvTransposes written as Convs and moves: {count}, equal to {agreed:.0f} dB in float.")
+        found.choice = choose(found.graph, recipe, target, with_data=True)
 
 
 def _keep_fast(found: Equal, prepared: Prepared, target: Target, row: Feed) -> None:

@@ -178,21 +178,20 @@ def combine(parts: Iterable[S], add: Callable[[Any, Any], Any] = operator.add) -
     return functools.reduce(lambda right, left: add(left, right), (part for _, part in reversed(sums)))
 
 
-def can_stack(session: Session, feeds: Sequence[Feed]) -> bool | None:
+def can_stack(session: Session, feeds: Sequence[Feed]) -> bool:
     """Whether samples may be run together along the leading axis: every input's is free and two samples agree with
-    themselves alone; None where two cannot be run together. A model with a fixed batch inside, or one that mixes its samples,
-    runs one at a time.
+    themselves alone. A model with a fixed batch inside, or one that mixes its samples, runs one at a time.
     """
     if len(feeds) < 2 or not all(t.shape and not isinstance(t.shape[0], int) for _, t in session.inputs):
-        return None
+        return False
     first, second = feeds[0], feeds[1]
     if any(first[name].shape != second[name].shape for name in first):
-        return None
+        return False
     alone = [session.run(first), session.run(second)]
     try:
         together = session.run({name: np.concatenate([first[name], second[name]]) for name in first})
     except ModelError:
-        return None
+        return False
     return all(_agree(split(together[name], 2), [outputs[name] for outputs in alone]) for name in together)
 
 
@@ -205,9 +204,14 @@ def stacking(session: Session, feeds: Sequence[Feed], *, is_cut: bool) -> tuple[
         found = can_stack(session, feeds)
     except ModelError as error:
         raise (DataError(f"{error} It was given one row of the data. {advice}") if is_cut else error) from error
-    is_mixed = is_cut and found is False
-    said = [f"A row of the data is a sample, and gives other results beside another than alone. {advice}"] if is_mixed else []
-    return bool(found), said
+    if found or not is_cut or len(feeds) < 2:
+        return found, []
+    try:
+        first, second = feeds[0], feeds[1]
+        session.run({name: np.concatenate([first[name], second[name]]) for name in first})
+    except (ModelError, ValueError):
+        return False, []
+    return False, [f"A row of the data is a sample, and gives other results beside another than alone. {advice}"]
 
 
 def confirm_tokens(

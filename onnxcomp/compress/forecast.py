@@ -76,8 +76,15 @@ def forecast(walk: Walk, feed: Mapping[str, Array], batches: int, budget: int, *
     seconds = batches * (passes * once + beside / cores())
     bare = [site for site in layers if site.op == "MatMul" and site.y == site.raw and walk.methods]
     seconds += PIECES * piece * len(steps) + solving + refining + PRICE_SECONDS * len(bare) + time.perf_counter() - start
-    working = WORKING * max(worked, default=0) + 4 * max(sums)
-    memory = peak_memory() + held + min(live, budget) + working + COPIES * (size - there) + there
+    memory = (
+        peak_memory()
+        + held
+        + min(live, budget)
+        + WORKING * max(worked, default=0)
+        + 4 * max(sums)
+        + COPIES * (size - there)
+        + there
+    )
     return Forecast(live, memory, 2 * live if stays else max(live - budget, 0), seconds)
 
 

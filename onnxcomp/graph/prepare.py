@@ -119,7 +119,7 @@ def _standardized(model: ModelProto, note: Callable[[int, str], None]) -> ModelP
     stored = remove_if(copy.graph.input, lambda value: value.name in known)
     note(len(stored), "Inputs with a stored value made constants: {}.")
     version = standard_opset(copy)
-    note(version < TARGET, f"Opset raised from {version} to {TARGET}.")
+    note(version if version < TARGET else 0, f"Opset raised from {{}} to {TARGET}.")
     tidy_nodes(copy)
     copy = raise_opset(copy, weights)
     tidy_nodes(copy)

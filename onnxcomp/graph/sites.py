@@ -30,8 +30,6 @@ HOLDERS = {
     "MatMul": (-1, (0, 1)), "RNN": (1, (1, 2)),
 }  # fmt: skip
 """Operators that have weights besides layers: the axis that has a scale each, and which inputs they are."""
-FLOAT_OPS = HOLDERS.keys() - set(LAYER_OPS)
-"""Those that ONNX Runtime computes in float, whatever they read."""
 LARGE = 1 << 10
 """Numbers from which a weight is worth the two operators that make floats of its codes when the file is loaded."""
 

@@ -3,8 +3,8 @@
     y[s u + r] = sum_j x[u - j] w[r + s j]        0 <= r < s the stride, j < J, k = J s values under the kernel
 
 One Conv of J values makes all y of one u, in s C channels; what the pads leave out is left out by its own pads and by a Slice.
-Along one axis the channels are moved by Reshape, Transpose and Reshape, along two by DepthToSpace. ONNX Runtime has no integer
-kernel for ConvTranspose.
+Along one axis the channels are moved by Reshape, Transpose and Reshape, along two by DepthToSpace. No runtime but OpenVINO and
+TensorRT has an integer kernel for ConvTranspose; every one has for Conv.
 
 Limits: one or two axes, with one stride and a kernel of two strides or more; no groups and dilations; 16 channels or more, for
 with fewer the moves take what the kernel saves. What makes a result of the model stays, for that would be codes.

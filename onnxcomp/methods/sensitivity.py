@@ -219,8 +219,6 @@ def measure(
     def is_asked(bits: int) -> bool:
         return bits == WIDE if least else bits < WIDE
 
-    if not layers or all(t.dtype != np.float32 for t in compared(graph)):
-        return []
     steps, nodes = schedule(graph, {site.name: site for site in layers}), {node.name: node for node in graph.nodes}
     sizes, macs, found, live = _sizes(graph, layers), dict[str, int](), list[tuple[tuple[str, ...], bool, float]](), dict(feed)
     length = max(-(-len(steps) // STRETCHES), SHORTEST)

@@ -12,7 +12,7 @@ from onnxcomp.graph.convert import STANDARD
 from onnxcomp.graph.edit import Constant, Node, Tensor
 from onnxcomp.graph.fold import is_load_time
 from onnxcomp.graph.offsets import MOVES
-from onnxcomp.graph.sites import FLOAT_OPS
+from onnxcomp.graph.sites import HOLDERS
 from onnxcomp.graph.types import type_name
 from onnxcomp.targets.base import Results
 
@@ -81,8 +81,9 @@ def wide_codes(node: Node, results: Results) -> Broken:
 
 def no_integer_kernel(node: Node, results: Results) -> Broken:
     """ONNX Runtime's CPU provider computes it in float, and makes floats of its weight at every run."""
-    codes = [t for t in node.inputs if maker(t) == "DequantizeLinear" and is_stored(t.inputs[0])]
-    if node.op in FLOAT_OPS and codes:
+    if node.op in HOLDERS.keys() - {"MatMul"} and any(
+        maker(t) == "DequantizeLinear" and is_stored(t.inputs[0]) for t in node.inputs
+    ):
         yield f"There is no integer kernel for {node.op}, so its weight is dequantized at every run.", FIX
 
 
